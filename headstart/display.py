@@ -1,0 +1,126 @@
+"""What a run says: live in a terminal, plain lines elsewhere; and a copy of every line in the run's log."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 5.0
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def safe(text: str) -> str:
+    """Return text in which nothing steers a terminal: control characters are spelled out."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class Display:
+    """Lines, and one bar at a time. Styles are rich's; without a terminal nothing but the words is printed."""
+
+    def __init__(self, file: IO[str] | None = None, *, live: bool | None = None) -> None:
+        self.console = Console(file=file, highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal if live is None else live
+        self._log: Path | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+        self._printed_at = 0.0
+
+    def log_to(self, path: Path) -> None:
+        """Write every further line to `path` too."""
+        self._log = path
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """Say a line. `text` is data: it is never read as markup."""
+        for part in safe(text).split("\n"):
+            self.console.print(f"[{style}]{escape(part)}[/]" if style else escape(part))
+        self._write(text)
+
+    def title(self, text: str) -> None:
+        """Say what comes next."""
+        self.line()
+        self.line(text, "bold")
+
+    def fact(self, name: str, value: str, style: str = "") -> None:
+        """Say a name and its value, aligned with others."""
+        self.line(f"  {name:<14} {value}", style)
+
+    def warn(self, text: str) -> None:
+        """Say something that needs a look."""
+        self.line(f"  ! {text}", "yellow")
+
+    def markup(self, text: str) -> None:
+        """Say a line of rich markup, all data in it escaped by the caller."""
+        self.console.print(text)
+        self._write(Console(file=None, width=10_000, no_color=True).render_str(text).plain)
+
+    def stream(self, text: str) -> None:
+        """Say a piece of a line as it comes."""
+        self.console.file.write(safe(text))
+        self.console.file.flush()
+
+    def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
+        """Show how far a phase is: a bar in a terminal, else a line now and then and at the end."""
+        if self._live:
+            self._move_bar(label, done, total, detail)
+            return
+        now = time.monotonic()
+        if label != self._label or done == total or now - self._printed_at >= PLAIN_EVERY_S:
+            self._label, self._printed_at = label, now
+            self.line(f"  {label} {done}/{total}{'  ' + detail if detail else ''}")
+
+    def end_progress(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_progress()
+
+    def _move_bar(self, label: str, done: int, total: int, detail: str) -> None:
+        if self._bar is None or label != self._label:
+            self.end_progress()
+            columns: list[Any] = [TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+            columns += [TextColumn("{task.fields[detail]}"), TimeRemainingColumn(compact=True)]
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(label, total=total, detail="")
+            self._label = label
+            self._bar.start()
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, detail=escape(detail))
+        if done >= total:
+            self.end_progress()
+            self._label = ""
+
+    def _write(self, text: str) -> None:
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(safe(text) + "\n")
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes as GiB or MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+def in_time(seconds: float) -> str:
+    """Return a span of time in the unit that it is read in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,123 @@
+"""Files that are whole or not there: atomic writes, atomic folders, hashes and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES = 1 << 20
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it holds the old content or the new, whatever happens: temp, fsync, rename, fsync.
+
+    The temporary file lies beside its target, since a rename is atomic only within one file system. The file gets
+    the permissions that any new file would get.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. Refuses NaN and infinity, which are no JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path` when the block ends well, and vanishes when it doesn't.
+
+    Every file in it is synced before the rename. An existing `path` is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+                file.chmod(0o666 & ~_umask())
+        sync_folder(temporary)
+        replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; what was there is moved aside first and deleted last."""
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=TEMPORARY_PREFIX)) / target.name
+        target.rename(old)
+    source.rename(target)
+    sync_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed process left half written in `folder`."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in `path` survive a power cut, where the system can (Windows can't open folders)."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

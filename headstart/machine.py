@@ -1,0 +1,151 @@
+"""What this machine is: cache folder, device, memory, disk, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("headstart", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+GIB = 1 << 30
+
+
+def home() -> Path:
+    """Return the folder for models and caches: `HEADSTART_HOME`, else the platform's cache folder."""
+    if chosen := os.environ.get("HEADSTART_HOME"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "headstart"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "headstart"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "headstart"
+
+
+def offline() -> bool:
+    """Tell whether the user forbade the network."""
+    return os.environ.get("HEADSTART_OFFLINE", "") not in ("", "0")
+
+
+def pick_device() -> str:
+    """Return the fastest device that torch can use here: `cuda`, `mps` or `cpu`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def cpu_count() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_total_bytes() -> int:
+    """Return the memory that this process may fill: the machine's, or its container's limit if that is less."""
+    total = psutil.virtual_memory().total
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            return min(total, int(limit))
+    return total
+
+
+def memory_free_bytes() -> int:
+    """Return the memory that can still be had without swapping."""
+    return min(psutil.virtual_memory().available, memory_total_bytes() - memory_used_bytes())
+
+
+def memory_used_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_peak_bytes() -> int:
+    """Return the most resident memory that this process ever had."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_bytes(device: str) -> int:
+    """Return the most memory that tensors ever filled on `device`; on the CPU the process's own peak."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return memory_peak_bytes()
+
+
+def device_used_bytes(device: str) -> int:
+    """Return the memory that is filled on `device` now."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return memory_used_bytes()
+
+
+def device_free_bytes(device: str) -> int:
+    """Return the memory that is free on `device`."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    return memory_free_bytes()
+
+
+def disk_free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk on which `path` lies or would lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of each package that decides what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Return what a result says of the machine that it came from."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": cpu_count(),
+        "memory_bytes": memory_total_bytes(),
+        "device": pick_device(),
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
