@@ -1,0 +1,92 @@
+"""The data check: what is in the data, what is wrong with it and where, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headstart.data.prepare import Prepared
+from headstart.data.render import Renderer
+from headstart.data.segments import Example
+from headstart.errors import Problem
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the check found. Lengths are in tokens; `control_rows` spell a control token in their content."""
+
+    formats: Sequence[str]
+    rows: int
+    usable: int
+    train: int
+    held_out: int
+    duplicates: int
+    leaked: int
+    dropped: int
+    cut: int
+    control_rows: Sequence[str]
+    tokens: int
+    targets: int
+    length_median: int
+    length_p95: int
+    length_longest: int
+    notes: Sequence[str]
+    problems: Sequence[Problem]
+
+    def to_json(self) -> dict[str, Any]:
+        """The findings as plain values."""
+        return {**asdict(self), "problems": [problem.to_json() for problem in self.problems]}
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens of one kind as text: `trained`, `context` or `cut`."""
+
+    text: str
+    kind: str
+
+
+def find(prepared: Prepared, renderer: Renderer) -> Findings:
+    """Look through prepared data."""
+    parts = (prepared.train, prepared.watch, prepared.proof)
+    examples = [example for part in parts for example in part.examples]
+    kept = [conversation for part in parts for conversation in part.kept]
+    lengths = np.array([example.token_count for example in examples])
+    spelled = [
+        str(conversation.where)
+        for conversation in kept
+        if any(renderer.spells_control(message.content) for message in conversation.messages)
+    ]
+    return Findings(
+        formats=[str(formed.detection) for formed in prepared.formed],
+        rows=sum(formed.rows for formed in prepared.formed),
+        usable=len(examples),
+        train=len(prepared.train.examples),
+        held_out=len(examples) - len(prepared.train.examples),
+        duplicates=prepared.parts.duplicates,
+        leaked=prepared.parts.leaked,
+        dropped=sum(len(part.dropped) for part in parts),
+        cut=sum(part.cut for part in parts),
+        control_rows=spelled,
+        tokens=int(lengths.sum()),
+        targets=sum(example.target_count for example in examples),
+        length_median=int(np.median(lengths)),
+        length_p95=int(np.quantile(lengths, 0.95)),
+        length_longest=int(lengths.max()),
+        notes=[note for formed in prepared.formed for note in formed.notes],
+        problems=prepared.problems,
+    )
+
+
+def show_tokens(example: Example, renderer: Renderer) -> list[Stretch]:
+    """Return an example as stretches of text: what is trained, what is only read, and what was cut away."""
+    stretches = []
+    for segment in example.segments:
+        pairs = zip(segment.ids.tolist(), (segment.weights > 0).tolist(), strict=True)
+        for trained, group in groupby(pairs, key=lambda pair: pair[1]):
+            text = renderer.decode_raw([id_ for id_, _ in group])
+            stretches.append(Stretch(text, "trained" if trained else "context"))
+    return [*stretches, Stretch(example.cut, "cut")] if example.cut else stretches

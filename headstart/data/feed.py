@@ -1,0 +1,107 @@
+"""The order of rows: which are held out, and which come in which step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.data.formats import Conversation
+from headstart.errors import DataError, Problem
+
+WATCH_FRAC = 0.25
+WATCH_MIN, WATCH_MAX = 8, 64
+HELD_OUT_MIN = 5
+
+
+def content_hash(conversation: Conversation) -> str:
+    """Return a hash of what a row says: equal for equal rows, wherever they stand."""
+    turns = [(m.role, m.content, list(m.tool_calls)) for m in conversation.messages]
+    text = json.dumps([turns, list(conversation.tools)], ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def choose_held_out(count: int) -> float:
+    """Return the part of `count` rows that is held out where the user didn't say."""
+    return 0.2 if count < 150 else 0.1 if count < 2_000 else 0.05 if count < 10_000 else 0.02
+
+
+def split_rows(conversations: Sequence[Conversation], held_out: float) -> tuple[list[Conversation], list[Conversation]]:
+    """Split rows into those to train on and those held out, by a hash of their content or their group.
+
+    `held_out` is a part below 1 or a number of rows. Under a part, a row's side never changes when rows are added; equal
+    rows and rows of one group are always on the same side. Where a part gives fewer than `HELD_OUT_MIN` rows, those
+    with the least hashes are taken.
+
+    Raises DataError where one of the sides would be empty.
+    """
+    keys = [_unit_hash(c.group if c.group is not None else content_hash(c)) for c in conversations]
+    count = len(conversations)
+    wanted = max(HELD_OUT_MIN, round(held_out * count)) if held_out < 1 else int(held_out)
+    limit = held_out if held_out < 1 else 0.0
+    if sum(key < limit for key in keys) < min(wanted, HELD_OUT_MIN) or held_out >= 1:
+        ordered = sorted(keys)
+        limit = math.nextafter(ordered[wanted - 1], 2.0) if 0 < wanted <= count else 2.0
+    train = [c for c, key in zip(conversations, keys, strict=True) if key >= limit]
+    held = [c for c, key in zip(conversations, keys, strict=True) if key < limit]
+    if not train or not held:
+        cure = "add rows, hold out fewer (data.held_out), or give rows to score on (--eval-data)"
+        raise DataError(Problem("split.too_small", f"of {count} rows, {len(held)} would be held out", "", cure))
+    return train, held
+
+
+def split_watch(count: int) -> int:
+    """Return how many of `count` held-out rows are watched during training; the others are left for the proof.
+
+    The best checkpoint is chosen on the watched rows, so that the rows that decide the verdict decided nothing before.
+    """
+    if count < 2 * WATCH_MIN:
+        return 0
+    return min(WATCH_MAX, max(WATCH_MIN, int(count * WATCH_FRAC)))
+
+
+def _unit_hash(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+@dataclass
+class Feed:
+    """Rows in steps: a new permutation for each epoch, exactly `batch_size` rows a step, the last step what is left.
+
+    Steps run across the ends of epochs, so that every step but the last has its full size. `seen` is the cursor.
+    """
+
+    rows: int
+    batch_size: int
+    total: int
+    seed: int
+    seen: int = 0
+    _current: tuple[int, NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps from the first row to the last."""
+        return math.ceil(self.total / self.batch_size)
+
+    @property
+    def epoch(self) -> float:
+        """How often each row was seen, on average."""
+        return self.seen / self.rows
+
+    def next_rows(self) -> list[int]:
+        """Return the numbers of the rows of the next step and move the cursor; empty at the end."""
+        end = min(self.seen + self.batch_size, self.total)
+        chosen = [int(self._order(place // self.rows)[place % self.rows]) for place in range(self.seen, end)]
+        self.seen = end
+        return chosen
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self._current is None or self._current[0] != epoch:
+            self._current = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows))
+        return self._current[1]

@@ -1,0 +1,188 @@
+"""Segments -> packs: a forest of shared prefixes, laid out flat, within a budget of tokens.
+
+A pack holds the real tokens of one micro-batch. Segments that begin alike share the nodes of what they begin with, so
+that it is computed once; a token sees the earlier tokens of its own node and all of its ancestors. Prefixes are shared
+in blocks of `BLOCK` tokens: shorter ones save less than a further node costs.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.data.segments import Example, Segment
+
+BLOCK = 8
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The tokens of one micro-batch as nodes of a forest, and what is predicted from which of them.
+
+    `ids`, `positions` [T]: tokens, and the place of each in its row. `start`, `length`, `parent` [N]: the nodes, a
+    parent before its children, -1 for a root. `sources` [P]: places in [T] from which something is predicted.
+    `target_sources`, `target_ids`, `weights`, `target_rows` [L]: for each target its place in `sources`, its token, its
+    weight (float32) and the number of its row in the call that built the pack, in the order of `sources`. `row_tokens`: tokens of the rows, each
+    counted whole; T is less where prefixes are shared.
+    """
+
+    ids: Ints
+    positions: Ints
+    start: Ints
+    length: Ints
+    parent: Ints
+    sources: Ints
+    target_sources: Ints
+    target_ids: Ints
+    weights: NDArray[np.float32]
+    target_rows: Ints
+    row_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A segment on its way into a pack: the number of its row, and its place in the sorted order."""
+
+    row: int
+    segment: Segment
+    rank: int
+
+
+def build_packs(
+    examples: Sequence[Example], tokens_per_pack: int, *, share: bool = True, one_row: bool = False
+) -> list[Pack]:
+    """Lay out the segments of `examples` in packs of at most `tokens_per_pack` tokens, shared prefixes counted once.
+
+    A segment that is longer than the budget gets a pack of its own. `share=False` gives each segment a root of its
+    own; `one_row` gives it a pack of its own too, for models that can't read a forest.
+    """
+    segments = [(row, segment) for row, example in enumerate(examples) for segment in example.segments]
+    segments.sort(key=lambda item: item[1].ids.astype(">i4").tobytes())
+    items = [_Item(row, segment, rank) for rank, (row, segment) in enumerate(segments)]
+    if one_row:
+        return [_lay_out([item], [0]) for item in items]
+    common = [0] + [_common(a.segment, b.segment) if share else 0 for a, b in zip(items, items[1:], strict=False)]
+    return [_lay_out([items[rank] for rank in ranks], common) for ranks in _distribute(items, common, tokens_per_pack)]
+
+
+def _common(a: Segment, b: Segment) -> int:
+    """Return the length of the prefix that two segments share, in whole blocks."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a.ids[:n] != b.ids[:n])
+    shared = int(differ[0]) if len(differ) else n
+    return shared - shared % BLOCK
+
+
+def _distribute(items: Sequence[_Item], common: Sequence[int], budget: int) -> list[list[int]]:
+    """Put items into packs, the longest first, each where it adds the fewest tokens and leaves the least room.
+
+    `common[r]` is what the items of rank r-1 and r share; two ranks further apart share the least of what lies
+    between. So only the neighbours of an item in a pack decide what it adds there.
+    """
+    packs: list[list[int]] = []
+    sizes: list[int] = []
+    for item in sorted(items, key=lambda item: (-len(item.segment), item.rank)):
+        best: tuple[int, int] | None = None
+        for number, ranks in enumerate(packs):
+            added = len(item.segment) - _shared_with(ranks, item.rank, common)
+            room = budget - sizes[number] - added
+            if room >= 0 and (best is None or (added, room) < best[:2]):
+                best, chosen = (added, room), number
+        if best is None:
+            packs.append([item.rank])
+            sizes.append(len(item.segment))
+        else:
+            bisect.insort(packs[chosen], item.rank)
+            sizes[chosen] += best[0]
+    return packs
+
+
+def _shared_with(ranks: Sequence[int], rank: int, common: Sequence[int]) -> int:
+    place = bisect.bisect_left(ranks, rank)
+    before = min(common[ranks[place - 1] + 1 : rank + 1]) if place else 0
+    after = min(common[rank + 1 : ranks[place] + 1]) if place < len(ranks) else 0
+    return max(before, after)
+
+
+class _Layout:
+    """A pack that grows node by node."""
+
+    def __init__(self) -> None:
+        self.ids: list[NDArray[np.int32]] = []
+        self.positions: list[Ints] = []
+        self.start: list[int] = []
+        self.parent: list[int] = []
+        self.tokens = 0
+
+    def add(self, segment: Segment, begin: int, end: int, parent: int) -> int:
+        """Append tokens [begin, end) of a segment as a node and return its number."""
+        self.ids.append(segment.ids[begin:end])
+        self.positions.append(np.arange(begin, end, dtype=np.int64))
+        self.start.append(self.tokens)
+        self.parent.append(parent)
+        self.tokens += end - begin
+        return len(self.start) - 1
+
+    def path(self, node: int) -> Ints:
+        """Return the places of the tokens from the root to the end of `node`."""
+        parts = []
+        while node >= 0:
+            parts.append(np.arange(self.start[node], self.start[node] + len(self.ids[node])))
+            node = self.parent[node]
+        return np.concatenate(parts[::-1])
+
+
+def _lay_out(items: Sequence[_Item], common: Sequence[int]) -> Pack:
+    layout = _Layout()
+    shared = [0] + [min(common[a.rank + 1 : b.rank + 1]) for a, b in zip(items, items[1:], strict=False)]
+    leaves: dict[int, int] = {}
+    pending = [(0, len(items), 0, -1)]
+    while pending:
+        low, high, depth, parent = pending.pop()
+        if high - low == 1:
+            end = len(items[low].segment)
+            leaves[low] = layout.add(items[low].segment, depth, end, parent) if end > depth else parent
+            continue
+        least = min(shared[low + 1 : high])
+        if least > depth:
+            node = layout.add(items[low].segment, depth, least, parent)
+            pending.append((low, high, least, node))
+            continue
+        cuts = [low, *(place for place in range(low + 1, high) if shared[place] <= depth), high]
+        # Last in, first out: the groups go on the stack backwards, so that nodes stand in sorted order.
+        pending += [(a, b, depth, parent) for a, b in zip(cuts, cuts[1:], strict=False)][::-1]
+    return _finish(layout, items, leaves)
+
+
+def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> Pack:
+    places, ids, weights, rows = [], [], [], []
+    for number, item in enumerate(items):
+        targets = np.flatnonzero(item.segment.weights)
+        places.append(layout.path(leaves[number])[targets - 1])
+        ids.append(item.segment.ids[targets].astype(np.int64))
+        weights.append(item.segment.weights[targets])
+        rows.append(np.full(len(targets), item.row, np.int64))
+    order = np.argsort(np.concatenate(places), kind="stable")
+    sources, target_sources = np.unique(np.concatenate(places)[order], return_inverse=True)
+    return Pack(
+        ids=np.concatenate(layout.ids).astype(np.int64),
+        positions=np.concatenate(layout.positions),
+        start=np.array(layout.start, np.int64),
+        length=np.array([len(part) for part in layout.ids], np.int64),
+        parent=np.array(layout.parent, np.int64),
+        sources=sources.astype(np.int64),
+        target_sources=target_sources.astype(np.int64),
+        target_ids=np.concatenate(ids)[order],
+        weights=np.concatenate(weights)[order],
+        target_rows=np.concatenate(rows)[order],
+        row_tokens=sum(len(item.segment) for item in items),
+    )

@@ -1,0 +1,512 @@
+"""Rows -> conversations: the field's data set formats, detected and said aloud.
+
+| format            | what a row holds                                                              |
+|-------------------|-------------------------------------------------------------------------------|
+| messages          | `messages`: role, content, weight, tool_calls; `tools` beside it (OpenAI)       |
+| sharegpt          | `conversations`: from, value; `system`, `tools` beside it                      |
+| alpaca            | `instruction`, `input` (may be empty or absent), `output`; `system`             |
+| prompt_completion | `prompt`, `completion`: text, or lists of messages; other pairs of names in PAIRS |
+| columns           | any columns: the user names the two, or gives templates over columns           |
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headstart.data.read import Row, Where
+from headstart.errors import DataError, Problem
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "response"),
+    ("query", "response"),
+    ("input", "output"),
+)
+CHAT_KEYS = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `trained` tells whether an assistant's turn is learned; `tool_calls` hold parsed arguments."""
+
+    role: str
+    content: str
+    trained: bool = False
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row of instruction data: turns, of which some are learned, and the tools that were at hand."""
+
+    where: Where
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Which format the rows have, how many fit it, and how sure that is (`certain`, `likely` or `given`)."""
+
+    format: str
+    fitting: int
+    rows: int
+    certainty: str
+    reads: str
+
+    def __str__(self) -> str:
+        return f"{self.format} ({self.certainty}): {self.fitting:,} of {self.rows:,} rows have {self.reads}"
+
+
+@dataclass
+class Formatted:
+    """What became of the rows."""
+
+    detection: Detection
+    examples: list[Conversation] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def format_rows(
+    rows: Sequence[Row],
+    *,
+    format: str = "auto",
+    prompt: str | None = None,
+    completion: str | None = None,
+    group_by: str | None = None,
+) -> Formatted:
+    """Detect the format of `rows` and turn each into a conversation; a row that can't be is a problem.
+
+    Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
+    """
+    if group_by is not None:
+        _need_columns(rows, [group_by], "data.group_by")
+    if prompt is not None or completion is not None:
+        format = "columns"
+    if format == "columns":
+        convert, detection = _columns(rows, prompt, completion)
+    else:
+        convert, detection = _detect(rows, format)
+    tally = _Tally()
+    formatted = Formatted(detection)
+    for row in rows:
+        result = _to_conversation(row, convert, group_by, tally)
+        if isinstance(result, Conversation):
+            formatted.examples.append(result)
+        else:
+            formatted.problems += result
+    formatted.notes = tally.notes()
+    return formatted
+
+
+# --- which format ---
+
+
+def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
+    if format != "auto":
+        reads, fits = _FITS[format]
+        fitting = sum(fits(row.fields) for row in rows)
+        return _CONVERT[format], Detection(format, fitting, len(rows), "given", reads)
+    counts: Counter[str] = Counter()
+    first: dict[str, Row] = {}
+    for row in rows:
+        name = next((name for name, (_, fits) in _FITS.items() if fits(row.fields)), "")
+        counts[name] += 1
+        first.setdefault(name, row)
+    named = [name for name in counts if name]
+    if not named:
+        raise DataError(_unknown(first[""]))
+    if len(named) > 1:
+        raise DataError(_mixed(counts, first))
+    name = named[0]
+    pair = _pair(first[name].fields)
+    sure = name != "prompt_completion" or pair == PAIRS[0]
+    reads = f"`{pair[0]}` and `{pair[1]}`" if name == "prompt_completion" and pair else _FITS[name][0]
+    return _CONVERT[name], Detection(name, counts[name], len(rows), "certain" if sure else "likely", reads)
+
+
+def _unknown(row: Row) -> Problem:
+    columns = list(row.fields)
+    texts = [name for name, value in row.fields.items() if isinstance(value, str)] or columns
+    asked, answered = [*texts, "asked", "answered"][:2] if len(texts) < 2 else texts[-2:]
+    cure = (
+        f"""name them, for example: -s data.prompt="{{{asked}}}" -s data.completion="{{{answered}}}" """
+        "(a template over columns: any text with {names}). Known without naming: messages, conversations, "
+        "instruction + output, prompt + completion, question + answer"
+    )
+    return Problem(
+        "format.unknown", f"no known format; the columns are {', '.join(map(repr, columns))}", str(row.where), cure
+    )
+
+
+def _mixed(counts: Counter[str], first: Mapping[str, Row]) -> Problem:
+    seen = "; ".join(
+        f"{counts[name]} rows of {name or 'no known format'}, first at {row.where}" for name, row in first.items()
+    )
+    return Problem(
+        "format.mixed", f"several formats: {seen}", "", "split the file, or settle it with -s data.format=NAME"
+    )
+
+
+def _pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS if pair[0] in fields and pair[1] in fields), None)
+
+
+_FITS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "messages": ("`messages`", lambda f: "messages" in f),
+    "sharegpt": ("`conversations`", lambda f: "conversations" in f or "conversation" in f),
+    "alpaca": ("`instruction` and `output`", lambda f: "instruction" in f and "output" in f),
+    "prompt_completion": ("a prompt and a completion", lambda f: _pair(f) is not None),
+}
+
+
+# --- each format ---
+
+
+@dataclass
+class _Draft:
+    """A row on its way: raw turns as mappings with role, content and the like."""
+
+    turns: Sequence[Mapping[str, Any]]
+    tools: Any = None
+    used: set[str] = field(default_factory=set)
+
+
+_Convert = Callable[[Row], _Draft]
+
+
+class _RowError(Exception):
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = list(problems)
+
+
+def _from_messages(row: Row) -> _Draft:
+    return _Draft(_turns(row, "messages"), row.fields.get("tools"), {"messages", "tools"})
+
+
+def _from_sharegpt(row: Row) -> _Draft:
+    key = next(name for name in CHAT_KEYS[1:] if name in row.fields)
+    turns = []
+    for index, turn in enumerate(_turns(row, key)):
+        content = turn.get("value", turn.get("content"))
+        role = turn.get("from", turn.get("role"))
+        converted: dict[str, Any] = {**turn, "role": role, "content": content}
+        if role == "function_call":
+            converted |= {"content": "", "tool_calls": _calls_from_text(content, row.where.field(f"{key}[{index}]"))}
+        turns.append(converted)
+    system = row.fields.get("system")
+    if system:
+        turns.insert(0, {"role": "system", "content": system})
+    return _Draft(turns, row.fields.get("tools"), {key, "system", "tools"})
+
+
+def _from_alpaca(row: Row) -> _Draft:
+    fields = row.fields
+    extra = fields.get("input")
+    asked = fields["instruction"]
+    if isinstance(asked, str) and isinstance(extra, str) and extra.strip():
+        asked = f"{asked}\n\n{extra}"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
+    if fields.get("system"):
+        turns.insert(0, {"role": "system", "content": fields["system"]})
+    return _Draft(turns, None, {"instruction", "input", "output", "system"})
+
+
+def _from_pair(row: Row) -> _Draft:
+    pair = _pair(row.fields)
+    if pair is None:
+        raise _RowError(
+            Problem(
+                "row.field_missing", "no prompt and completion", str(row.where), f"the row has {sorted(row.fields)}"
+            )
+        )
+    turns: list[Mapping[str, Any]] = []
+    for name, role in zip(pair, ("user", "assistant"), strict=True):
+        value = row.fields[name]
+        turns += _turns(row, name) if isinstance(value, list) else [{"role": role, "content": value}]
+    return _Draft(turns, row.fields.get("tools"), {*pair, "tools"})
+
+
+_CONVERT: dict[str, _Convert] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_pair,
+}
+
+
+def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) -> tuple[_Convert, Detection]:
+    if prompt is None or completion is None:
+        missing = "data.prompt" if prompt is None else "data.completion"
+        raise DataError(Problem("format.column", "both sides must be named", missing, f'-s {missing}="{{column}}"'))
+    templates = {"user": as_template(prompt), "assistant": as_template(completion)}
+    needed = [name for template in templates.values() for name in template_columns(template)]
+    _need_columns(rows, needed, "data.prompt, data.completion")
+
+    def convert(row: Row) -> _Draft:
+        turns = [{"role": role, "content": _fill(template, row)} for role, template in templates.items()]
+        return _Draft(list(turns), None, set(needed))
+
+    fitting = sum(all(name in row.fields for name in needed) for row in rows)
+    reads = " and ".join(f"`{name}`" for name in dict.fromkeys(needed))
+    return convert, Detection("columns", fitting, len(rows), "given", reads)
+
+
+def as_template(text: str) -> str:
+    """Return `text` as a template: a bare column name stands for its value."""
+    return text if "{" in text else f"{{{text}}}"
+
+
+def template_columns(template: str) -> list[str]:
+    """Return the columns that a template names. Raises DataError where it can't be read."""
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        cure = "write {column}; a brace that is text is doubled: {{ and }}"
+        raise DataError(Problem("format.column", f"no template: {error}", template, cure)) from None
+
+
+def _need_columns(rows: Sequence[Row], names: Iterable[str], setting: str) -> None:
+    known = {name: None for row in rows for name in row.fields}
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    if missing:
+        what = f"no row has a column {', '.join(map(repr, missing))}"
+        raise DataError(Problem("format.column", what, setting, f"the columns are {', '.join(known)}"))
+
+
+def _fill(template: str, row: Row) -> str:
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is not None:
+            value = row.fields.get(name)
+            if value is None or isinstance(value, (list, dict)):
+                code = "row.field_missing" if value is None else "row.field_type"
+                what = "no value" if value is None else f"a {type(value).__name__} where text is expected"
+                raise _RowError(Problem(code, what, row.where.field(name), "fill it in, or delete the row"))
+            parts.append(value if isinstance(value, str) else str(value))
+    return "".join(parts)
+
+
+# --- the turns of a row ---
+
+
+@dataclass
+class _Tally:
+    """What was handled in many rows and is told once, with counts."""
+
+    aliases: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    trailing: int = 0
+    opening: int = 0
+    repeated: int = 0
+
+    def notes(self) -> list[str]:
+        said = [f"role `{old}` read as `{ALIASES[old]}` in {count:,} turns" for old, count in self.aliases.items()]
+        if self.unused:
+            said.append("columns not used: " + ", ".join(sorted(self.unused)))
+        if self.trailing:
+            said.append(f"{self.trailing:,} rows end with turns after the last answer; those turns are not used")
+        if self.opening:
+            said.append(f"{self.opening:,} rows begin with an answer")
+        if self.repeated:
+            said.append(f"{self.repeated:,} rows have two turns of one role in a row")
+        return said
+
+
+def _to_conversation(row: Row, convert: _Convert, group_by: str | None, tally: _Tally) -> Conversation | list[Problem]:
+    try:
+        draft = convert(row)
+        problems: list[Problem] = []
+        messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
+        tools = _tools(draft.tools, row.where)
+    except _RowError as error:
+        return error.problems
+    except KeyError as error:
+        return [Problem("row.field_missing", f"no {error}", str(row.where), f"the row has {sorted(row.fields)}")]
+    group = None
+    if group_by is not None:
+        value = row.fields.get(group_by)
+        if value is None:
+            problems.append(
+                Problem("row.field_missing", "no value to group by", row.where.field(group_by), "fill it in")
+            )
+        group = str(value)
+    kept = [message for message in messages if message is not None]
+    if not problems:
+        problems += _check_turns(kept, row.where)
+    if problems:
+        return problems
+    last = max(index for index, message in enumerate(kept) if message.role == "assistant")
+    tally.trailing += last + 1 < len(kept)
+    tally.opening += kept[0].role == "assistant"
+    tally.repeated += any(a.role == b.role != "tool" for a, b in zip(kept, kept[1:], strict=False))
+    tally.unused.update(set(row.fields) - draft.used - {group_by})
+    return Conversation(row.where, tuple(kept[: last + 1]), tools, group)
+
+
+def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
+    value = row.fields.get(key)
+    where = row.where.field(key)
+    if not isinstance(value, list) or not value:
+        what = "empty" if value == [] else f"a {type(value).__name__} where a list of turns is expected"
+        raise _RowError(Problem("row.field_type", what, where, '[{"role": "user", "content": "..."}, ...]'))
+    bad = next((i for i, turn in enumerate(value) if not isinstance(turn, dict)), None)
+    if bad is not None:
+        raise _RowError(
+            Problem("row.field_type", "the turn is no object", f"{where}[{bad}]", '{"role": ..., "content": ...}')
+        )
+    return value
+
+
+def _message(
+    turn: Mapping[str, Any], where: Where, index: int, problems: list[Problem], tally: _Tally
+) -> Message | None:
+    place = where.field(f"turn[{index}]")
+    role = turn.get("role")
+    if isinstance(role, str) and role.lower() in ALIASES:
+        tally.aliases[role.lower()] += 1
+        role = ALIASES[role.lower()]
+    if role not in ROLES:
+        problems.append(Problem("row.role", f"the role is {role!r}", f"{place}.role", f"one of {', '.join(ROLES)}"))
+        return None
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1, None):
+        problems.append(Problem("row.weight", f"the weight is {weight!r}", f"{place}.weight", "0 or 1"))
+    try:
+        calls = _tool_calls(turn.get("tool_calls"), f"{place}.tool_calls")
+        content = _content(turn.get("content"), f"{place}.content", optional=bool(calls))
+    except _RowError as error:
+        problems += error.problems
+        return None
+    if role == "assistant" and not content.strip() and not calls:
+        problems.append(
+            Problem("row.empty_answer", "the answer is empty", f"{place}.content", "fill it in, or delete the row")
+        )
+    return Message(
+        role,
+        content,
+        trained=role == "assistant" and weight != 0,
+        tool_calls=calls,
+        tool_call_id=str(turn.get("tool_call_id") or ""),
+        name=str(turn.get("name") or ""),
+    )
+
+
+def _content(value: Any, place: str, *, optional: bool) -> str:
+    if value is None and optional:
+        return ""
+    if isinstance(value, list):
+        parts = []
+        for index, part in enumerate(value):
+            kind = part.get("type", "text") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise _RowError(
+                    Problem("row.media", f"a part of type {kind!r}", f"{place}[{index}]", "keep text parts only")
+                )
+            parts.append(part["text"])
+        value = "".join(parts)
+    if not isinstance(value, str):
+        code = "row.field_missing" if value is None else "row.field_type"
+        what = "no value" if value is None else f"a {type(value).__name__} where text is expected"
+        raise _RowError(Problem(code, what, place, "give it as text"))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start + 1}"
+        raise _RowError(Problem("row.unencodable", what, place, "write the whole character, or delete it")) from None
+    return value
+
+
+def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise _RowError(
+            Problem("row.tool_call", f"a {type(value).__name__} where a list is expected", place, "[{...}]")
+        )
+    calls = []
+    for index, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _RowError(
+                Problem(
+                    "row.tool_call",
+                    "no function with a name",
+                    f"{place}[{index}]",
+                    '{"function": {"name": ..., "arguments": ...}}',
+                )
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parse_arguments(arguments, f"{place}[{index}].function.arguments")
+        calls.append(
+            {
+                "id": str(call.get("id") or ""),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return tuple(calls)
+
+
+def _parse_arguments(text: str, place: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else {}
+    except ValueError as error:
+        raise _RowError(
+            Problem("row.tool_call", f"the arguments are no JSON: {error}", place, "an object as JSON")
+        ) from None
+
+
+def _calls_from_text(text: Any, place: str) -> list[Any]:
+    calls = _parse_arguments(text, place) if isinstance(text, str) else text
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _tools(value: Any, where: Where) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, str):
+        value = _parse_arguments(value, where.field("tools")) if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _RowError(Problem("row.field_type", "no list of tools", where.field("tools"), "a list of JSON schemas"))
+    return tuple(value)
+
+
+def _check_turns(messages: Sequence[Message], where: Where) -> list[Problem]:
+    if not any(message.role == "assistant" for message in messages):
+        return [Problem("row.no_answer", "no turn of the assistant", str(where), "add the answer, or delete the row")]
+    if not any(message.trained for message in messages):
+        return [
+            Problem("row.no_answer", "every answer has weight 0", str(where), "give one weight 1, or delete the row")
+        ]
+    known: set[str] = set()
+    for index, message in enumerate(messages):
+        known.update(call["id"] for call in message.tool_calls)
+        if message.role == "tool" and message.tool_call_id and message.tool_call_id not in known:
+            what = f"the result of a call {message.tool_call_id!r} that was never made"
+            return [Problem("row.tool_call", what, where.field(f"turn[{index}]"), "add the call before it")]
+    return []

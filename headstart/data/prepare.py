@@ -1,0 +1,149 @@
+"""Files -> the three parts of a run: rows to train on, rows to watch, and rows for the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headstart.config import DataSettings
+from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
+from headstart.data.formats import Conversation, Detection, Formatted, format_rows
+from headstart.data.read import Note, Row, SourceFile, find_files, read
+from headstart.data.render import Renderer
+from headstart.data.segments import Segmented, segment_rows
+from headstart.errors import DataError, Problem
+
+
+@dataclass
+class Formed:
+    """The rows of some files as conversations, before any tokenizer."""
+
+    files: list[SourceFile]
+    rows: int
+    formatted: Formatted
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def detection(self) -> Detection:
+        """Which format the rows have."""
+        return self.formatted.detection
+
+
+@dataclass
+class Parts:
+    """Conversations by what they are for. `proof` rows are used for nothing before the verdict."""
+
+    train: list[Conversation]
+    watch: list[Conversation]
+    proof: list[Conversation]
+    held_out: float | None
+    duplicates: int = 0
+    leaked: int = 0
+
+
+@dataclass
+class Prepared:
+    """The parts as examples, ready for the engine, and everything that was found on the way."""
+
+    formed: list[Formed]
+    parts: Parts
+    train: Segmented
+    watch: Segmented
+    proof: Segmented
+    problems: list[Problem]
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest segment of any part."""
+        examples = [*self.train.examples, *self.watch.examples, *self.proof.examples]
+        return max((len(segment) for example in examples for segment in example.segments), default=0)
+
+
+def form_rows(names: Sequence[str], settings: DataSettings) -> Formed:
+    """Read files and turn rows into conversations.
+
+    Raises DataError where nothing can be read at all; a bad row among others is a problem of the result.
+    """
+    files = find_files(names)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for item in read(files):
+        if isinstance(item, Row):
+            rows.append(item)
+        elif isinstance(item, Note):
+            notes.append(f"{item.where}: {item.text}")
+        else:
+            problems.append(item)
+    if not rows:
+        raise DataError(problems or [Problem("data.empty", "no rows", ", ".join(names), "give a file with rows")])
+    formatted = format_rows(
+        rows,
+        format=settings.format,
+        prompt=settings.prompt,
+        completion=settings.completion,
+        group_by=settings.group_by,
+    )
+    formatted.problems[:0] = problems
+    return Formed(files, len(rows) + len(problems), formatted, [*notes, *formatted.notes])
+
+
+def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings, *, watch: bool) -> Parts:
+    """Decide which rows are trained on, watched and kept for the proof.
+
+    Rows to score on that also stand in the training data are taken out of the training data. Raises DataError where
+    a side would be empty.
+    """
+    rows = train.formatted.examples
+    hashes = [content_hash(c) for c in rows]
+    held_out: float | None = None
+    leaked = 0
+    if evaluation is None:
+        held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(rows))
+        kept, held = split_rows(rows, held_out)
+    else:
+        held = evaluation.formatted.examples
+        seen = {content_hash(c) for c in held}
+        kept = [c for c, digest in zip(rows, hashes, strict=True) if digest not in seen]
+        leaked = len(rows) - len(kept)
+        if not kept or not held:
+            what = f"{len(kept)} rows to train on and {len(held)} to score on"
+            raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
+    count = split_watch(len(held)) if watch else 0
+    ordered = sorted(range(len(held)), key=lambda index: content_hash(held[index]))
+    watched = set(ordered[:count])
+    return Parts(
+        train=kept,
+        watch=[c for index, c in enumerate(held) if index in watched],
+        proof=[c for index, c in enumerate(held) if index not in watched],
+        held_out=held_out,
+        duplicates=len(hashes) - len(set(hashes)),
+        leaked=leaked,
+    )
+
+
+def prepare(settings: DataSettings, renderer: Renderer, max_length: int, *, watch: bool = True) -> Prepared:
+    """Read, detect, split, render and encode all data of a run.
+
+    Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
+    """
+    train = form_rows(settings.train, settings)
+    evaluation = form_rows(settings.eval, settings) if settings.eval else None
+    formed = [train] if evaluation is None else [train, evaluation]
+    problems = [problem for part in formed for problem in part.formatted.problems]
+    if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
+        raise DataError(problems)
+    parts = split_parts(train, evaluation, settings, watch=watch)
+    to_train, to_watch, to_prove = (
+        segment_rows(part, renderer, max_length=max_length, over_length=settings.over_length)
+        for part in (parts.train, parts.watch, parts.proof)
+    )
+    segmented = (to_train, to_watch, to_prove)
+    problems += [problem for part in segmented for problem in part.problems]
+    if not to_train.examples or not to_prove.examples:
+        dropped = sum(len(part.dropped) for part in segmented)
+        what = f"no rows are left: {dropped} are over {max_length:,} tokens, {len(problems)} can't be used"
+        raise DataError(
+            [Problem("data.empty", what, "", "raise data.max_length, or choose data.over_length=cut"), *problems]
+        )
+    return Prepared(formed, parts, to_train, to_watch, to_prove, problems)

@@ -1,0 +1,499 @@
+"""Files -> rows, each with where it stands.
+
+jsonl, json, csv, tsv and parquet, plain or gzip; one file, many, a folder, or a data set of the hub. A reader yields
+rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in silence.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from headstart.errors import DataError, Problem
+
+LINE_BYTES = 16 << 20
+SNIFF_BYTES = 1 << 16
+HUB_PREFIX = "hub:"
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SIGNATURES = {
+    b"PAR1": "parquet",
+    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
+    b"<!DOCTYPE": "a web page, most likely a login or error page",
+    b"<!doctype": "a web page, most likely a login or error page",
+    b"<html": "a web page, most likely a login or error page",
+}
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+class Where(NamedTuple):
+    """Where a row stands: the file as the user named it, and the line (of parquet: the row) from 1."""
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def field(self, name: str) -> str:
+        """Return `path:line:name`."""
+        return f"{self}:{name}"
+
+
+class Row(NamedTuple):
+    """One row as it stands in the file."""
+
+    where: Where
+    fields: dict[str, Any]
+
+
+class Note(NamedTuple):
+    """Something about a file that was handled and that the user should know."""
+
+    where: str
+    text: str
+
+
+Item = Row | Problem | Note
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read: `path` on this disk, `name` as users see it, `revision` if it came from the hub."""
+
+    path: Path
+    name: str
+    revision: str = ""
+
+
+def find_files(names: Sequence[str]) -> list[SourceFile]:
+    """Turn what the user named into files. Raises DataError with everything that can't be read."""
+    found: list[SourceFile] = []
+    problems: list[Problem] = []
+    for name in names:
+        if name.startswith(HUB_PREFIX):
+            from headstart.data.hub import fetch_dataset
+
+            found += fetch_dataset(name)
+            continue
+        files = _expand(Path(name))
+        if isinstance(files, Problem):
+            problems.append(files)
+        else:
+            found += [SourceFile(path, str(path)) for path in files]
+    if problems:
+        raise DataError(problems)
+    return found
+
+
+def read(files: Sequence[SourceFile]) -> Iterator[Item]:
+    """Yield the rows of `files` in order, with problems and notes where they occur."""
+    for file in files:
+        try:
+            yield from _read_file(file)
+        except (EOFError, gzip.BadGzipFile) as error:
+            yield Problem("data.truncated", f"the archive is damaged: {error}", file.name, "fetch it again")
+        except OSError as error:
+            yield Problem(
+                "data.not_a_file", f"can't be read: {error.strerror or error}", file.name, "mend its permissions"
+            )
+
+
+def _expand(path: Path) -> list[Path] | Problem:
+    if not path.exists():
+        return Problem("data.missing", "no such file", str(path), f"give a path that exists; this is {Path.cwd()}")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return Problem("data.not_a_file", "neither a file nor a folder", str(path), "give a regular file")
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
+    )
+    if files:
+        return files
+    return Problem(
+        "data.empty", "the folder holds no data file", str(path), f"known endings: {' '.join(KINDS)} (each also .gz)"
+    )
+
+
+def kind_of(path: Path) -> str | None:
+    """Return which reader a file's name asks for, or None."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _read_file(file: SourceFile) -> Iterator[Item]:
+    kind = kind_of(file.path)
+    if kind is None:
+        yield Problem(
+            "data.unknown_type", "the name has no known ending", file.name, f"known: {' '.join(KINDS)} (each also .gz)"
+        )
+        return
+    with _open(file.path) as stream:
+        head = stream.read(SNIFF_BYTES)
+    if not head.strip():
+        yield Problem("data.empty", "the file is empty", file.name, "give a file with rows")
+        return
+    seen = next((what for mark, what in SIGNATURES.items() if head.startswith(mark)), None)
+    if (kind == "parquet") != (seen == "parquet") or (seen and seen != "parquet"):
+        what = seen or "not parquet"
+        yield Problem(
+            "data.wrong_type", f"named {file.path.suffix} but is {what}", file.name, "give it its true ending"
+        )
+        return
+    yield from READERS[kind](file, head)
+
+
+def _open(path: Path) -> IO[bytes]:
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
+
+
+# --- text ---
+
+
+class _Line(NamedTuple):
+    number: int
+    text: str
+    ended: bool
+
+
+def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
+    """Yield the lines of a text file, split at line feeds only, decoded strictly."""
+    encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
+    if encoding in ("utf-16", "utf-32"):
+        yield Note(file.name, f"decoded from {encoding.upper()}")
+        with _open(file.path) as raw, io.TextIOWrapper(raw, encoding, newline="\n") as stream:
+            try:
+                for number, text in enumerate(stream, 1):
+                    yield _Line(number, text.removesuffix("\n"), text.endswith("\n"))
+            except UnicodeError as error:
+                yield Problem("data.encoding", f"not {encoding.upper()}: {error}", file.name, "convert it to UTF-8")
+        return
+    newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"
+    with _open(file.path) as raw:
+        number = 0
+        while block := _readline(raw, newline):
+            number += 1
+            if len(block) > LINE_BYTES:
+                where = f"{file.name}:{number}"
+                yield Problem("data.too_large", "the line is longer than 16 MiB", where, "one row a line, smaller rows")
+                return
+            try:
+                text = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                what = f"byte {error.start + 1} of the line (0x{block[error.start]:02x}) is not UTF-8"
+                cure = "convert the file: iconv -f CP1252 -t UTF-8 (if CP1252 is what it is)"
+                yield Problem("data.encoding", what, f"{file.name}:{number}", cure)
+                continue
+            ended = text.endswith(newline.decode())
+            yield _Line(number, text.removesuffix(newline.decode()), ended)
+
+
+def _readline(stream: IO[bytes], newline: bytes) -> bytes:
+    if newline == b"\n":
+        return stream.readline(LINE_BYTES + 1)
+    # Old Mac files end lines with a carriage return alone; rare and small, so byte by byte will do.
+    line = bytearray()
+    while (byte := stream.read(1)) and len(line) <= LINE_BYTES:
+        line += byte
+        if byte == newline:
+            break
+    return bytes(line)
+
+
+# --- json ---
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKeyError(twice)
+    return fields
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _decode(text: str, where: str, *, last: bool = False) -> Any | Problem:
+    """Decode one JSON value, or say what is wrong with it and how to mend it."""
+    try:
+        return _DECODER.decode(text)
+    except _DuplicateKeyError as error:
+        return Problem(
+            "row.duplicate_key", f"the name {error.args[0]!r} stands twice in one object", where, "keep one of them"
+        )
+    except json.JSONDecodeError as error:
+        if last and error.pos >= len(text.rstrip()) - 1:
+            return Problem(
+                "data.truncated",
+                "the last line ends in the middle of a row",
+                where,
+                "fetch the file again, or delete the line",
+            )
+        return Problem("row.not_json", f"no JSON: {error.msg} at column {error.colno}", where, _json_cure(text, error))
+    except RecursionError:
+        return Problem("row.not_json", "nested too deep", where, "flatten the row")
+    except ValueError as error:
+        return Problem("row.not_json", f"no JSON: {error}", where, "use null, or a number that JSON has")
+
+
+def _json_cure(text: str, error: json.JSONDecodeError) -> str:
+    if error.msg == "Extra data":
+        return "one object a line: break the line between the objects"
+    if text.lstrip()[:2] in ("{'", "['") or "property name enclosed in double quotes" in error.msg:
+        return "JSON needs double quotes and no comma before a closing bracket; write rows with json.dumps"
+    if text.strip() in ("{", "["):
+        return "one object a line; or, for one pretty-printed list, let the file begin with ["
+    return "write rows with a JSON library, one object a line"
+
+
+def _read_json(file: SourceFile, head: bytes) -> Iterator[Item]:
+    lines = _lines(file, head)
+    first: list[_Line] = []
+    for item in lines:
+        if isinstance(item, _Line):
+            first.append(item)
+            # The first lines decide whether this is one object a line or one document.
+            if len([line for line in first if line.text.strip()]) >= 5:
+                break
+        else:
+            yield item
+    if _is_document(first):
+        yield from _read_document(file, first, lines)
+        return
+    yield from _read_objects(file, first, lines)
+
+
+def _is_document(first: Sequence[_Line]) -> bool:
+    filled = [line.text for line in first if line.text.strip()]
+    if not filled:
+        return False
+    if filled[0].lstrip().startswith("["):
+        return True
+    whole = [isinstance(_decode(text, ""), dict) for text in filled]
+    # One line that is one object is both; read as a document, a list inside of it is found.
+    return whole == [True] or (not any(whole) and filled[0].strip() == "{")
+
+
+def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | Problem | Note]) -> Iterator[Item]:
+    found = 0
+    for item in itertools.chain(first, rest):
+        if not isinstance(item, _Line):
+            yield item
+            continue
+        if not item.text.strip():
+            continue
+        found += 1
+        where = Where(file.name, item.number)
+        value = _decode(item.text, str(where), last=not item.ended)
+        yield value if isinstance(value, Problem) else _row(where, value)
+    if not found:
+        yield Problem("data.empty", "the file holds blank lines only", file.name, "give a file with rows")
+
+
+def _read_document(file: SourceFile, first: list[_Line], rest: Iterator[_Line | Problem | Note]) -> Iterator[Item]:
+    parts = [line.text for line in first]
+    for item in rest:
+        if isinstance(item, _Line):
+            parts.append(item.text)
+        else:
+            yield item
+    text = "\n".join(parts)
+    if file.path.name.removesuffix(".gz").endswith("l") and len(parts) > 1:
+        yield Note(file.name, "is one JSON document, not one object a line; read as such")
+    if text.lstrip().startswith("["):
+        yield from _read_array(file, text)
+        return
+    value = _decode(text, file.name)
+    if isinstance(value, Problem):
+        yield value
+        return
+    lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
+    if len(value) == 1 and lists and not {"messages", "conversations"} & set(value):
+        for number, row in enumerate(lists[0], 1):
+            yield Row(Where(file.name, number), row)
+    else:
+        yield _row(Where(file.name, 1), value)
+
+
+def _read_array(file: SourceFile, text: str) -> Iterator[Item]:
+    """Read a JSON array element by element, so that each keeps its line and a bad one is named."""
+    space = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    position, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        position = space(text, position).end()
+        if position >= len(text):
+            yield Problem("data.truncated", "the list is never closed", file.name, "fetch the file again")
+            return
+        if text[position] == "]":
+            return
+        line += text.count("\n", counted, position)
+        counted = position
+        where = Where(file.name, line)
+        try:
+            value, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            # Decoding the rest alone gives the same fault with its message and cure.
+            end = text.find("\n", position)
+            fault = _decode(text[position : end if end > 0 else None], str(where))
+            yield fault if isinstance(fault, Problem) else _decode_fault(where)
+            return
+        yield _row(where, value)
+        position = space(text, position).end()
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] not in ("]", ""):
+            yield Problem("row.not_json", "a comma or ] should follow this element", str(where), "mend the list")
+            return
+
+
+def _decode_fault(where: Where) -> Problem:
+    return Problem(
+        "row.not_json",
+        "no JSON in this element or the next lines of it",
+        str(where),
+        "write the list with a JSON library",
+    )
+
+
+def _row(where: Where, value: Any) -> Row | Problem:
+    if isinstance(value, dict):
+        return Row(where, value)
+    what = f"the row is a {type(value).__name__}, not an object"
+    return Problem("row.not_object", what, str(where), 'write it as {"name": value}')
+
+
+# --- csv ---
+
+
+def _read_csv(file: SourceFile, head: bytes) -> Iterator[Item]:
+    aside: list[Problem | Note] = []
+
+    def texts() -> Iterator[str]:
+        for item in _lines(file, head):
+            if not isinstance(item, _Line):
+                aside.append(item)
+            elif "\0" in item.text:
+                aside.append(Problem("row.csv", "the line holds a NUL byte", f"{file.name}:{item.number}", "delete it"))
+            else:
+                yield item.text + "\n"
+
+    csv.field_size_limit(LINE_BYTES)
+    delimiter = _delimiter(file, head)
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start, found = 1, 0
+    while True:
+        try:
+            record = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            cure = "close the quote that this row opens; double the quotes inside a quoted field"
+            aside.append(Problem("row.csv", f"no CSV: {error}", f"{file.name}:{start}", cure))
+            break
+        where, start = Where(file.name, start), reader.line_num + 1
+        if not record:
+            continue
+        if header is None:
+            header = record
+            fault = _bad_header(file, header)
+            if fault:
+                yield fault
+                return
+            if delimiter not in ",\t":
+                yield Note(file.name, f"columns are divided by {delimiter!r}")
+        elif len(record) != len(header):
+            what = f"{len(record)} columns where the header has {len(header)}"
+            yield Problem("row.csv", what, str(where), "quote fields that hold the delimiter or a line break")
+        else:
+            found += 1
+            yield Row(where, dict(zip(header, record, strict=True)))
+    yield from aside
+    if not found and not aside:
+        yield Problem("data.empty", "the file holds a header only", file.name, "give a file with rows")
+
+
+def _delimiter(file: SourceFile, head: bytes) -> str:
+    if file.path.name.lower().removesuffix(".gz").endswith(".tsv"):
+        return "\t"
+    encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
+    line = head.decode(encoding, errors="replace").split("\n", 1)[0]
+    return max(",;\t|", key=lambda mark: (line.count(mark), mark == ","))
+
+
+def _bad_header(file: SourceFile, header: list[str]) -> Problem | None:
+    where = f"{file.name}:1"
+    if any(not name.strip() for name in header):
+        return Problem(
+            "row.csv",
+            f"column {header.index(next(n for n in header if not n.strip())) + 1} has no name",
+            where,
+            "name every column in the first line",
+        )
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        return Problem("row.csv", f"the column {twice[0]!r} stands twice", where, "give each column its own name")
+    return None
+
+
+# --- parquet ---
+
+
+def _read_parquet(file: SourceFile, _: bytes) -> Iterator[Item]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with _open(file.path) as stream:
+            table = pq.ParquetFile(pa.BufferReader(stream.read()) if file.path.suffix == ".gz" else file.path)
+            number = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(Where(file.name, number), fields)
+    except pa.ArrowException as error:
+        yield Problem("data.wrong_type", f"damaged parquet: {error}", file.name, "fetch the file again")
+        return
+    if not number:
+        yield Problem("data.empty", "the file holds no rows", file.name, "give a file with rows")
+
+
+READERS: dict[str, Callable[[SourceFile, bytes], Iterator[Item]]] = {
+    "json": _read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}

@@ -1,0 +1,447 @@
+"""Conversations -> token ids: the one renderer, used by training, evaluation and chat alike.
+
+A chat template is text with holes. Each content is put into its hole as a mark that no template and no text holds; what
+the template writes around the marks is known to be the template's, and what replaces a mark is known to be content.
+So control tokens are taken from the template alone, by id, and content is encoded as text, whatever it spells. An answer
+begins where the template's own generation prompt ends, and ends with its stop token: nothing is ever searched for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.data.formats import ROLES, Conversation, Message
+from headstart.errors import ModelError, Problem
+
+# Private-use characters; the quote between them shows whether the template wrote the content as JSON (\") or as it is.
+MARK = re.compile('\ue000(\\d+)(\\\\*)"\ue001')
+CONTROL_LIKE = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of one kind: a control token by id, or text to be encoded as text."""
+
+    text: str
+    control_id: int | None = None
+    trained: bool = False
+    after_control: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rendered sequence: `ids` int32 [n] and which of them are `trained` (predicted with weight 1), bool [n]."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
+class Renderer:
+    """The model's tokenizer and chat template, as a function from conversations to tokens.
+
+    `tokenizer` is a transformers tokenizer with a fast backend, `stop_ids` the tokens that end an answer,
+    `template` is `model` (its own chat template) or `plain` (the answer follows the prompt directly). `today` is the
+    date for templates that write one, fixed so that a run is the same on any day.
+
+    Raises ModelError where the tokenizer or the template can't be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        template: str = "model",
+        today: datetime.date | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        self._today = today or datetime.date.today()
+        self._plain = template == "plain"
+        if not self._plain and not tokenizer.chat_template:
+            cure = "tune its chat model, or say that the answer follows the prompt directly: -s data.template=plain"
+            raise ModelError(Problem("model.template", "the model has no chat template", "", cure))
+        added = tokenizer.added_tokens_decoder.items()
+        self._control = {t.content: (id_, t) for id_, t in added if _is_control(t, str(tokenizer.chat_template))}
+        self._control_ids = {id_ for id_, _ in self._control.values()}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._newline = self._raw(["\n"])[0]
+        self._anchored = self._find_anchored()
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
+        self._stop_id = self._find_stop()
+        self._stop_text = next((text for text, (id_, _) in self._control.items() if id_ == self._stop_id), "")
+
+    # --- the three uses ---
+
+    def training(self, conversation: Conversation) -> list[list[Run]] | Problem:
+        """Return the sequences of a conversation: one, or one an answer where the template rewrites earlier turns."""
+        try:
+            if self._plain:
+                return self._plain_training(conversation)
+            return self._chat_training(conversation)
+        except _TemplateError as error:
+            cure = "mend the turns, or delete the row"
+            return Problem("row.template", f"the chat template refuses the row: {error}", str(conversation.where), cure)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Return the ids after which the model answers. Raises ModelError where the template refuses the messages."""
+        try:
+            runs = self._plain_prompt(messages) if self._plain else self._chat_prompt(messages, tools)
+        except _TemplateError as error:
+            raise ModelError(Problem("model.template", f"the chat template refuses: {error}")) from None
+        return [int(id_) for id_ in self.encode([runs])[0].ids]
+
+    def encode(self, sequences: Iterable[Sequence[Run]]) -> list[Tokens]:
+        """Encode sequences of runs, all at once."""
+        sequences = list(sequences)
+        texts = [(run.text, run.after_control) for runs in sequences for run in runs if run.control_id is None]
+        encoded = iter(self._encode_texts(texts))
+        rendered = []
+        for runs in sequences:
+            ids: list[int] = []
+            trained: list[bool] = []
+            for run in runs:
+                new = next(encoded) if run.control_id is None else [run.control_id]
+                ids += new
+                trained += [run.trained] * len(new)
+            rendered.append(Tokens(np.array(ids, np.int32), np.array(trained, np.bool_)))
+        return rendered
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without control tokens."""
+        kept = [int(id_) for id_ in ids if id_ not in self._control_ids]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def decode_raw(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, control tokens spelled out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def spells_control(self, text: str) -> bool:
+        """Tell whether a text spells a control token (it is encoded as text all the same)."""
+        return bool(self._control_text.search(text))
+
+    # --- a chat template ---
+
+    def _chat_training(self, conversation: Conversation) -> list[list[Run]]:
+        messages, tools = conversation.messages, conversation.tools
+        marked = _Marked(messages, tools, self._control_text)
+        whole = self._render(marked.messages, marked.tools)
+        self._match_plain(marked, whole, messages, tools)
+        spans = []
+        for index, message in enumerate(messages):
+            if message.trained:
+                prompt = self._render(marked.messages[:index], marked.tools, generation=True)
+                alone = (
+                    whole if index + 1 == len(messages) else self._render(marked.messages[: index + 1], marked.tools)
+                )
+                if not alone.startswith(prompt):
+                    raise _TemplateError("its generation prompt does not begin its own answer")
+                spans.append((alone, len(prompt), self._end(alone, max(len(prompt), marked.end_of(index, alone)))))
+        if all(whole.startswith(alone[:end]) and self._stops(alone[:end]) for alone, _, end in spans):
+            last = spans[-1][2]
+            return [self._runs(marked, whole[:last], [(start, end) for _, start, end in spans])]
+        return [self._runs(marked, alone[:end], [(start, end)]) for alone, start, end in spans]
+
+    def _chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Run]:
+        marked = _Marked(messages, tools, self._control_text)
+        text = self._render(marked.messages, marked.tools, generation=True)
+        return self._runs(marked, text, [])
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, generation: bool = False
+    ) -> str:
+        import jinja2
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    strftime_now=self._today.strftime,
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+            raise _TemplateError(str(error) or type(error).__name__) from None
+
+    def _match_plain(
+        self, marked: _Marked, whole: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Make the marks stand for what the template makes of the contents; refuse a template that rewrites them."""
+        plain = self._render([_as_mapping(message) for message in messages], tools)
+        for strip in (_as_is, str.strip, str.lstrip, str.rstrip):
+            for roles in (ROLES, ("assistant",), ("system", "developer", "user", "tool")):
+                if marked.fill(whole, strip, roles) == plain:
+                    marked.settle(strip, roles)
+                    return
+        raise _TemplateError("it rewrites the text of a turn, so that the trained tokens can't be known")
+
+    def _end(self, text: str, begin: int) -> int:
+        """Return where the answer ends in `text`: behind the stop token that the template writes after `begin`."""
+        found = text.find(self._stop_text, begin) if self._stop_text else -1
+        return found + len(self._stop_text) if found >= 0 else len(text)
+
+    def _stops(self, text: str) -> bool:
+        return bool(self._stop_text) and text.endswith(self._stop_text)
+
+    def _runs(self, marked: _Marked, text: str, spans: Sequence[tuple[int, int]]) -> list[Run]:
+        """Cut a marked text into runs: at control tokens, and where an answer begins or ends."""
+        cuts = sorted({0, len(text), *(edge for span in spans for edge in span if edge <= len(text))})
+        runs: list[Run] = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            trained = any(a <= start and end <= b for a, b in spans)
+            runs += self._cut(
+                marked, text[start:end], trained, after_control=not runs or runs[-1].control_id is not None
+            )
+            if trained and (not runs or runs[-1].control_id not in self.stop_ids):
+                runs.append(Run("", self._stop_id, trained=True))
+        return runs
+
+    def _cut(self, marked: _Marked, text: str, trained: bool, *, after_control: bool) -> list[Run]:
+        runs: list[Run] = []
+        pending = ""
+        strip_next = False
+        for piece, is_content in _pieces(text):
+            parts = [piece] if is_content else _split_keep(self._control_text, piece)
+            for part in parts:
+                if not is_content and part in self._control:
+                    id_, token = self._control[part]
+                    pending = pending.rstrip() if token.lstrip else pending
+                    runs += [Run(pending, None, trained, after_control)] if pending else []
+                    runs.append(Run("", id_, trained))
+                    pending, strip_next, after_control = "", token.rstrip, True
+                    continue
+                real = marked.text(part) if is_content else part
+                pending += real.lstrip() if strip_next else real
+                strip_next = strip_next and not pending
+        return [*runs, Run(pending, None, trained, after_control)] if pending else runs
+
+    def _find_stop(self) -> int:
+        """Return the token that ends an answer: the one that the template writes there, else the model's own."""
+        if not self._plain:
+            marked = _Marked([Message("user", "q"), Message("assistant", "a")], (), self._control_text)
+            try:
+                text = self._render(marked.messages, ())
+            except _TemplateError as error:
+                cure = "use another model, or mend its chat_template.jinja"
+                raise ModelError(Problem("model.template", f"the chat template fails: {error}", "", cure)) from None
+            tail = text[max(m.end() for m in MARK.finditer(text)) :]
+            written = [self._control[t][0] for t in self._control_text.findall(tail)]
+            known = [id_ for id_ in written if id_ in self.stop_ids]
+            if written:
+                stop = int(known[0] if known else written[0])
+                self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, stop)))
+                return stop
+        if not self.stop_ids:
+            raise ModelError(
+                Problem(
+                    "model.template", "the model has no token that ends an answer", "", "set eos_token in its tokenizer"
+                )
+            )
+        return self.stop_ids[0]
+
+    # --- no template ---
+
+    def _plain_training(self, conversation: Conversation) -> list[list[Run]]:
+        *asked, answer = conversation.messages
+        answer_runs = [Run(answer.content, None, True, after_control=False), Run("", self._stop_id, trained=True)]
+        return [[*self._plain_prompt(asked), *answer_runs]]
+
+    def _plain_prompt(self, messages: Sequence[Message]) -> list[Run]:
+        if [message.role for message in messages] != ["user"]:
+            raise _TemplateError("without a template (data.template=plain) a row is one prompt and one answer")
+        lead = self.tokenizer("")["input_ids"]
+        begin = [Run("", int(id_)) for id_ in lead if id_ == self.tokenizer.bos_token_id]
+        return [*begin, Run(messages[0].content)]
+
+    # --- text -> ids ---
+
+    def _encode_texts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        prepared = [("\n" + text) if self._anchored[after] else text for text, after in texts]
+        encoded = self._raw(prepared)
+        result = []
+        for (text, after), ids in zip(texts, encoded, strict=True):
+            found = ids
+            if self._anchored[after]:
+                known = ids[: len(self._newline)] == self._newline
+                found = ids[len(self._newline) :] if known else self._raw([text])[0]
+            safe = self._control_ids.isdisjoint(found)
+            result.append(found if safe else self._encode_spelled_out(text, after))
+        return result
+
+    def _encode_spelled_out(self, text: str, after: bool) -> list[int]:
+        """Encode text that spells a control token: cut behind its first character, so that it can't be matched."""
+        parts: list[str] = [""]
+        for part in _split_keep(self._control_text, text):
+            if part in self._control:
+                parts[-1] += part[0]
+                parts.append(part[1:])
+            else:
+                parts[-1] += part
+        if len(parts) == 1:  # A normalizer made it: then only single characters are safe.
+            parts = list(text)
+        ids: list[int] = []
+        for part in filter(None, parts):
+            ids += self._encode_texts([(part, after if not ids else False)])[0]
+        return ids
+
+    def _raw(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _find_anchored(self) -> dict[bool, bool]:
+        """Tell after what a text must be encoded behind a newline (which is then taken off again).
+
+        SentencePiece tokenizers put a space before the first word of what they are given. In the middle of a text
+        there must be none; behind a control token it depends on the tokenizer.
+        """
+        alone, behind = self._raw(["x", "\nx"])
+        middle = behind[: len(self._newline)] != self._newline or behind[len(self._newline) :] != alone
+        after_control = False
+        if middle and self._control:
+            mark, (id_, _) = next(iter(self._control.items()))
+            real = self._raw([mark + "x"])[0]
+            after_control = real != [id_, *alone]
+        return {False: middle, True: after_control}
+
+
+class _TemplateError(Exception):
+    pass
+
+
+class _Marked:
+    """Messages and tools whose texts are replaced by marks, and what each mark stands for.
+
+    The content of a turn is always marked; other texts (of tools, names, arguments) where they spell a control token,
+    and every text inside of a call's arguments, so that it is known to be content.
+    """
+
+    def __init__(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], control: re.Pattern[str]
+    ) -> None:
+        self._control = control
+        self._texts: list[str] = []
+        self._roles: list[str] = []
+        self._last: list[int] = []
+        self.tools = [self._leaves(tool, always=False) for tool in tools]
+        self.messages = [self._message(message) for message in messages]
+
+    def end_of(self, index: int, text: str) -> int:
+        """Return where the last mark of a message ends in `text`; 0 where it isn't there."""
+        last = self._last[index]
+        return next((m.end() for m in MARK.finditer(text) if int(m[1]) == last), 0)
+
+    def fill(self, text: str, strip: Callable[[str], str], roles: Sequence[str]) -> str:
+        """Return `text` with contents for marks, those of `roles` stripped."""
+        return MARK.sub(lambda m: _escape(self._stripped(int(m[1]), strip, roles), m[2]), text)
+
+    def settle(self, strip: Callable[[str], str], roles: Sequence[str]) -> None:
+        """Keep the contents as the template strips them."""
+        self._texts = [self._stripped(index, strip, roles) for index in range(len(self._texts))]
+
+    def text(self, mark: str) -> str:
+        """Return what a mark stands for, as JSON where the template wrote it as JSON."""
+        match = MARK.fullmatch(mark)
+        return _escape(self._texts[int(match[1])], match[2]) if match else mark
+
+    def _stripped(self, index: int, strip: Callable[[str], str], roles: Sequence[str]) -> str:
+        text = self._texts[index]
+        return strip(text) if self._roles[index] in roles else text
+
+    def _new(self, text: str, role: str) -> str:
+        self._texts.append(text)
+        self._roles.append(role)
+        return f'\ue000{len(self._texts) - 1}"\ue001'
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        marked = {key: self._leaves(value, always=False) for key, value in _as_mapping(message).items()}
+        marked["content"] = self._new(message.content, message.role) if message.content else ""
+        if message.tool_calls:
+            marked["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        self._last.append(len(self._texts) - 1)
+        return marked
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        name = self._leaves(function["name"], always=False)
+        arguments = self._leaves(function["arguments"], always=True)
+        return {**call, "function": {"name": name, "arguments": arguments}}
+
+    def _leaves(self, value: Any, *, always: bool) -> Any:
+        if isinstance(value, str):
+            return self._new(value, "") if value and (always or self._control.search(value)) else value
+        if isinstance(value, Mapping):
+            return {self._leaves(k, always=False): self._leaves(v, always=always) for k, v in value.items()}
+        if isinstance(value, Sequence):
+            return [self._leaves(inner, always=always) for inner in value]
+        return value
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    mapping: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        mapping["tool_calls"] = [dict(call) for call in message.tool_calls]
+    if message.tool_call_id:
+        mapping["tool_call_id"] = message.tool_call_id
+    if message.name:
+        mapping["name"] = message.name
+    return mapping
+
+
+def _as_is(text: str) -> str:
+    return text
+
+
+def _escape(text: str, backslashes: str) -> str:
+    """Write `text` as JSON as often as the backslashes before a mark's quote tell: 1 -> once, 3 -> twice."""
+    for _ in range((len(backslashes) + 1).bit_length() - 1):
+        text = json.dumps(text, ensure_ascii=False)[1:-1]
+    return text
+
+
+def _pieces(text: str) -> Iterable[tuple[str, bool]]:
+    """Yield (piece, is it a mark) of a marked text."""
+    position = 0
+    for match in MARK.finditer(text):
+        yield text[position : match.start()], False
+        yield match[0], True
+        position = match.end()
+    yield text[position:], False
+
+
+def _split_keep(pattern: re.Pattern[str], text: str) -> list[str]:
+    """Split `text` at the matches of `pattern` and keep them; without empty parts."""
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        parts += [text[position : match.start()], match[0]]
+        position = match.end()
+    return [part for part in [*parts, text[position:]] if part]
+
+
+def _is_control(token: Any, template: str) -> bool:
+    """Tell whether an added token marks structure: flagged special, or written by the template, or spelled like one."""
+    text = token.content
+    if token.special:
+        return True
+    return bool(CONTROL_LIKE.fullmatch(text)) and (text in template or text.startswith("<|"))
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return a copy of the tokenizer's fast backend that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    if not getattr(tokenizer, "is_fast", False):
+        cure = "use a model with a tokenizer.json"
+        raise ModelError(Problem("model.tokenizer", f"{type(tokenizer).__name__} has no fast form", "", cure))
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

@@ -1,0 +1,87 @@
+"""What tests share: real data where it is at hand, and a tiny chat model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.data.formats import Conversation, Message
+from headstart.data.read import Where
+from headstart.data.segments import Example, Segment
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def mts_dialog() -> Path:
+    """Return the folder of real doctor-patient dialogues; skip where it isn't at hand."""
+    folder = SHARED / "mts_dialog"
+    if not folder.is_dir():
+        pytest.skip(f"needs real data at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny Llama, its tokenizer and a ChatML template."""
+    import transformers
+
+    from tests.tokens import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = make_tokenizer("chatml")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """Return a file of forty small questions with answers that follow a rule."""
+    words = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n} {words[n % 8]}?"},
+                {"role": "assistant", "content": f"The {words[n % 8]}."},
+            ]
+        }
+        for n in range(40)
+    ]
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def example(ids: list[int], weights: list[float] | None = None, line: int = 1) -> Example:
+    """Return an example of one segment; by default every token but the first is a target."""
+    import numpy as np
+
+    weights = weights if weights is not None else [0.0] + [1.0] * (len(ids) - 1)
+    return Example(Where("rows", line), (Segment(np.array(ids, np.int32), np.array(weights, np.float32)),))
+
+
+def conversation(*turns: str, line: int = 1, system: str | None = None, group: str | None = None) -> Conversation:
+    """Return a conversation of alternating user and assistant turns, every answer trained."""
+    messages = [Message("system", system)] if system else []
+    messages += [
+        Message("user", text) if n % 2 == 0 else Message("assistant", text, True) for n, text in enumerate(turns)
+    ]
+    return Conversation(Where("rows", line), tuple(messages), group=group)

@@ -1,0 +1,74 @@
+"""Order and split: exact batches, every row once an epoch, a cursor, a split that doesn't move."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from headstart.data.feed import Feed, choose_held_out, content_hash, split_rows, split_watch
+from headstart.errors import DataError
+from tests.conftest import conversation
+
+
+def drain(feed: Feed) -> list[list[int]]:
+    steps = []
+    while rows := feed.next_rows():
+        steps.append(rows)
+    return steps
+
+
+@pytest.mark.parametrize(("rows", "batch", "total"), [(10, 3, 20), (10, 4, 25), (7, 7, 14), (5, 2, 3)])
+def test_every_step_but_the_last_is_full_and_epochs_are_whole(rows: int, batch: int, total: int) -> None:
+    feed = Feed(rows, batch, total, seed=1)
+    steps = drain(feed)
+    assert len(steps) == feed.steps
+    assert all(len(step) == batch for step in steps[:-1])
+    order = [row for step in steps for row in step]
+    assert len(order) == total
+    for start in range(0, total - rows + 1, rows):
+        assert sorted(order[start : start + rows]) == list(range(rows))
+    assert max(Counter(order).values()) - min(Counter(order).values()) <= 1
+
+
+def test_the_order_is_that_of_the_seed_and_goes_on_from_the_cursor() -> None:
+    whole = drain(Feed(10, 3, 30, seed=1))
+    assert drain(Feed(10, 3, 30, seed=1)) == whole
+    assert drain(Feed(10, 3, 30, seed=2)) != whole
+    assert drain(Feed(10, 3, 30, seed=1, seen=12)) == whole[4:]
+
+
+def test_a_row_keeps_its_side_when_rows_are_added() -> None:
+    few = [conversation(f"q{n}", f"a{n}") for n in range(300)]
+    many = few + [conversation(f"q{n}", f"a{n}") for n in range(300, 900)]
+    held_few = {content_hash(c) for c in split_rows(few, 0.1)[1]}
+    held_many = {content_hash(c) for c in split_rows(many, 0.1)[1]}
+    assert held_few == held_many & {content_hash(c) for c in few}
+    assert 60 < len(held_many) < 120
+
+
+def test_equal_rows_and_groups_are_never_on_both_sides() -> None:
+    rows = [conversation(f"q{n % 30}", "a", line=n) for n in range(90)]
+    train, held = split_rows(rows, 0.3)
+    assert not {content_hash(c) for c in train} & {content_hash(c) for c in held}
+    grouped = [conversation(f"q{n}", "a", line=n, group=f"g{n % 12}") for n in range(90)]
+    train, held = split_rows(grouped, 0.3)
+    assert not {c.group for c in train} & {c.group for c in held}
+
+
+@pytest.mark.parametrize(("count", "held_out", "expected"), [(20, 0.01, 5), (20, 3, 3), (6, 0.1, 5)])
+def test_small_data_still_has_rows_on_both_sides(count: int, held_out: float, expected: int) -> None:
+    train, held = split_rows([conversation(f"q{n}", "a") for n in range(count)], held_out)
+    assert len(held) == expected
+    assert len(train) == count - expected
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_too_few_rows_are_refused(count: int) -> None:
+    with pytest.raises(DataError, match="would be held out"):
+        split_rows([conversation(f"q{n}", "a") for n in range(count)], 0.2)
+
+
+def test_rows_that_are_watched_leave_more_for_the_proof() -> None:
+    assert [split_watch(n) for n in (5, 15, 16, 100, 10_000)] == [0, 0, 8, 25, 64]
+    assert [choose_held_out(n) for n in (100, 1_000, 5_000, 50_000)] == [0.2, 0.1, 0.05, 0.02]

@@ -1,0 +1,179 @@
+"""Readers: every format, plain and packed; every row keeps its place; what can't be read is named and nothing is lost."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headstart.data.read import Note, Row, find_files, read
+from headstart.errors import DataError, Problem
+
+ROWS = [{"q": "one", "a": "eins"}, {"q": "two\nlines", "a": "zwei, „drei“"}, {"q": "\u2028 stays", "a": ""}]
+
+
+def read_all(path: Path) -> tuple[list[Row], list[Problem], list[Note]]:
+    items = list(read(find_files([str(path)])))
+    return (
+        [item for item in items if isinstance(item, Row)],
+        [item for item in items if isinstance(item, Problem)],
+        [item for item in items if isinstance(item, Note)],
+    )
+
+
+def write(folder: Path, name: str, rows: Sequence[dict[str, str]]) -> Path:
+    path = folder / name
+    if ".jsonl" in name:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    elif ".json" in name:
+        data = json.dumps(rows, indent=1, ensure_ascii=False).encode()
+    elif ".parquet" in name:
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        data = path.read_bytes()
+    else:
+        delimiter = "\t" if ".tsv" in name else ","
+        quoted = [[f'"{v.replace(chr(34), chr(34) * 2)}"' for v in row.values()] for row in rows]
+        data = "\n".join(delimiter.join(line) for line in [["q", "a"], *quoted]).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str, packed: str) -> None:
+    rows, problems, _ = read_all(write(tmp_path, f"data{kind}{packed}", ROWS))
+    assert not problems
+    assert [row.fields for row in rows] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n  \n{"a": 2}\n', [1, 4]),
+        ("a.json", '[\n {"a": 1},\n\n {"a":\n 2}\n]', [2, 4]),
+        ("a.csv", 'a\n1\n"two\nlines"\n3\n', [2, 3, 5]),
+        ("a.json", '{"data": [{"a": 1}, {"a": 2}]}', [1, 2]),
+        ("a.json", '{"a": 1}', [1]),
+        ("a.jsonl", '\ufeff{"a": 1}\r\n{"a": 2}\r\n', [1, 2]),
+        ("a.jsonl", '{"a": 1}\r{"a": 2}\r', [1, 2]),
+        ("a.jsonl", '[{"a": 1}, {"a": 2}]', [1, 1]),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', [1, 2]),
+        ("a.csv", "\ufeffa\n1\n", [2]),
+    ],
+)
+def test_rows_know_their_lines(tmp_path: Path, name: str, content: str, lines: list[int]) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    rows, problems, _ = read_all(path)
+    assert not problems
+    assert [row.where.line for row in rows] == lines
+    assert all(list(row.fields) == ["a"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "line", "said"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": nope}\n{"a": 3}\n', "row.not_json", 2, "column 7"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2', "data.truncated", 2, "middle of a row"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "row.duplicate_key", 2, "'a'"),
+        ("a.jsonl", b'{"a": 1}\n{"a": NaN}\n', "row.not_json", 2, "NaN"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "row.not_object", 2, "list"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2} {"a": 3}\n', "row.not_json", 2, "Extra data"),
+        ("a.jsonl", b"{\"a\": 1}\n{'a': 2}\n", "row.not_json", 2, "double quotes"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "row.not_json", 2, "nested too deep"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "data.encoding", 2, "byte 11"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "' + b"x" * (17 << 20) + b'"}\n', "data.too_large", 2, "16 MiB"),
+        ("a.json", b'[{"a": 1},\n{"a": 2}', "data.truncated", None, "never closed"),
+        ("a.json", b'[{"a": 1}\n{"a": 2}]', "row.not_json", 1, "comma"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', "row.not_json", 2, "Expecting value"),
+        ("a.csv", b"a,b\n1,2\n3\n", "row.csv", 3, "1 columns where the header has 2"),
+        ("a.csv", b'a,b\n1,"2\n', "row.csv", 2, "quote"),
+        ("a.csv", b"a,a\n1,2\n", "row.csv", 1, "twice"),
+        ("a.csv", b"a,\n1,2\n", "row.csv", 1, "no name"),
+        ("a.csv", b"a,b\n1,\x002\n", "row.csv", 2, "NUL"),
+        ("a.csv", b"a,b\n", "data.empty", None, "header"),
+        ("a.jsonl", b"\n\n", "data.empty", None, "empty"),
+        ("a.jsonl", b"PAR1xxxx", "data.wrong_type", None, "parquet"),
+        ("a.jsonl", b"PK\x03\x04xxxx", "data.wrong_type", None, "zip"),
+        ("a.csv", b"<!DOCTYPE html><html>", "data.wrong_type", None, "web page"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "data.wrong_type", None, "LFS"),
+        ("a.parquet", b"PAR1 and then nothing PAR1", "data.wrong_type", None, "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "data.truncated", None, "damaged"),
+        ("a.xyz", b"{}", "data.unknown_type", None, "ending"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, code: str, line: int | None, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    _, problems, _ = read_all(path)
+    assert [problem.code for problem in problems] == [code]
+    problem = problems[0]
+    assert problem.where == (str(path) if line is None else f"{path}:{line}")
+    assert said in problem.what + problem.cure
+    assert problem.cure
+
+
+def test_all_bad_rows_are_found_and_the_good_ones_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\nbad\n{"a": 2}\n{"a":}\n{"a": 3}\n', encoding="utf-8")
+    rows, problems, _ = read_all(path)
+    assert [row.fields["a"] for row in rows] == [1, 2, 3]
+    assert [problem.where.rpartition(":")[2] for problem in problems] == ["2", "4"]
+
+
+def test_utf_16_is_decoded_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "é"}\n', encoding="utf-16")
+    rows, problems, notes = read_all(path)
+    assert [row.fields for row in rows] == [{"a": "é"}]
+    assert not problems
+    assert "UTF-16" in notes[0].text
+
+
+def test_a_delimiter_that_is_no_comma_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a;b\n1;2,5\n", encoding="utf-8")
+    rows, _, notes = read_all(path)
+    assert rows[0].fields == {"a": "1", "b": "2,5"}
+    assert "';'" in notes[0].text
+
+
+def test_a_line_break_inside_a_csv_field_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a\r\n"one\r\ntwo"\r\n')
+    assert read_all(path)[0][0].fields == {"a": "one\r\ntwo"}
+
+
+def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "b.jsonl", ROWS[:1])
+    write(tmp_path, "a.csv", ROWS[1:2])
+    (tmp_path / ".hidden.jsonl").write_text("bad", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not data", encoding="utf-8")
+    assert [file.path.name for file in find_files([str(tmp_path)])] == ["a.csv", "b.jsonl"]
+
+
+def test_missing_files_are_all_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        find_files([str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")])
+    assert [problem.code for problem in error.value.problems] == ["data.missing"] * 2
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=300),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz"]),
+)
+def test_any_bytes_give_rows_or_problems(tmp_path: Path, content: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    rows, problems, _ = read_all(path)
+    assert rows or problems
