@@ -1,0 +1,81 @@
+"""Which parameters train: `adapt` takes a model and gives a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headstart.errors import ModelError, Problem
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter: `rank`, `alpha` (its part is scaled by alpha / rank), `dropout`, `targets`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model whose parameters train or don't.
+
+    `model` is what the engine runs; `saved` is what writes itself to disk (the PEFT model around it, or the model).
+    """
+
+    model: Any
+    saved: Any
+    modules: int
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters that train, by name; tied ones once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def adapt(model: Any, lora: Lora | None, seed: int) -> Adapted:
+    """Make every parameter of `model` train, or put a LoRA adapter in and make that train alone.
+
+    At the start the adapter adds nothing. `seed` sets its first matrices.
+
+    Raises ModelError where a target of the adapter isn't found in the model.
+    """
+    if lora is None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return Adapted(model, model, 0)
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    missing = [t for t in lora.targets if t != "all-linear" and not _matches(model, t)]
+    if missing:
+        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        cure = f"linear modules of this model: {', '.join(names)}; or all-linear"
+        raise ModelError(
+            Problem("model.lora_targets", f"no module is called {', '.join(missing)}", "lora.targets", cure)
+        )
+    targets = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights so
+    )
+    with warnings.catch_warnings():
+        # peft reads a property of transformers that is on its way out; nothing a user could mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    modules = sum("lora_A" in name for name, _ in model.named_parameters())
+    return Adapted(wrapped.get_base_model(), wrapped, modules)
+
+
+def _matches(model: Any, target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules())

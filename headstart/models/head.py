@@ -1,0 +1,164 @@
+"""Hidden states -> log-probabilities of the targets, and of nothing else: [T, V] logits are never kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from headstart.models.attention import use_attention
+
+LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last step of a causal language model: a module [*, D] -> [*, V], a scale and a soft cap on its logits."""
+
+    module: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a hidden state has."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return int(weight.shape[0])
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many hidden states go through at once."""
+        return max(1, LOGITS_AT_ONCE // self.vocabulary)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states [P, D] -> [P, V], in float32 or wider."""
+        logits: Tensor = self.module(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return self.shape(logits)
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Apply the scale and the soft cap to what the module gave."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logprobs(self, hidden: Tensor, target_sources: Tensor, target_ids: Tensor) -> Tensor:
+        """Return the log-probability of each target.
+
+        `hidden` [P, D]; `target_sources` [L], which hidden state predicts a target, ascending; `target_ids` [L]. The
+        result is [L], in float32 or wider. Hidden states go through in chunks, whose logits are made anew in the
+        backward pass.
+        """
+        if type(self.module) is nn.Linear and not torch.is_autocast_enabled(hidden.device.type):
+            module = self.module
+            return _TargetLogprobs.apply(hidden, module.weight, module.bias, target_sources, target_ids, self)  # type: ignore[no-any-return, no-untyped-call]
+        parts = [
+            checkpoint(self._chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else self._chunk(*chunk)
+            for chunk in self.chunks(hidden, target_sources, target_ids)
+        ]
+        return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+    def chunks(self, hidden: Tensor, target_sources: Tensor, target_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Cut hidden states and their targets into chunks of `rows_at_once`; sources count from each chunk's start."""
+        rows = self.rows_at_once
+        edges = torch.arange(0, len(hidden) + rows, rows, device=hidden.device)
+        bounds = torch.searchsorted(target_sources.contiguous(), edges).tolist()
+        return [
+            (hidden[n * rows : (n + 1) * rows], target_sources[low:high] - n * rows, target_ids[low:high])
+            for n, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+
+    def _chunk(self, hidden: Tensor, target_sources: Tensor, target_ids: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        return logits[target_sources, target_ids] - logits.logsumexp(-1)[target_sources]
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """Log-probabilities of targets under a linear head, and their gradient: softmax minus one-hot, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sources: Tensor, ids: Tensor, head: Head
+    ) -> Tensor:
+        logprobs, normalizers = [], []
+        for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
+            logits = head.shape(F.linear(chunk, weight, bias))
+            picked = logits[chunk_sources, chunk_ids]
+            highest = logits.amax(-1, keepdim=True)
+            normalizer = logits.sub_(highest).exp_().sum(-1).log_().add_(highest[:, 0])
+            logprobs.append(picked - normalizer[chunk_sources])
+            normalizers.append(normalizer)
+        ctx.head, ctx.has_bias = head, bias is not None
+        ctx.save_for_backward(hidden, weight, bias, sources, ids, torch.cat(normalizers))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, sources, ids, normalizers = ctx.saved_tensors
+        head: Head = ctx.head
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        row = target = 0
+        for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
+            part = gradient[target : target + len(chunk_ids)]
+            d_logits = _logits_gradient(
+                head, F.linear(chunk, weight, bias), normalizers[row : row + len(chunk)], chunk_sources, chunk_ids, part
+            )
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[row : row + len(chunk)])
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.t(), chunk)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            row, target = row + len(chunk), target + len(chunk_ids)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _logits_gradient(
+    head: Head, raw: Tensor, normalizers: Tensor, sources: Tensor, ids: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return the gradient of what the head's module gave, [P, V], given that of the log-probabilities [L]."""
+    per_source = torch.zeros_like(normalizers).index_add_(0, sources, gradient)
+    if head.softcap is None:
+        probabilities = raw.mul_(head.scale) if head.scale != 1.0 else raw
+        slope = None
+    else:
+        bent = torch.tanh(raw * (head.scale / head.softcap))
+        probabilities, slope = bent * head.softcap, 1 - bent.square()
+    probabilities.sub_(normalizers[:, None]).exp_().mul_(-per_source[:, None])
+    probabilities.index_put_((sources, ids), gradient, accumulate=True)
+    if slope is not None:
+        probabilities.mul_(slope)
+    return probabilities.mul_(head.scale) if head.scale != 1.0 else probabilities
+
+
+def read_head(model: Any) -> Head:
+    """Return the head of a causal language model, checked against the model's own logits.
+
+    Raises ValueError where they differ: then the architecture does something to its logits that isn't known here.
+    """
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    if divisor := getattr(config, "logits_scaling", None):
+        scale /= float(divisor)
+    head = Head(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+    use_attention(model, packed=False)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.arange(3, 7, device=model.device)[None] % config.vocab_size
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+            ours = head.logits(hidden[0]).float()
+    finally:
+        model.train(training)
+    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9)
+    if ours.shape != theirs.shape or not float(error) < 1e-2:
+        raise ValueError(f"{type(model).__name__} changes its logits in a way that isn't known")
+    return head

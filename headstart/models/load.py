@@ -1,0 +1,118 @@
+"""A folder -> a model and its tokenizer: safetensors only, no code but transformers' own."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.errors import ModelError, Problem
+from headstart.files import read_json
+from headstart.models.attention import register
+from headstart.models.source import Source, find_model, quiet
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model in memory, the PEFT model around it if it has an adapter, and where both came from."""
+
+    model: Any
+    adapted: Any
+    source: Source
+    base: Source
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the tokenizer of a model. Raises ModelError where it has none that can be used."""
+    from transformers import AutoTokenizer
+
+    quiet()
+    path = source.path
+    if source.is_adapter and not (path / "tokenizer_config.json").exists():
+        path = find_base(source).path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise _load_error(source, error, "model.tokenizer") from None
+
+
+def load_config(source: Source) -> Any:
+    """Load the config of a model (of an adapter: of its base). Raises ModelError."""
+    from transformers import AutoConfig
+
+    quiet()
+    path = (find_base(source) if source.is_adapter else source).path
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise _load_error(source, error, "model.kind") from None
+
+
+def load_model(source: Source, device: str, dtype: torch.dtype = torch.float32) -> Loaded:
+    """Load a causal language model, and the adapter on it where the folder is one.
+
+    Raises ModelError where the folder holds another kind of model, or one that needs code of its own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    register()
+    base = find_base(source) if source.is_adapter else source
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise _load_error(source, error, "model.kind") from None
+    model.to(device)
+    adapted = model
+    if source.is_adapter:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's own, as in `adapt`
+            adapted = PeftModel.from_pretrained(model, source.path)
+        model = adapted.get_base_model()
+    model.eval()
+    return Loaded(model, adapted, source, base)
+
+
+def find_base(source: Source) -> Source:
+    """Return the model on which an adapter stands."""
+    config = read_json(source.path / "adapter_config.json")
+    name, revision = config["base_model_name_or_path"], config.get("revision")
+    at = f"@{revision}" if revision and not Path(name).exists() else ""
+    return find_model(f"{name}{at}")
+
+
+def stop_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens at which a model stops: those of its generation config, and its tokenizer's own."""
+    found: list[int] = []
+    folders = [source.path, find_base(source).path] if source.is_adapter else [source.path]
+    for folder in folders:
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).exists():
+                value = read_json(folder / name).get("eos_token_id")
+                found += [] if value is None else value if isinstance(value, list) else [value]
+    if tokenizer.eos_token_id is not None:
+        found.append(int(tokenizer.eos_token_id))
+    return tuple(dict.fromkeys(found))
+
+
+def model_length(model_config: Any) -> int:
+    """Return the most positions that a model has; a very large number where it names none."""
+    config = model_config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+
+
+def _load_error(source: Source, error: Exception, code: str) -> ModelError:
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        cure = "use a version of it that transformers itself knows"
+        return ModelError(Problem("model.remote_code", "the model needs code that comes with it", source.name, cure))
+    if code == "model.kind" and "Unrecognized configuration class" in str(error):
+        said = "it is no causal language model"
+    return ModelError(Problem(code, said, source.name, "give a causal language model with its tokenizer"))

@@ -1,0 +1,24 @@
+"""What comes out: a folder that plain transformers or peft loads, with tokenizer, template and stop tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headstart.files import new_folder
+
+
+def save_result(model: Any, tokenizer: Any, stop_ids: Sequence[int], folder: Path) -> None:
+    """Write a tuned model (a PEFT model: its adapter) with its tokenizer; the folder appears whole or not at all."""
+    with new_folder(folder) as target:
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner.generation_config.eos_token_id = list(stop_ids)
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(target)
+            # An adapter folder has no generation config of its own, but whoever loads it needs to know where to stop.
+            inner.generation_config.save_pretrained(target)
+            (target / "README.md").unlink(missing_ok=True)
+        else:
+            model.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,71 @@
+"""The head in chunks = dense logits: values and gradients, with biases, scales and soft caps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from headstart.models import head as head_module
+from headstart.models.head import Head
+
+
+def dense(head: Head, hidden: torch.Tensor, sources: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return head.logits(hidden).log_softmax(-1)[sources, ids]
+
+
+@pytest.mark.parametrize("kind", ["linear", "wrapped"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.0), (0.5, 1.5)])
+def test_chunks_equal_dense(
+    kind: str, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 11 * 3)  # three hidden states at once, so 3 + 3 + 1
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 11, bias=bias, dtype=torch.float64)
+    head = Head(linear if kind == "linear" else _Wrapped(linear), scale, softcap)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    # Some hidden states predict nothing, one predicts several tokens, one the same token twice.
+    sources = torch.tensor([0, 1, 1, 1, 3, 3, 6])
+    ids = torch.tensor([2, 3, 10, 0, 4, 4, 9])
+    weights = torch.randn(7, dtype=torch.float64)
+    found = []
+    for compute in (head.logprobs, lambda *args: dense(head, *args)):
+        hidden.grad = None
+        linear.zero_grad()
+        logprobs = compute(hidden, sources, ids)
+        (logprobs * weights).sum().backward()
+        found.append([logprobs.detach(), hidden.grad.clone(), *(p.grad.clone() for p in linear.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class _Wrapped(nn.Module):
+    """A head that isn't a plain linear layer, as when an adapter sits on it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.linear.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    linear = nn.Linear(5, 11).requires_grad_(False)
+    hidden = torch.randn(4, 5, requires_grad=True)
+    Head(linear).logprobs(hidden, torch.arange(4), torch.arange(4)).sum().backward()
+    assert linear.weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_large_logits_stay_finite() -> None:
+    linear = nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]]))
+    logprobs = Head(linear).logprobs(torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0]), torch.tensor([0, 2]))
+    assert logprobs.tolist() == [0.0, -1e4]
