@@ -1,0 +1,127 @@
+"""Checkpoints: committed whole with a manifest of hashes, found again only if every byte is as it was written.
+
+    checkpoints/step-000100/   state.safetensors  state.json  manifest.json
+    checkpoints/best-000080/   the same with the weights alone
+
+A folder is written under another name, synced, renamed and only then are older ones deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headstart.errors import Problem, RunError
+from headstart.files import new_folder, read_json, remove_temporaries, sha256, write_json
+
+TENSORS, VALUES, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read back: its step, its tensors by name, its plain values."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder. `keep` is how many are left beside the best one."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], best: int | None) -> Path:
+        """Commit a checkpoint, then delete all but the newest `keep` and the best."""
+        path = self._write("step", step, tensors, values)
+        for old in self._steps("step")[: -self._keep]:
+            shutil.rmtree(self._path("step", old))
+        for old in self._steps("best"):
+            if old != best:
+                shutil.rmtree(self._path("best", old))
+        return path
+
+    def save_best(self, step: int, weights: Mapping[str, Tensor]) -> Path:
+        """Commit the best weights so far; the ones before them stay until the next checkpoint is committed."""
+        return self._write("best", step, weights, {})
+
+    def load_newest(self) -> tuple[Checkpoint, list[Problem]]:
+        """Return the newest checkpoint that is whole, and what is wrong with newer ones, which are set aside.
+
+        Raises RunError where none is whole.
+        """
+        remove_temporaries(self._folder)
+        problems: list[Problem] = []
+        for step in reversed(self._steps("step")):
+            found = self._read("step", step)
+            if isinstance(found, Checkpoint):
+                return found, problems
+            problems.append(found)
+            path = self._path("step", step)
+            path.rename(path.with_name(f"damaged-{path.name}"))
+        cure = "start the run anew: headstart tune"
+        raise RunError([*problems, Problem("checkpoint.none", "no checkpoint is whole", str(self._folder), cure)])
+
+    def load_best(self, step: int) -> Mapping[str, Tensor]:
+        """Return the weights that were kept as the best at `step`. Raises RunError where they are damaged."""
+        found = self._read("best", step)
+        if isinstance(found, Problem):
+            raise RunError(found)
+        return found.tensors
+
+    def any(self) -> bool:
+        """Tell whether there is a checkpoint, whole or not."""
+        return bool(self._steps("step"))
+
+    def _write(self, kind: str, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+        path = self._path(kind, step)
+        with new_folder(path) as folder:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+            (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
+            files = {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                for name in (TENSORS, VALUES)
+            }
+            write_json(folder / MANIFEST, {"format": FORMAT, "kind": kind, "step": step, "files": files})
+        return path
+
+    def _read(self, kind: str, step: int) -> Checkpoint | Problem:
+        path = self._path(kind, step)
+        fault = self._fault(path, kind, step)
+        if fault:
+            return Problem("checkpoint.damaged", fault, str(path), "an older one is used where there is one")
+        return Checkpoint(step, load_file(path / TENSORS), read_json(path / VALUES))
+
+    def _fault(self, path: Path, kind: str, step: int) -> str:
+        try:
+            manifest = read_json(path / MANIFEST)
+            if (manifest["kind"], manifest["step"]) != (kind, step):
+                return f"its manifest is that of {manifest['kind']} {manifest['step']}"
+            if manifest["format"] > FORMAT:
+                return f"it was written by a newer headstart (format {manifest['format']})"
+            for name, written in manifest["files"].items():
+                file = path / name
+                if file.stat().st_size != written["bytes"]:
+                    return f"{name} has {file.stat().st_size} bytes and not {written['bytes']}"
+                if sha256(file) != written["sha256"]:
+                    return f"{name} is not what was written (its hash differs)"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"it can't be read: {error}"
+        return ""
+
+    def _path(self, kind: str, step: int) -> Path:
+        return self._folder / f"{kind}-{step:06d}"
+
+    def _steps(self, kind: str) -> list[int]:
+        names = (path.name.removeprefix(f"{kind}-") for path in self._folder.glob(f"{kind}-*"))
+        return sorted(int(name) for name in names if name.isdigit())

@@ -1,0 +1,137 @@
+"""The verbs that every kind of training drives: forward_backward, optim_step, state, load_state.
+
+The engine knows packs, a model and an objective. It divides a step's gradient once, by the count of the whole step, so
+that how rows are packed or split never changes it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.data.forest import Pack
+from headstart.engine.forward import PackReader
+from headstart.engine.optim import build_adamw
+from headstart.errors import DivergedError, Problem
+from headstart.objectives.tokens import Total
+
+Objective = Callable[[Tensor, Tensor], Total]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What went through the engine: the loss summed, what it is divided by, and tokens (shared ones once, and not)."""
+
+    loss: float = 0.0
+    count: float = 0.0
+    tokens: int = 0
+    row_tokens: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.loss + other.loss,
+            self.count + other.count,
+            self.tokens + other.tokens,
+            self.row_tokens + other.row_tokens,
+        )
+
+
+class Engine:
+    """A model in training: gradients in, updates out.
+
+    `reader` is the model as a reader of packs, `trainable` those of its parameters that are updated.
+    """
+
+    def __init__(
+        self,
+        reader: PackReader,
+        trainable: Mapping[str, torch.nn.Parameter],
+        objective: Objective,
+        *,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ) -> None:
+        self.reader = reader
+        self.trainable = dict(trainable)
+        self._objective = objective
+        self._clip = clip
+        self._sums = Sums()
+        self.optimizer = build_adamw(self.trainable, weight_decay)
+
+    def forward_backward(self, pack: Pack) -> Sums:
+        """Add the gradient of a pack's loss SUM to that of the step, and return the pack's sums."""
+        self.reader.model.train()
+        total = self._objective(self.reader.logprobs(pack), torch.from_numpy(pack.weights).to(self.reader.device))
+        torch.autograd.backward(total.loss)
+        sums = Sums(float(total.loss.detach()), float(total.count), len(pack), pack.row_tokens)
+        self._sums += sums
+        return sums
+
+    def optim_step(self, lr: float) -> float:
+        """Divide by the step's count, clip, update and clear; return the gradient's norm before clipping.
+
+        Raises DivergedError, with the weights untouched and the gradient cleared, where the loss or the gradient is
+        not finite.
+        """
+        sums, self._sums = self._sums, Sums()
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        torch._foreach_div_(gradients, sums.count)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm) or not math.isfinite(sums.loss):
+            self.optimizer.zero_grad()
+            what = f"the loss sum is {sums.loss} and the gradient's norm {norm}"
+            cure = "lower optim.lr; look at the rows of this step"
+            raise DivergedError(Problem("numbers.not_finite", what, "", cure))
+        if self._clip and norm > self._clip:
+            torch._foreach_mul_(gradients, self._clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def discard(self) -> None:
+        """Forget the gradient that was added up so far."""
+        self._sums = Sums()
+        self.optimizer.zero_grad()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that makes the next step what it would have been: tensors by name, and plain values."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.trainable.items()}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optim.{key}.{name}"] = value
+        tensors["rng.torch"] = torch.get_rng_state()
+        if self.reader.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        numbers = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+        return tensors, {"rng": numbers}
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over a state. Raises KeyError where a parameter of this engine is missing from it."""
+        self.load_weights({name: tensors[f"model.{name}"] for name in self.trainable})
+        for name, parameter in self.trainable.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := tensors.get(f"optim.{key}.{name}")) is not None:
+                    device = "cpu" if key == "step" and self.reader.device.type == "cpu" else self.reader.device
+                    self.optimizer.state[parameter][key] = value.clone().to(device)
+        torch.set_rng_state(tensors["rng.torch"])
+        if self.reader.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        version, internal, gauss = numbers["rng"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(numbers["rng"]["numpy"]))
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the parameters that train, by name."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(weights[name])
