@@ -1,0 +1,127 @@
+"""Two sets of scores on the same rows -> the paired difference, its interval and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+DRAWS_AT_ONCE = 1 << 21
+LEVEL = 0.95
+MIN_ROWS = 8
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric over rows: the sum of `values` over the sum of `weights`, both [N]. `lower_is_better` tells its sense."""
+
+    values: Floats
+    weights: Floats
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the bounds between which it lies with 95% confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        """The three numbers by name."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric before and after, and their difference (after minus before)."""
+
+    name: str
+    before: Interval
+    after: Interval
+    difference: Interval
+    lower_is_better: bool
+
+    @property
+    def direction(self) -> int:
+        """Return 1 where it got better for certain, -1 where worse, 0 where the interval holds zero."""
+        low, high = self.difference.low, self.difference.high
+        sign = 1 if low > 0 else -1 if high < 0 else 0
+        return -sign if self.lower_is_better else sign
+
+
+def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared:
+    """Compare two metrics over the same rows in the same order, by the percentile bootstrap (Efron, 1979).
+
+    Rows are drawn with both of their scores, so that the pairing counts. Raises ValueError where the rows differ in
+    number.
+    """
+    if len(before.values) != len(after.values):
+        raise ValueError(f"{name}: {len(before.values)} rows before and {len(after.values)} after")
+    first, second = _resample([before, after], seed)
+    return Compared(
+        name,
+        _interval(_ratio(before), first),
+        _interval(_ratio(after), second),
+        _interval(_ratio(after) - _ratio(before), second - first),
+        before.lower_is_better,
+    )
+
+
+def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
+    """Compare the metrics that both have."""
+    return [compare(name, metric, after[name]) for name, metric in before.items() if name in after]
+
+
+def verdict(compared: Sequence[Compared], primary: str, rows: int) -> str:
+    """Return `better`, `worse`, `no_gain` or `not_measured`.
+
+    `better` needs the primary metric's interval clear of zero on the good side and no other metric's clear of it on the
+    bad side; `worse` needs the primary clear on the bad side, or another while the primary is not better. Fewer than
+    `MIN_ROWS` rows decide nothing.
+    """
+    directions = {item.name: item.direction for item in compared}
+    if primary not in directions or rows < MIN_ROWS:
+        return "not_measured"
+    others_fell = any(direction < 0 for name, direction in directions.items() if name != primary)
+    if directions[primary] > 0:
+        return "no_gain" if others_fell else "better"
+    return "worse" if directions[primary] < 0 or others_fell else "no_gain"
+
+
+def to_json(compared: Sequence[Compared]) -> Mapping[str, Any]:
+    """Return before, after and difference by metric, as the result file holds them."""
+    return {
+        "before": {item.name: item.before.to_json() for item in compared},
+        "after": {item.name: item.after.to_json() for item in compared},
+        "differences": {item.name: item.difference.to_json() for item in compared},
+    }
+
+
+def _interval(value: float, samples: Floats) -> Interval:
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _ratio(metric: Metric) -> float:
+    return float(metric.values.sum() / metric.weights.sum())
+
+
+def _resample(metrics: Sequence[Metric], seed: int) -> list[Floats]:
+    """Return the metrics over `RESAMPLES` draws of rows, each draw the same for all of them."""
+    rows = len(metrics[0].values)
+    generator = np.random.default_rng(seed)
+    samples: list[list[Floats]] = [[] for _ in metrics]
+    at_once = max(1, DRAWS_AT_ONCE // rows)
+    for start in range(0, RESAMPLES, at_once):
+        draws = generator.integers(0, rows, (min(at_once, RESAMPLES - start), rows))
+        for metric, found in zip(metrics, samples, strict=True):
+            found.append(metric.values[draws].sum(1) / metric.weights[draws].sum(1))
+    return [np.concatenate(found) for found in samples]

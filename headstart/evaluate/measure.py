@@ -1,0 +1,135 @@
+"""The same ruler before and after: a model on frozen rows -> what it scored and what it answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from headstart.data.feed import content_hash
+from headstart.data.formats import Conversation
+from headstart.data.render import Renderer
+from headstart.data.segments import Example
+from headstart.engine.forward import PackReader
+from headstart.evaluate.compare import Metric
+from headstart.evaluate.generate import generate
+from headstart.evaluate.metrics import chrf, exact_match, rouge_l
+from headstart.evaluate.score import score_rows
+
+PRIMARY = "nll"
+LOWER_IS_BETTER = {"nll"}
+LABELS = {
+    "nll": "loss per answer token",
+    "exact_match": "answers exactly right",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+    "stop_rate": "stops by itself",
+}
+LIMIT_OVER_REFERENCE = 1.5
+LIMIT_EXTRA = 16
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row: its summed nll over `targets` tokens and, if it was answered, the answer beside its reference."""
+
+    where: str
+    nll: float
+    targets: float
+    asked: str = ""
+    reference: str = ""
+    answer: str | None = None
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model did on the frozen rows."""
+
+    rows: Sequence[RowResult]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as plain values."""
+        return [asdict(row) for row in self.rows]
+
+    @staticmethod
+    def from_json(rows: Sequence[dict[str, Any]]) -> Measured:
+        """Read what `to_json` gave."""
+        return Measured([RowResult(**row) for row in rows])
+
+    def on_rows_of(self, other: Measured) -> Measured:
+        """Return these results on the rows that `other` has too, in order."""
+        known = {row.where for row in other.rows}
+        return Measured([row for row in self.rows if row.where in known])
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return the metrics over rows; those of answers over the rows that were answered."""
+        nll = np.array([row.nll for row in self.rows])
+        found = {"nll": Metric(nll, np.array([row.targets for row in self.rows]), lower_is_better=True)}
+        answered = [row for row in self.rows if row.answer is not None]
+        if answered:
+            for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
+                found[name] = _mean([score(row.answer or "", row.reference) for row in answered])
+            found["stop_rate"] = _mean([float(row.stopped) for row in answered])
+        return found
+
+
+def measure(
+    reader: PackReader,
+    renderer: Renderer,
+    conversations: Sequence[Conversation],
+    examples: Sequence[Example],
+    *,
+    tokens_per_pack: int,
+    answers: int,
+    on_progress: OnProgress | None = None,
+) -> Measured:
+    """Score every row and answer `answers` of them, chosen by a hash of their content.
+
+    `conversations` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
+    """
+
+    def told(what: str) -> Callable[[int, int], None] | None:
+        return (lambda done, total: on_progress(what, done, total)) if on_progress else None
+
+    scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
+    by_hash = sorted(range(len(conversations)), key=lambda index: content_hash(conversations[index]))
+    chosen = sorted(by_hash[:answers])
+    prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
+    limits = [answer_limit(examples[index]) for index in chosen]
+    answered = generate(reader.model, prompts, renderer.stop_ids, limits, told("answering"))
+    new = dict(zip(chosen, answered, strict=True))
+    results = []
+    for index, conversation in enumerate(conversations):
+        asked, _, reference = split_last(conversation)
+        results.append(
+            RowResult(
+                where=str(conversation.where),
+                nll=float(scores.nll[index]),
+                targets=float(scores.targets[index]),
+                asked=asked[-1].content if asked else "",
+                reference=reference,
+                answer=renderer.decode(new[index].ids) if index in new else None,
+                stopped=index in new and new[index].stopped,
+            )
+        )
+    return Measured(results)
+
+
+def split_last(conversation: Conversation) -> tuple[Sequence[Any], Sequence[Any], str]:
+    """Return what stands before the last trained answer, the tools, and that answer."""
+    last = max(index for index, message in enumerate(conversation.messages) if message.trained)
+    return conversation.messages[:last], conversation.tools, conversation.messages[last].content
+
+
+def answer_limit(example: Example) -> int:
+    """Return how many tokens an answer may have: half more than its reference, and some."""
+    return int(example.target_count * LIMIT_OVER_REFERENCE) + LIMIT_EXTRA
+
+
+def _mean(values: Sequence[float]) -> Metric:
+    return Metric(np.array(values), np.ones(len(values)))
