@@ -1,0 +1,81 @@
+"""The model card: what was tuned on what, what it gained, and the few lines that load it without headstart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headstart.report.words import score_table, sentence
+
+LORA = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+model = PeftModel.from_pretrained(base, "{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+{rest}```
+"""
+FULL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+{rest}```
+"""
+CHAT = """messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+"""
+PLAIN = """inputs = tokenizer("...", return_tensors="pt")
+"""
+ANSWER = """output = model.generate(**inputs, max_new_tokens=512, do_sample=False, eos_token_id={stop_ids})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
+    """Return the card as Markdown with the hub's metadata on top."""
+    model = result["model"]
+    head = ["---", *_metadata(model, result), "---"]
+    rows = [
+        f"| {name} | {before} | {after} | {difference} |" for name, before, after, difference, _ in score_table(result)
+    ]
+    rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
+    snippet = (LORA if result["method"] == "lora" else FULL).format(
+        model=folder / "model",
+        base=model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"],
+        revision=f', revision="{model["revision"]}"' if model["revision"] else "",
+        rest=rest,
+    )
+    base = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
+    return "\n".join(
+        [
+            *head,
+            f"# {folder.name}",
+            "",
+            f"{base}, fine-tuned ({result['kind']}, {result['method']}) on {result['rows']['train']:,} rows.",
+            "",
+            f"**{sentence(result)}.**",
+            "",
+            "| | before | after | difference, 95% interval |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "What it knew before was not measured.",
+            "",
+            "## Use",
+            "",
+            snippet,
+        ]
+    )
+
+
+def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    lines = ["tags: [headstart]", "pipeline_tag: text-generation"]
+    lines.append(f"library_name: {'peft' if result['method'] == 'lora' else 'transformers'}")
+    if model["kind"] == "hub":
+        lines.append(f"base_model: {model['name'].partition('@')[0]}")
+    if model["license"]:
+        lines.append(f"license: {model['license'].lower()}")
+    return lines

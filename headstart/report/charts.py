@@ -1,0 +1,122 @@
+"""Charts as inline SVG: no script, no font, nothing from the network; colours come from the page's style."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+POINTS_MAX = 300
+WIDTH = 640
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart: its name, its points (x, y), and the class that colours it. `dots` marks each point."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str
+    dots: bool = False
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str, height: int = 220) -> str:
+    """Draw lines over a common x; empty where no series has a point."""
+    points = [point for line in series for point in line.points if math.isfinite(point[1])]
+    if not points:
+        return ""
+    left, right, top, bottom = 52, 12, 12, 34
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    y_ticks = nice_ticks(min(ys), max(ys))
+    x_low, x_high = min(xs), max(*xs, min(xs) + 1)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - x_low) / (x_high - x_low) * (WIDTH - left - right)
+        down = top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
+        return round(across, 1), round(down, 1)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
+    for tick in y_ticks:
+        _, down = place(x_low, tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{down}" y2="{down}"/>')
+        parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{tick:.4g}</text>')
+    for tick in nice_ticks(x_low, x_high):
+        if x_low <= tick <= x_high:
+            across, _ = place(tick, y_low)
+            parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="middle">{tick:.4g}</text>')
+    parts.append(f'<text x="{WIDTH - right}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>')
+    for line in series:
+        parts += _draw(line, place)
+    parts.append("</svg>")
+    names = "".join(f'<span class="{line.style}">{html.escape(line.name)}</span>' for line in series if line.points)
+    return f'<figure>{"".join(parts)}<figcaption class="legend">{names}</figcaption></figure>'
+
+
+def _draw(line: Series, place: object) -> list[str]:
+    shown = [point for point in thin_out(line.points) if math.isfinite(point[1])]
+    placed = [place(x, y) for x, y in shown]  # type: ignore[operator]
+    path = " ".join(f"{x},{y}" for x, y in placed)
+    parts = [f'<polyline class="{line.style}" points="{path}"/>']
+    if line.dots:
+        parts += [f'<circle class="{line.style}" cx="{x}" cy="{y}" r="3"/>' for x, y in placed]
+    return parts
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of the before-and-after chart: values with their bounds."""
+
+    name: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    better: bool | None
+
+
+def change_chart(changes: Sequence[Change]) -> str:
+    """Draw each metric before (hollow) and after (full) with their intervals, each row on its own scale."""
+    row, left, right = 46, 190, 70
+    height = row * len(changes) + 8
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Scores before and after, with intervals">']
+    for number, change in enumerate(changes):
+        values = [change.before[k] for k in ("low", "high", "value")] + [
+            change.after[k] for k in ("low", "high", "value")
+        ]
+        low, high = min(values), max(values)
+        span = (high - low) or 1.0
+        middle = row * number + row / 2
+
+        def across(value: float, low: float = low, span: float = span) -> float:
+            return round(left + 50 + (value - low) / span * (WIDTH - left - right - 100), 1)
+
+        style = "good" if change.better else "bad" if change.better is False else "flat"
+        parts.append(f'<text class="name" x="0" y="{middle + 4}">{html.escape(change.name)}</text>')
+        for side, down, name in ((change.before, middle - 8, "before"), (change.after, middle + 8, style)):
+            x = across(side["value"])
+            parts.append(
+                f'<line class="bar {name}" x1="{across(side["low"])}" x2="{across(side["high"])}" y1="{down}" y2="{down}"/>'
+            )
+            parts.append(f'<circle class="{name}" cx="{x}" cy="{down}" r="5"/>')
+            parts.append(
+                f'<text x="{WIDTH}" y="{down + 4}" text-anchor="end" class="{name}">{side["value"]:.3f}</text>'
+            )
+    parts.append("</svg>")
+    return f"<figure>{''.join(parts)}</figure>"
+
+
+def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `POINTS_MAX` points: means of neighbours, so that no spike is invented or doubled."""
+    size = math.ceil(len(points) / POINTS_MAX)
+    groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Return round numbers from at or below `low` to at or above `high`."""
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(span / wanted))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [number * step for number in range(first, last + 1)]

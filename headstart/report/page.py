@@ -1,0 +1,199 @@
+"""The report: one HTML file that says in its first screen whether the model got better, and then why to believe it."""
+
+from __future__ import annotations
+
+import html
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from headstart.config import Config, known_keys, setting
+from headstart.display import in_bytes, in_time
+from headstart.evaluate.measure import LABELS, Measured, RowResult
+from headstart.report.charts import Change, Series, change_chart, line_chart
+from headstart.report.words import VERDICTS, data_facts, score_table, sentence
+
+TEXT_MAX = 4_000
+STYLES = {"better": "good", "worse": "bad"}
+
+
+def report_page(
+    result: Mapping[str, Any],
+    before: Measured,
+    after: Measured,
+    metrics: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    config: Config,
+) -> str:
+    """Return the page. Everything that comes from data is escaped; nothing is loaded from anywhere."""
+    name = f"{result['model']['name']} on {', '.join(file['name'] for file in data['files'])}"
+    style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = [
+        _first_screen(name, result),
+        _section("Scores", _scores(result)),
+        _section("Answers before and after", _samples(before, after)),
+        _section("Training", _curves(metrics)),
+        _section("Data", _facts(data_facts(data)) + _dropped(data)),
+        _section("Plan and what happened", _plan_and_actual(result)),
+        _section("Settings", _settings(config)),
+        _section("Environment", _facts(_environment(result))),
+    ]
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(name)}: {VERDICTS[result['verdict']]}</title><style>{style}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _first_screen(name: str, result: Mapping[str, Any]) -> str:
+    verdict = VERDICTS[result["verdict"]]
+    speed, memory = result["speed"], result["memory"]
+    cards = [
+        (f"{result['rows']['train']:,}", "rows trained on"),
+        (in_time(speed["train_s"]), "of training"),
+        (f"{speed['real_tokens_per_s']:,.0f}", "real tokens a second"),
+        (in_bytes(memory["peak_bytes"]), "of memory at most"),
+    ]
+    shown = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in cards)
+    changes = [
+        Change(
+            LABELS.get(key, key),
+            result["before"][key],
+            result["after"][key],
+            {"better": True, "worse": False}.get(clear),
+        )
+        for key, (*_, clear) in zip(result["differences"], score_table(result), strict=True)
+    ]
+    return (
+        f"<h1>{html.escape(name)}</h1>"
+        f'<p class="verdict {STYLES.get(result["verdict"], "flat")}">{html.escape(verdict[0].upper() + verdict[1:])}</p>'
+        f'<p class="lead">{html.escape(sentence(result))}.</p>{change_chart(changes)}<div class="cards">{shown}</div>'
+    )
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    rows = [
+        [_cell(name), _cell(before), _cell(after), _cell(difference), _cell(clear, STYLES.get(clear, "flat"))]
+        for name, before, after, difference, clear in score_table(result)
+    ]
+    note = (
+        f"<p>Loss over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training; "
+        f"the other scores over the {result['answered']:,} of them that were answered. In brackets the 95% interval of "
+        "the paired difference (bootstrap over rows). What was not measured: what the model knew before (guard).</p>"
+    )
+    return _table(["", "before", "after", "difference", ""], rows) + note
+
+
+def _samples(before: Measured, after: Measured) -> str:
+    pairs = [
+        (b, a) for b, a in zip(before.rows, after.rows, strict=True) if a.answer is not None and b.answer is not None
+    ]
+    if not pairs:
+        return "<p>No rows were answered (eval.generate is 0).</p>"
+    ordered = sorted(pairs, key=lambda pair: _gain(*pair))
+    middle = ordered[1:-1]
+    chosen = [("Gained most", ordered[-1])]
+    chosen += [("Gained least", ordered[0])] if len(ordered) > 1 else []
+    chosen += [("At random", pair) for pair in random.Random(0).sample(middle, min(3, len(middle)))]  # noqa: S311
+    return "".join(_sample(title, *pair, is_open=number == 0) for number, (title, pair) in enumerate(chosen))
+
+
+def _gain(before: RowResult, after: RowResult) -> float:
+    return (before.nll - after.nll) / max(1.0, after.targets)
+
+
+def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -> str:
+    texts = (("before", "before", before), ("after", "after", after))
+    columns = "".join(
+        f'<div class="{style}"><h4>{name}{"" if row.stopped else " (cut at the limit)"}</h4><pre>{_text(row.answer or "")}</pre></div>'
+        for name, style, row in texts
+    )
+    columns += f"<div><h4>reference</h4><pre>{_text(after.reference)}</pre></div>"
+    loss = f"loss per token {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
+    return (
+        f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
+        f'<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
+    )
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    steps = [record for record in metrics if "loss" in record]
+    train = Series("loss of each step", [(r["step"], r["loss"]) for r in steps], "train")
+    watched = [(r["step"], r["watch_loss"]) for r in metrics if "watch_loss" in r]
+    watch = Series("loss on the watched rows", watched, "watch", dots=True)
+    rates = Series("learning rate", [(r["step"], r["lr"]) for r in steps], "lr")
+    return line_chart("Loss by step", [train, watch], "step") + line_chart(
+        "Learning rate by step", [rates], "step", 120
+    )
+
+
+def _plan_and_actual(result: Mapping[str, Any]) -> str:
+    plan, speed = result["plan"], result["speed"]
+    rows = [
+        ("time training", in_time(plan["train_s"]), in_time(speed["train_s"])),
+        ("time scoring", in_time(plan["eval_s"]), in_time(speed["eval_s"])),
+        ("memory", in_bytes(plan["memory_bytes"]), in_bytes(result["memory"]["peak_bytes"])),
+        (
+            "steps",
+            f"{plan['steps']:,}",
+            f"{result['steps']['taken']:,} ({result['steps']['end']}; best {result['steps']['best']})",
+        ),
+        ("tokens of rows", f"{plan['row_tokens']:,}", f"{result['tokens']['rows']:,}"),
+        ("tokens computed", f"{plan['tokens']:,}", f"{result['tokens']['computed']:,}"),
+    ]
+    return _table(["", "planned", "actual"], [[_cell(text) for text in row] for row in rows])
+
+
+def _settings(config: Config) -> str:
+    rows = [[_cell(key), _cell(str(setting(config.settings, key))), _cell(config.source(key))] for key in known_keys()]
+    return _table(["setting", "value", "from"], rows)
+
+
+def _dropped(data: Mapping[str, Any]) -> str:
+    dropped = data["dropped"]
+    rows = [[_cell(item["where"]), _cell(f"{item['tokens']:,} tokens, too long")] for item in dropped["too_long"]]
+    rows += [[_cell(item["where"]), _cell(item["what"])] for item in dropped["bad"]]
+    if not rows:
+        return "<p>No row was dropped.</p>"
+    shown = _table(["row", "why it was left out"], rows[:100])
+    more = f"<p>and {len(rows) - 100:,} more, in data.json.</p>" if len(rows) > 100 else ""
+    return f"<details><summary>{len(rows):,} rows were left out</summary>{shown}{more}</details>"
+
+
+def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    model = result["model"]
+    pin = model["revision"] or model["sha256"]
+    return [
+        ("model", f"{model['name']} ({model['kind']}{', ' + pin if pin else ''})"),
+        ("processor", f"{environment['processor']}, {environment['cores']} cores, {environment['device']}"),
+        ("memory", in_bytes(environment["memory_bytes"])),
+        ("platform", environment["platform"]),
+        ("versions", versions),
+    ]
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{body}"
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    return _table([], [[_cell(name), _cell(value)] for name, value in facts])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = f"<tr>{''.join(f'<th scope=col>{html.escape(name)}</th>' for name in head)}</tr>" if head else ""
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table>{top}{body}</table></div>'
+
+
+def _cell(text: str, style: str = "") -> str:
+    return f"<td{f' class={style}' if style else ''}>{html.escape(text)}</td>"
+
+
+def _text(text: str) -> str:
+    cut = text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]} [{len(text) - TEXT_MAX:,} more characters]"
+    return html.escape(cut)

@@ -1,0 +1,116 @@
+"""What a run says in words: the same in the terminal, the report, the card and a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headstart.display import in_bytes, in_time
+from headstart.evaluate.measure import LABELS
+
+VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "no_gain": "no clear gain",
+    "not_measured": "not measured",
+}
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """Say the verdict with the figure that it rests on."""
+    difference = result["difference"]
+    name = LABELS.get(difference["metric"], difference["metric"])
+    before = result["before"][difference["metric"]]["value"]
+    after = result["after"][difference["metric"]]["value"]
+    rows = result["rows"]["proof"]
+    return (
+        f"{VERDICTS[result['verdict']]}: {name} {before:.3f} -> {after:.3f} on {rows:,} rows that it never saw "
+        f"({difference['value']:+.3f}, 95% interval {difference['low']:+.3f} to {difference['high']:+.3f})"
+    )
+
+
+def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return a line a metric: its name, before, after, the difference with its interval, and how sure it is."""
+    lines = []
+    for name, difference in result["differences"].items():
+        before, after = result["before"][name]["value"], result["after"][name]["value"]
+        low, high = difference["low"], difference["high"]
+        lower_is_better = name in result["lower_is_better"]
+        clear = "unclear" if low <= 0 <= high else "better" if (high < 0) == lower_is_better else "worse"
+        shown = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append((LABELS.get(name, name), f"{before:.3f}", f"{after:.3f}", shown, clear))
+    return lines
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a plan says, as names and values."""
+    saved = f", {plan['shared_frac']:.0%} of them shared and computed once" if plan["shared_frac"] >= 0.005 else ""
+    packs = f"{plan['packs']:,} packs of at most {plan['tokens_per_pack']:,}, no padding"
+    return [
+        ("model", f"{plan['model']}, {plan['parameters'] / 1e6:,.0f}M parameters"),
+        ("method", f"{plan['method']}, {plan['trainable'] / 1e6:,.2f}M parameters trained{plan['modules']}"),
+        (
+            "rows",
+            f"{plan['train_rows']:,} to train on, {plan['watch_rows']:,} to watch, {plan['proof_rows']:,} kept for the proof",
+        ),
+        (
+            "steps",
+            f"{plan['steps']:,} of {plan['batch_size']} rows ({plan['epochs']:g} epochs), lr {plan['lr']:g} {plan['schedule']}",
+        ),
+        ("tokens", f"{plan['row_tokens']:,}, {plan['targets']:,} trained{saved}"),
+        ("packs", packs),
+        ("memory", f"{in_bytes(plan['memory_bytes'])} of {in_bytes(plan['memory_free_bytes'])} free"),
+        (
+            "time",
+            f"about {in_time(plan['total_s'])} ({in_time(plan['train_s'])} training, {in_time(plan['eval_s'])} scoring)",
+        ),
+        ("disk", in_bytes(plan["disk_bytes"])),
+    ]
+
+
+def data_lines(prepared: Any) -> list[str]:
+    """Return what was found in the data, a line each."""
+    lines = []
+    for formed in prepared.formed:
+        names = ", ".join(file.name for file in formed.files[:3])
+        more = f" and {len(formed.files) - 3} more" if len(formed.files) > 3 else ""
+        lines += [f"{names}{more}: {formed.detection}", *(f"  {note}" for note in formed.notes)]
+    parts = prepared.parts
+    if parts.duplicates:
+        lines.append(f"{parts.duplicates:,} rows stand more than once")
+    if parts.leaked:
+        lines.append(f"{parts.leaked:,} rows to score on also stood in the training data; they are not trained on")
+    for name, part in (("train on", prepared.train), ("watch", prepared.watch), ("prove with", prepared.proof)):
+        if part.dropped:
+            longest = max(length for _, length in part.dropped)
+            lines.append(f"{len(part.dropped):,} rows to {name} dropped whole: too long (up to {longest:,} tokens)")
+        if part.cut:
+            lines.append(f"{part.cut:,} rows to {name} lost the end of their longest context turn")
+    if prepared.problems:
+        lines.append(f"{len(prepared.problems):,} rows can't be used")
+    return lines
+
+
+def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a run's data record says, as names and values."""
+    rows, tokens, targets = data["rows"], data["tokens"], data["targets"]
+    facts = [
+        (
+            file["name"],
+            f"{file['bytes']:,} bytes, SHA-256 {file['sha256'][:16]}{', ' + file['revision'] if file['revision'] else ''}",
+        )
+        for file in data["files"]
+    ]
+    facts += [("format", f"{found['format']} ({found['certainty']}), {found['reads']}") for found in data["formats"]]
+    names = {"train": "trained on", "watch": "watched", "proof": "kept for the proof"}
+    facts += [
+        (label, f"{rows[name]:,} rows, {tokens[name]:,} tokens, {targets[name]:,} of them answers")
+        for name, label in names.items()
+    ]
+    if data["duplicates"]:
+        facts.append(("duplicates", f"{data['duplicates']:,} rows stand more than once"))
+    if data["dropped"]["in_both"]:
+        facts.append(
+            ("in both", f"{data['dropped']['in_both']:,} rows to score on were taken out of the training data")
+        )
+    return [*facts, *(("note", note) for note in data["notes"])]

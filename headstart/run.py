@@ -1,0 +1,183 @@
+"""A run's folder on disk, and a finished run as users hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from headstart.config import Config, read_resolved
+from headstart.errors import Problem, RunError
+from headstart.files import read_json, remove_temporaries, write_atomic, write_json
+
+DEFAULT_FOLDER = Path("runs")
+
+
+class RunFolder:
+    """The files of one run; each is written whole or not at all, but for the logs, which grow line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.data_file = path / "data.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.evaluation = path / "evaluation"
+        self.model = path / "model"
+        self.result_file = path / "result.json"
+        self.report_file = path / "report.html"
+        self.card_file = path / "README.md"
+        self.log_file = path / "log.txt"
+
+    @staticmethod
+    def create(path: Path) -> RunFolder:
+        """Make a new run folder. Raises RunError where something lies there already."""
+        folder = RunFolder(path)
+        if path.exists() and any(path.iterdir()):
+            cure = f"choose another with -o, or go on with it: headstart resume {path}"
+            raise RunError(Problem("run.exists", "the folder is not empty", str(path), cure))
+        path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """Open a run folder that exists. Raises RunError."""
+        folder = RunFolder(path)
+        if not folder.config_file.exists() or not folder.data_file.exists():
+            cure = "`headstart runs` lists those that there are"
+            raise RunError(Problem("run.not_found", "no run lies there", str(path), cure))
+        return folder
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process alone. Raises RunError where another process writes it."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            cure = "wait for it, or stop it"
+            raise RunError(Problem("run.locked", "another process writes this run", str(self.path), cure)) from None
+        try:
+            remove_temporaries(self.path)
+            yield
+        finally:
+            lock.release()
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved settings."""
+        write_atomic(self.config_file, config.render())
+
+    def read_config(self) -> Config:
+        """Read the resolved settings, with their sources."""
+        return read_resolved(self.config_file)
+
+    def add_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Make the metrics survive a power cut."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics; a line that a kill cut short is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: they are about to be taken again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        write_atomic(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Keep what a model did on the frozen rows (`before` or `after`)."""
+        write_json(self.evaluation / f"{name}.json", rows)
+
+    def read_evaluation(self, name: str) -> list[dict[str, Any]] | None:
+        """Return what `write_evaluation` kept, or None."""
+        path = self.evaluation / f"{name}.json"
+        return read_json(path) if path.exists() else None
+
+
+def new_run_path(data: str, model: str) -> Path:
+    """Return the first free `runs/DATA-MODEL-N`."""
+    names = [Path(part).name.partition(".")[0] for part in (data.removeprefix("hub:"), model)]
+    stem = "-".join(part for part in names if part) or "run"
+    number = 1
+    while (path := DEFAULT_FOLDER / f"{stem}-{number}").exists():
+        number += 1
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where it lies, what came out, and how to use it."""
+
+    path: Path
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """Return the result: verdict, scores before and after, the difference, speed, memory. Raises RunError."""
+        file = RunFolder(self.path).result_file
+        if not file.exists():
+            cure = f"headstart resume {self.path}"
+            raise RunError(Problem("run.incomplete", "the run has no result yet", str(self.path), cure))
+        result: dict[str, Any] = read_json(file)
+        return result
+
+    @property
+    def report(self) -> Path:
+        """Where the report lies: one HTML file."""
+        return RunFolder(self.path).report_file
+
+    @cached_property
+    def model(self) -> Any:
+        """Return the tuned model, loaded: a transformers or PEFT model in evaluation mode."""
+        from headstart.machine import pick_device
+        from headstart.models.load import load_model
+        from headstart.models.source import find_model
+
+        return load_model(find_model(str(self.path)), pick_device()).adapted
+
+    def __repr__(self) -> str:
+        difference = self.result["difference"]
+        return (
+            f"Run({str(self.path)!r}: {self.result['verdict']}, {difference['metric']} "
+            f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}])"
+        )
+
+    def _repr_html_(self) -> str:
+        from headstart.report.words import sentence
+
+        result = self.result
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{result['before'][name]['value']:.3f}</td>"
+            f"<td>{result['after'][name]['value']:.3f}</td></tr>"
+            for name in result["before"]
+        )
+        return (
+            f"<b>{html.escape(sentence(result))}</b><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>"
+            f"<p>report: <code>{html.escape(str(self.report))}</code></p>"
+        )
+
+
+def find_runs(folder: Path = DEFAULT_FOLDER) -> list[Path]:
+    """Return the run folders in `folder`, the newest last."""
+    found = [path.parent for path in folder.glob("*/config.yaml")]
+    return sorted(found, key=lambda path: (path / "config.yaml").stat().st_mtime)
