@@ -1,0 +1,96 @@
+"""Talk to a model: the renderer of training writes its prompts, so that it is asked as it was taught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.data.formats import Message
+from headstart.display import Display
+from headstart.models.attention import use_attention
+from headstart.models.source import find_model
+from headstart.run import RunFolder
+from headstart.verbs import build_renderer, load_here
+
+UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, and whether the model ended it by itself."""
+
+    text: str
+    stopped: bool
+
+
+class Chat:
+    """A conversation with a model; `temperature` 0 takes the likeliest token each time."""
+
+    def __init__(
+        self, model: str, *, system: str | None = None, max_tokens: int = 512, temperature: float = 0.0
+    ) -> None:
+        source = find_model(model)
+        config = RunFolder(Path(model)).config_file
+        template = RunFolder(Path(model)).read_config().settings.data.template if config.exists() else "model"
+        self._renderer = build_renderer(source, template)
+        self._model = load_here(source).model
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self.messages = [Message("system", system)] if system else []
+
+    def answer(self, text: str, on_text: Callable[[str], None] | None = None) -> Said:
+        """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
+        self.messages.append(Message("user", text))
+        prompt = self._renderer.prompt(self.messages)
+        ids: list[int] = []
+        shown = ""
+        stopped = False
+        for id_ in self._tokens(prompt):
+            if id_ in self._renderer.stop_ids:
+                stopped = True
+                break
+            ids.append(id_)
+            whole = self._renderer.decode(ids)
+            # The bytes of one character can come in several tokens: it is shown when it is whole.
+            if on_text and not whole.endswith(UNFINISHED):
+                on_text(whole[len(shown) :])
+                shown = whole
+        said = Said(self._renderer.decode(ids), stopped)
+        if on_text:
+            on_text(said.text[len(shown) :] + "\n")
+        self.messages.append(Message("assistant", said.text))
+        return said
+
+    def _tokens(self, prompt: list[int]) -> Any:
+        """Yield new tokens one by one."""
+        use_attention(self._model, packed=False)
+        ids = torch.tensor([prompt], device=self._model.device)
+        past = None
+        for _ in range(self._max_tokens):
+            with torch.no_grad():
+                output = self._model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = output.past_key_values
+            logits = output.logits[0, -1].float()
+            if self._temperature > 0:
+                new = int(torch.multinomial((logits / self._temperature).softmax(-1), 1))
+            else:
+                new = int(logits.argmax())
+            yield new
+            ids = torch.tensor([[new]], device=self._model.device)
+
+
+def talk(chat: Chat, display: Display) -> None:
+    """Hold a conversation in the terminal until the user has had enough."""
+    display.line("an empty line or Ctrl-D ends the conversation", "dim")
+    while True:
+        try:
+            asked = input("> ").strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        chat.answer(asked, display.stream)

@@ -1,0 +1,91 @@
+"""Every number that the user left out, decided from the model, the data and the machine, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from headstart.config import Config
+from headstart.engine.plan import FORWARD_COST
+
+EVALS_PER_RUN = 8
+EVAL_TIME_FRAC = 0.1
+GENERATE_ROWS = 32
+PACK_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices rest on. Lengths are in tokens; `train_tokens` and `watch_tokens` are over all rows."""
+
+    device: str
+    hidden_size: int
+    train_rows: int
+    watch_rows: int
+    proof_rows: int
+    train_tokens: int
+    watch_tokens: int
+    longest: int
+    held_out: float | None
+
+
+def choose(config: Config, facts: Facts) -> Config:
+    """Fill in what the user left out."""
+    settings = config.settings
+    found: dict[str, tuple[Any, str]] = {}
+
+    def decide(key: str, value: Any, why: str) -> Any:
+        section, _, name = key.rpartition(".")
+        current = getattr(getattr(settings, section) if section else settings, name)
+        if current is not None:
+            return current
+        found[key] = (value, why)
+        return value
+
+    rows = facts.train_rows
+    batch_size = decide("batch_size", *_batch_size(rows))
+    if settings.steps is None:
+        epochs = decide("epochs", *_epochs(rows))
+        steps = math.ceil(round(epochs * rows) / batch_size)
+    else:
+        steps = settings.steps
+    decide("optim.lr", *_learning_rate(settings.method, facts.hidden_size))
+    decide("optim.warmup", 0.05, "a twentieth of the steps")
+    packed = max(PACK_TOKENS[facts.device], facts.longest)
+    decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
+    if facts.held_out is not None:
+        decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
+    every, why = _eval_every(facts, steps, batch_size)
+    every = decide("eval.every", every, why)
+    decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
+    decide("eval.rows", facts.proof_rows, "all of them")
+    decide("save.every", every or max(1, steps // EVALS_PER_RUN), "as often as the model is scored")
+    return config.decide(found)
+
+
+def _batch_size(rows: int) -> tuple[int, str]:
+    size = 4 if rows < 500 else 8 if rows < 5_000 else 16
+    return min(size, rows), f"for {rows:,} rows"
+
+
+def _epochs(rows: int) -> tuple[float, str]:
+    return (3.0 if rows < 1_000 else 2.0 if rows < 5_000 else 1.0), f"for {rows:,} rows"
+
+
+def _learning_rate(method: str, hidden_size: int) -> tuple[float, str]:
+    # An adapter wants about ten times the rate of a full fine-tuning, and wider models a lower one: 5e-4 at a width of
+    # 2,000, falling with its root ("LoRA Without Regret", Thinking Machines, 2025; checked on widths 576 in docs/log.md).
+    rate = 5e-4 * math.sqrt(2000 / hidden_size)
+    rate = rate if method == "lora" else rate / 10
+    return float(f"{rate:.1e}"), f"for {method} at a model width of {hidden_size:,}"
+
+
+def _eval_every(facts: Facts, steps: int, batch_size: int) -> tuple[int, str]:
+    if not facts.watch_rows:
+        return 0, "too few held-out rows to watch some and keep others for the proof"
+    step_cost = facts.train_tokens / facts.train_rows * batch_size
+    eval_cost = facts.watch_tokens * FORWARD_COST
+    affordable = math.ceil(eval_cost / (EVAL_TIME_FRAC * step_cost))
+    every = min(steps, max(1, math.ceil(steps / EVALS_PER_RUN), affordable))
+    return every, f"at most {EVALS_PER_RUN} times, and a tenth of the time"

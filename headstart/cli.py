@@ -1,0 +1,368 @@
+"""The command line: reads flags, calls the API, prints. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from headstart.errors import HeadstartError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from headstart.config import Config, Override
+    from headstart.display import Display
+
+app = typer.Typer(
+    name="headstart",
+    help="Fine-tune a language model and prove that it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take a third of a second to draw the help
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="Built-in models: what there is, what is cached.", invoke_without_command=True)
+config_app = typer.Typer(help="The settings: all of them, or those that a run would have.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(config_app, name="config")
+
+Data = Annotated[list[str], typer.Argument(help="Files, folders or hub:owner/name.", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A built-in name, folder, .gguf, hub id or run.")]
+Method = Annotated[str | None, typer.Option(help="lora (an adapter) or full (every weight).")]
+Out = Annotated[str | None, typer.Option("--out", "-o", help="The run folder.")]
+File = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Any setting.")]
+Epochs = Annotated[float | None, typer.Option(help="Times that each row is seen.")]
+EvalData = Annotated[list[str] | None, typer.Option(help="Rows to score on; else a part is held out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Answers = Annotated[int, typer.Option(help="Rows that are answered and scored as text.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+# --- verbs ---
+
+
+@app.command()
+def tune(
+    data: Data,
+    model: Model = None,
+    method: Method = None,
+    out: Out = None,
+    config: File = None,
+    sets: Sets = None,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on DATA and prove what it gained."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.tune import start
+
+        flags = {
+            "data.train": data,
+            "model": model,
+            "method": method,
+            "out": out,
+            "epochs": epochs,
+            "data.eval": eval_data,
+        }
+        run = start(read_config(config, sets, flags), display)
+        return {"run": str(run.path), **run.result}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def demo(out: Out = None, as_json: Json = False) -> None:
+    """Fine-tune the built-in model on the data that headstart ships: visit notes into reports."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.demo.run import run_demo
+
+        run = run_demo(display, out)
+        return {"run": str(run.path), **run.result}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def check(
+    data: Data,
+    model: Model = None,
+    config: File = None,
+    sets: Sets = None,
+    eval_data: EvalData = None,
+    show: Annotated[int, typer.Option(help="Rows to print with their trained, context and cut tokens.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Look through DATA as a run would: findings with their rows, nothing trained."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import say_findings, say_rows
+        from headstart.verbs import check_config
+
+        flags = {"data.train": data, "model": model, "data.eval": eval_data}
+        findings, built = check_config(read_config(config, sets, flags))
+        say_findings(display, findings, built)
+        say_rows(display, built, show)
+        if findings.problems:
+            built.reject_bad_rows()
+        return findings.to_json()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def plan(
+    data: Data,
+    model: Model = None,
+    method: Method = None,
+    config: File = None,
+    sets: Sets = None,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run on DATA would take: tokens, steps, memory, time, disk. Nothing is trained."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import say_plan
+        from headstart.verbs import plan_config
+
+        flags = {"data.train": data, "model": model, "method": method, "epochs": epochs, "data.eval": eval_data}
+        job = plan_config(read_config(config, sets, flags), display)
+        say_plan(display, job.plan())
+        return job.plan()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json: Json = False) -> None:
+    """Go on with a run that was stopped or killed."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.tune import resume as resume_run
+
+        finished = resume_run(run, display)
+        return {"run": str(finished.path), **finished.result}
+
+    carry_out(work, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
+    data: Data,
+    answers: Answers = 32,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on DATA."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import say_evaluated
+        from headstart.verbs import evaluate as evaluate_model
+
+        found = evaluate_model(model, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        say_evaluated(display, found)
+        return found.to_json()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    data: Data,
+    answers: Answers = 32,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Score two models on the same DATA and compare them in pairs."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import say_versus
+        from headstart.verbs import compare as compare_models
+
+        found = compare_models(a, b, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        say_versus(display, found)
+        return found.to_json()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
+    ask: Annotated[str | None, typer.Option(help="Ask this once and leave, instead of a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Talk to a model."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.chat import Chat, talk
+
+        talker = Chat(model, system=system, max_tokens=max_tokens, temperature=temperature)
+        if ask is not None:
+            show = None if as_json else display.stream
+            answer = talker.answer(ask, show)
+            return {"model": model, "asked": ask, "answer": answer.text, "stopped": answer.stopped}
+        if as_json or not sys.stdin.isatty():
+            raise UsageError(Problem("usage.flag", "a conversation needs a terminal", "chat", "ask once: --ask TEXT"))
+        talk(talker, display)
+        return {}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"), as_json: Json = False) -> None:
+    """List the runs of a folder."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import list_runs, say_runs
+
+        found = list_runs(folder)
+        say_runs(display, found, folder)
+        return {"runs": found}
+
+    carry_out(work, as_json)
+
+
+@models_app.callback()
+def models(context: typer.Context, as_json: Json = False) -> None:
+    """List the built-in models and what is cached."""
+    if context.invoked_subcommand is not None:
+        return
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.show import list_models, say_models
+
+        found = list_models()
+        say_models(display, found)
+        return {"models": found}
+
+    carry_out(work, as_json)
+
+
+@models_app.command()
+def pull(name: Annotated[str, typer.Argument(help="A built-in name or a hub id.")], as_json: Json = False) -> None:
+    """Fetch a model, verify it, and say where it lies: a plain transformers folder."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.models.source import find_model, weights_hash
+
+        source = find_model(name)
+        digest = weights_hash(source)
+        for key, value in (("path", str(source.path)), ("sha256", digest), ("license", source.license or "unknown")):
+            display.fact(key, value)
+        return {"name": name, "path": str(source.path), "sha256": digest, "license": source.license}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at this machine: versions, device, memory, disk, and each problem with its cure."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.doctor import examine, say_examined
+
+        found = examine()
+        say_examined(display, found)
+        if not found["ok"]:
+            raise typer.Exit(1)
+        return found
+
+    carry_out(work, as_json)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of the settings."""
+    from headstart.config import Settings
+
+    print(json.dumps(Settings.model_json_schema(), indent=2))
+
+
+@config_app.command()
+def render(config: File = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Print every setting with its value and where it comes from."""
+
+    def work(_: Display) -> dict[str, Any]:
+        chosen = read_config(config, sets, {})
+        if not as_json:
+            print(chosen.render(), end="")
+        return {"settings": chosen.settings.model_dump(mode="json"), "sources": dict(chosen.sources)}
+
+    carry_out(work, as_json)
+
+
+# --- what the verbs share ---
+
+
+def read_config(file: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> Config:
+    """Lay flags and -s over a config file over the defaults."""
+    from headstart.config import Override, build_config
+
+    overrides = [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
+    return build_config(file, [*overrides, *_parse_sets(sets)])
+
+
+def read_sets(sets: list[str] | None) -> dict[str, Any]:
+    """Return the values of -s by key."""
+    return {item.key: item.value for item in _parse_sets(sets)}
+
+
+def _parse_sets(sets: list[str] | None) -> list[Override]:
+    from headstart.config import Override
+
+    overrides = []
+    for text in sets or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(Problem("usage.flag", f"no value in {text!r}", "-s", "-s key=value"))
+        # In a template typed on a command line, \n means a line break.
+        overrides.append(Override(key.strip(), value.replace("\\n", "\n"), f"-s {key.strip()}"))
+    return overrides
+
+
+def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> None:
+    """Run a verb, print its result or its error, and leave with the right exit code.
+
+    With --json the object goes to stdout alone, and what a run says on its way to stderr.
+    """
+    from headstart.display import Display
+
+    display = Display(sys.stderr if as_json else sys.stdout)
+    try:
+        with display:
+            result = work(display)
+    except HeadstartError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+
+
+def _fail(error: HeadstartError, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps(error.to_json(), indent=2, ensure_ascii=False))
+    else:
+        Display(sys.stderr).line(f"\n{error.describe()}", "red" if error.exit_code != 75 else "yellow")
+    raise typer.Exit(error.exit_code)

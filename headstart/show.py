@@ -1,0 +1,145 @@
+"""What the verbs found, as lines of a terminal; and what lies on this disk, listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from headstart.display import Display, safe
+from headstart.evaluate.measure import LABELS
+from headstart.files import read_json
+from headstart.models.source import BUILT_IN, cached
+from headstart.report.words import VERDICTS, data_lines, plan_facts
+from headstart.run import RunFolder, find_runs
+
+if TYPE_CHECKING:
+    from headstart.data.check import Findings
+    from headstart.job import Data
+    from headstart.verbs import Evaluated, Versus
+
+STYLES = {"trained": ("green", "⟦", "⟧"), "context": ("dim", "", ""), "cut": ("red strike", "⟦cut: ", "⟧")}
+
+
+def say_findings(display: Display, findings: Findings, data: Data) -> None:
+    """Say what the check found."""
+    display.title("data")
+    for line in data_lines(data.prepared):
+        display.line(f"  {line}")
+    display.title("findings")
+    display.fact(
+        "rows",
+        f"{findings.rows:,} read, {findings.usable:,} usable: {findings.train:,} to train on, {findings.held_out:,} held out",
+    )
+    lengths = (
+        f"median {findings.length_median:,}, 95% under {findings.length_p95:,}, longest {findings.length_longest:,}"
+    )
+    display.fact("tokens", f"{findings.tokens:,}, {findings.targets:,} of them answers; a row: {lengths}")
+    if findings.control_rows:
+        some = ", ".join(findings.control_rows[:3])
+        display.warn(
+            f"{len(findings.control_rows):,} rows spell control tokens in their text ({some}); they are read as text"
+        )
+    if not findings.problems:
+        display.line("  no row has a problem", "green")
+
+
+def say_rows(display: Display, data: Data, count: int) -> None:
+    """Print the first rows with their tokens marked as trained, context or cut."""
+    from headstart.data.check import show_tokens
+
+    if not count:
+        return
+    display.title("rows")
+    display.markup("  " + "  ".join(_marked(name, name, display) for name in STYLES))
+    prepared = data.prepared
+    for example in prepared.train.examples[:count]:
+        display.line()
+        display.line(f"{example.where}: {example.token_count:,} tokens, {example.target_count:,} trained", "bold")
+        display.markup("".join(_marked(s.text, s.kind, display) for s in show_tokens(example, data.renderer)))
+    for where, length in prepared.train.dropped[:count]:
+        display.line(f"{where}: dropped whole, {length:,} tokens", "red")
+
+
+def _marked(text: str, kind: str, display: Display) -> str:
+    style, left, right = STYLES[kind]
+    if display.console.is_terminal:
+        left = right = ""
+    return f"[{style}]{escape(left + safe(text) + right)}[/]"
+
+
+def say_plan(display: Display, plan: Mapping[str, Any]) -> None:
+    """Say what a run would take."""
+    display.title("plan")
+    for name, value in plan_facts(plan):
+        display.fact(name, value)
+
+
+def say_evaluated(display: Display, found: Evaluated) -> None:
+    """Say how a model scored."""
+    display.title(f"{found.model} on {len(found.measured.rows):,} rows")
+    for name, values in found.metrics.items():
+        bounds = f"95% interval {values['low']:.3f} to {values['high']:.3f}"
+        display.line(f"  {LABELS.get(name, name):<24} {values['value']:8.3f}   {bounds}")
+
+
+def say_versus(display: Display, found: Versus) -> None:
+    """Say how two models compare."""
+    display.title(f"{found.first.model} -> {found.second.model}")
+    for item in found.compared:
+        clear = {1: "better", -1: "worse", 0: "unclear"}[item.direction]
+        gap = item.difference
+        shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+        name = LABELS.get(item.name, item.name)
+        display.line(f"  {name:<24} {item.before.value:8.3f} -> {item.after.value:8.3f}   {shown:<26} {clear}")
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs in a folder: where each lies and how it ended."""
+    found = []
+    for path in find_runs(folder):
+        result = RunFolder(path).result_file
+        row: dict[str, Any] = {"run": str(path), "verdict": None, "difference": None}
+        if result.exists():
+            content = read_json(result)
+            row |= {"verdict": content["verdict"], "difference": content["difference"]}
+        found.append(row)
+    return found
+
+
+def say_runs(display: Display, found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Say which runs there are."""
+    if not found:
+        display.line(f"no runs in {folder}")
+    for row in found:
+        if row["verdict"] is None:
+            display.line(f"  {row['run']:<44} not finished: headstart resume {row['run']}")
+        else:
+            gap = row["difference"]
+            shown = f"{LABELS.get(gap['metric'], gap['metric'])} {gap['value']:+.3f}"
+            display.line(f"  {row['run']:<44} {VERDICTS[row['verdict']]:<16} {shown}")
+
+
+def list_models() -> list[dict[str, Any]]:
+    """Return the built-in models and where each is cached."""
+    return [
+        {
+            "name": name,
+            "what": model.what,
+            "parameters": model.parameters,
+            "license": model.license,
+            "path": str(cached(name) or ""),
+        }
+        for name, model in BUILT_IN.items()
+    ]
+
+
+def say_models(display: Display, found: Iterable[Mapping[str, Any]]) -> None:
+    """Say which models are built in."""
+    for model in found:
+        size = f"{model['parameters'] / 1e6:,.0f}M"
+        where = model["path"] or f"not fetched yet: headstart models pull {model['name']}"
+        display.line(f"  {model['name']:<14} {size:>5}  {model['what']}, {model['license']}")
+        display.line(f"  {'':<21} {where}")

@@ -1,0 +1,402 @@
+"""Run a job: score the untouched model, train, score again, compare, and write what proves it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart import machine
+from headstart.config import Config, Override, as_names, build_config
+from headstart.data.read import SourceFile
+from headstart.display import Display, in_bytes, in_time
+from headstart.engine.checkpoint import Checkpoints
+from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
+from headstart.engine.optim import Schedule
+from headstart.errors import DataError, Problem, ResourceError, StoppedError
+from headstart.evaluate.measure import Measured, measure
+from headstart.evaluate.score import score_rows
+from headstart.files import read_json, sha256, write_atomic, write_json
+from headstart.job import Data, Job, build_data, build_job
+from headstart.models.save import save_result
+from headstart.report.card import model_card
+from headstart.report.page import report_page
+from headstart.report.result import build_result
+from headstart.report.words import data_lines, plan_facts, score_table, sentence
+from headstart.run import Run, RunFolder, new_run_path
+from headstart.stop import StopRequest
+
+
+def tune(
+    data: str | Path | Sequence[str | Path] | None = None,
+    *,
+    model: str | None = None,
+    method: str | None = None,
+    out: str | Path | None = None,
+    epochs: float | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Fine-tune a model on `data` and prove what it gained; return the run.
+
+    `settings` are dotted keys with values, as `-s` takes them: `{"optim.lr": 1e-4}`. What is left out is decided from
+    the model, the data and the machine.
+
+    Raises a HeadstartError: UsageError, DataError, ModelError, ResourceError, DivergedError, or StoppedError where the
+    run was asked to stop and can be resumed.
+    """
+    named = {
+        "data.train": None if data is None else as_names(data),
+        "model": model,
+        "method": method,
+        "out": None if out is None else str(out),
+        "epochs": epochs,
+        "data.eval": None if eval_data is None else as_names(eval_data),
+        **(settings or {}),
+    }
+    overrides = [Override(key, value, "argument") for key, value in named.items() if value is not None]
+    return start(build_config(Path(config) if config else None, overrides), display or Display())
+
+
+def start(config: Config, display: Display) -> Run:
+    """Begin a run with these settings and carry it to its end."""
+    if not config.settings.data.train:
+        raise DataError(Problem("data.missing", "no data was named", "data.train", "headstart tune FILE"))
+    today = datetime.date.today()
+    with _resources(), _stoppable(display) as stop:
+        job = _set_up(config, today, display)
+        out = config.settings.out
+        path = Path(out) if out else new_run_path(config.settings.data.train[0], config.settings.model)
+        folder = RunFolder.create(path)
+        with folder.locked():
+            job.config = job.config if out else job.config.decide({"out": (str(path), "the first free name")})
+            folder.write_config(job.config)
+            write_json(folder.data_file, _describe_data(job.data, today))
+            return _Session(job, folder, display, stop).carry_out()
+
+
+def resume(path: Path, display: Display) -> Run:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+
+    Raises RunError where there is no such run, and DataError where its data isn't what it was.
+    """
+    folder = RunFolder.open(path)
+    if folder.result_file.exists():
+        display.line(f"{path} is finished: {sentence(Run(path).result)}")
+        return Run(path)
+    with _resources(), _stoppable(display) as stop, folder.locked():
+        record = read_json(folder.data_file)
+        _check_unchanged(record)
+        _tell_versions(record, display)
+        job = _set_up(folder.read_config(), datetime.date.fromisoformat(record["date"]), display)
+        return _Session(job, folder, display, stop).carry_out()
+
+
+def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
+    display.title("data")
+    data = build_data(config, today)
+    for line in data_lines(data.prepared):
+        display.line(f"  {line}")
+    data.reject_bad_rows()
+    job = build_job(data, display.warn)
+    display.title("plan")
+    for name, value in plan_facts(job.plan()):
+        display.fact(name, value)
+    _check_disk(job)
+    return job
+
+
+@dataclass
+class _Session:
+    """A job on its way: what the loop calls back, and the times of the phases."""
+
+    job: Job
+    folder: RunFolder
+    display: Display
+    stop: StopRequest
+    progress: Progress = field(default_factory=Progress)
+    eval_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.job.config.settings.save.keep)
+        self.feed = self.job.new_feed()
+        self.display.log_to(self.folder.log_file)
+
+    def carry_out(self) -> Run:
+        """Take the run from where it stands to its end."""
+        before = self._evaluate("before")
+        self._train()
+        self._use_best()
+        adapted, data = self.job.adapted, self.job.data
+        save_result(adapted.saved, data.tokenizer, data.renderer.stop_ids, self.folder.model)
+        after = self._evaluate("after")
+        self._conclude(before, after)
+        return Run(self.folder.path)
+
+    # --- what the loop calls ---
+
+    def on_step(self, record: StepRecord) -> None:
+        """Write the step down and show it."""
+        rate = self.progress.row_tokens_seen / self.progress.train_s
+        peak = machine.device_peak_bytes(self.job.engine.reader.device.type)
+        values = {key: value for key, value in asdict(record).items() if key != "rows"}
+        self.folder.add_metrics({**values, "real_tokens_per_s": rate, "peak_bytes": peak})
+        left = (self.job.layout.steps - record.step) * self.progress.train_s / record.step
+        detail = (
+            f"loss {record.loss:.3f}  lr {record.lr:.1e}  {rate:,.0f} tokens/s  {in_bytes(peak)}  {in_time(left)} left"
+        )
+        self.display.progress("training", record.step, self.job.layout.steps, detail)
+
+    def watch(self) -> float:
+        """Return the loss on the watched rows."""
+        begun = time.perf_counter()
+        settings = self.job.config.settings.engine
+        scores = score_rows(
+            self.job.engine.reader, self.job.data.prepared.watch.examples, settings.tokens_per_pack or 1
+        )
+        self.eval_s += time.perf_counter() - begun
+        best = self.progress.best_value
+        mark = "  the best so far" if best is None or scores.mean < best else ""
+        self.folder.add_metrics({"step": self.progress.step, "watch_loss": scores.mean})
+        self.display.line(f"  step {self.progress.step}: loss {scores.mean:.4f} on the watched rows{mark}")
+        return scores.mean
+
+    def keep_best(self, progress: Progress) -> None:
+        """Keep the weights as they are."""
+        self.checkpoints.save_best(progress.step, self.job.engine.trainable)
+
+    def save(self, progress: Progress) -> None:
+        """Commit a checkpoint."""
+        tensors, numbers = self.job.engine.state()
+        self.folder.sync_metrics()
+        self.checkpoints.save(progress.step, tensors, {**numbers, "progress": progress.to_json()}, progress.best_step)
+
+    def should_stop(self) -> bool:
+        """Tell whether the run was asked to stop."""
+        return self.stop.asked
+
+    # --- phases ---
+
+    def _evaluate(self, name: str) -> Measured:
+        kept = self.folder.read_evaluation(name)
+        if kept is not None:
+            return Measured.from_json(kept)
+        self.display.title(f"scoring {'the untouched' if name == 'before' else 'the tuned'} model")
+        begun = time.perf_counter()
+        settings = self.job.config.settings
+        proof = self.job.proof
+        measured = measure(
+            self.job.engine.reader,
+            self.job.data.renderer,
+            proof.kept,
+            proof.examples,
+            tokens_per_pack=settings.engine.tokens_per_pack or 1,
+            answers=settings.eval.generate or 0,
+            on_progress=self._on_eval,
+        )
+        self.eval_s += time.perf_counter() - begun
+        self.folder.write_evaluation(name, measured.to_json())
+        return measured
+
+    def _on_eval(self, label: str, done: int, total: int) -> None:
+        self.display.progress(label, done, total)
+        if self.stop.asked:
+            raise self._stopped()
+
+    def _train(self) -> None:
+        settings = self.job.config.settings
+        torch.manual_seed(settings.seed)
+        self._load_checkpoint()
+        if self.progress.end:
+            return
+        self.display.title("training")
+        steps = self.job.layout.steps
+        warmup = settings.optim.warmup or 0.0
+        schedule = Schedule(
+            settings.optim.lr or 0.0,
+            steps,
+            round(warmup * steps) if warmup < 1 else int(warmup),
+            settings.optim.schedule,
+        )
+        plan = LoopPlan(
+            schedule,
+            settings.engine.tokens_per_pack or 1,
+            eval_every=(settings.eval.every or 0) if self.job.data.prepared.watch.examples else 0,
+            save_every=settings.save.every or 0,
+            patience=settings.eval.patience,
+        )
+        end = train(self.job.engine, self.feed, self.job.data.prepared.train.examples, plan, self.progress, self)
+        self.display.end_progress()
+        if end == "stopped":
+            raise self._stopped()
+        if end == "patience":
+            self.display.line(f"  stopped early: no better in {settings.eval.patience} evaluations")
+
+    def _load_checkpoint(self) -> None:
+        if not self.checkpoints.any():
+            self.folder.forget_after(0)
+            return
+        found, damaged = self.checkpoints.load_newest()
+        for problem in damaged:
+            self.display.warn(str(problem))
+        self.job.engine.load_state(found.tensors, found.values)
+        self.progress = Progress(**found.values["progress"])
+        self.feed.seen = self.progress.seen
+        self.folder.forget_after(found.step)
+        self.display.line(f"  going on from step {found.step}")
+
+    def _use_best(self) -> None:
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            weights = self.checkpoints.load_best(best)
+            self.job.engine.load_weights(weights)
+            self.display.line(f"  the best model was that of step {best}; it is kept")
+
+    def _conclude(self, before: Measured, after: Measured) -> None:
+        plan = self.job.plan()
+        facts = {
+            "kind": self.job.config.settings.kind,
+            "model": self.job.data.source.to_json(),
+            "method": self.job.config.settings.method,
+            "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
+            "stop_ids": list(self.job.data.renderer.stop_ids),
+        }
+        result = build_result(
+            facts=facts,
+            plan=plan,
+            progress=self.progress,
+            before=before,
+            after=after,
+            eval_s=self.eval_s,
+            device=self.job.engine.reader.device.type,
+        )
+        write_atomic(
+            self.folder.card_file, model_card(self.folder.path, result, self.job.config.settings.data.template)
+        )
+        data = read_json(self.folder.data_file)
+        page = report_page(result, before, after, self.folder.read_metrics(), data, self.folder.read_config())
+        write_atomic(self.folder.report_file, page)
+        # Last, since a run with a result is a finished one.
+        write_json(self.folder.result_file, result)
+        self.display.title("before and after")
+        for name, first, second, difference, clear in score_table(result):
+            self.display.line(f"  {name:<22} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        self.display.line()
+        self.display.line(f"  {sentence(result)}", "bold green" if result["verdict"] == "better" else "bold yellow")
+        self.display.fact("model", str(self.folder.model))
+        self.display.fact("report", str(self.folder.report_file))
+
+    def _stopped(self) -> StoppedError:
+        self.display.end_progress()
+        at = f"after step {self.progress.step}" if self.progress.step else "before the first step"
+        cure = f"headstart resume {self.folder.path}"
+        return StoppedError(Problem("run.stopped", f"stopped {at}; nothing is lost", str(self.folder.path), cure))
+
+
+# --- what surrounds a run ---
+
+
+@contextlib.contextmanager
+def _stoppable(display: Display) -> Iterator[StopRequest]:
+    def told() -> None:
+        display.line("  stopping as soon as this step is saved; Ctrl-C again stops now")
+
+    with StopRequest(told) as stop, display:
+        yield stop
+
+
+@contextlib.contextmanager
+def _resources() -> Iterator[None]:
+    """Turn what the system says when memory or disk runs out into errors that say what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model; then headstart resume"
+        raise ResourceError(
+            Problem("memory.exhausted", str(error).splitlines()[0] or "out of memory", "", cure)
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        cure = "free some space, then headstart resume"
+        raise ResourceError(Problem("disk.full", str(error), str(error.filename or ""), cure)) from None
+
+
+def _check_disk(job: Job) -> None:
+    free = machine.disk_free_bytes(Path(job.config.settings.out or "."))
+    needed = job.estimate.disk_bytes
+    if needed > free:
+        what = f"the run needs {in_bytes(needed)} and {in_bytes(free)} are free"
+        raise ResourceError(
+            Problem(
+                "disk.full", what, job.config.settings.out or ".", "free some space, or choose another place with -o"
+            )
+        )
+
+
+def _describe_data(data: Data, today: datetime.date) -> dict[str, Any]:
+    prepared = data.prepared
+
+    def describe(files: Sequence[SourceFile]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": f.name,
+                "path": str(f.path.resolve()),
+                "bytes": f.path.stat().st_size,
+                "sha256": sha256(f.path),
+                "revision": f.revision,
+            }
+            for f in files
+        ]
+
+    parts = {"train": prepared.train, "watch": prepared.watch, "proof": prepared.proof}
+    return {
+        "date": today.isoformat(),
+        "versions": machine.versions(),
+        "files": [file for formed in prepared.formed for file in describe(formed.files)],
+        "formats": [asdict(formed.detection) for formed in prepared.formed],
+        "rows_read": sum(formed.rows for formed in prepared.formed),
+        "rows": {name: len(part.examples) for name, part in parts.items()},
+        "tokens": {name: sum(e.token_count for e in part.examples) for name, part in parts.items()},
+        "targets": {name: sum(e.target_count for e in part.examples) for name, part in parts.items()},
+        "duplicates": prepared.parts.duplicates,
+        "dropped": {
+            "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],
+            "in_both": prepared.parts.leaked,
+            "bad": [problem.to_json() for problem in prepared.problems],
+        },
+        "cut": sum(part.cut for part in parts.values()),
+        "notes": [note for formed in prepared.formed for note in formed.notes],
+        "model": data.source.to_json(),
+    }
+
+
+def _tell_versions(record: Mapping[str, Any], display: Display) -> None:
+    now = machine.versions()
+    other = [f"{name} {was} -> {now.get(name)}" for name, was in record["versions"].items() if now.get(name) != was]
+    if other:
+        display.warn(f"other versions than when the run began ({', '.join(other)}): it goes on, not bit for bit")
+
+
+def _check_unchanged(record: Mapping[str, Any]) -> None:
+    problems = []
+    for file in record["files"]:
+        path = Path(file["path"])
+        if not path.exists():
+            problems.append(Problem("data.changed", "the file is gone", file["name"], f"put it back at {path}"))
+        elif sha256(path) != file["sha256"]:
+            cure = "put the old file back, or begin a new run with the new one"
+            problems.append(
+                Problem("data.changed", "the file is not what it was when the run began", file["name"], cure)
+            )
+    if problems:
+        raise DataError(problems)

@@ -1,0 +1,194 @@
+"""What can be asked besides tuning: check, plan, evaluate, compare, load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart import machine
+from headstart.config import Config, Override, as_names, build_config
+from headstart.data.check import Findings, find
+from headstart.data.prepare import form_rows
+from headstart.data.render import Renderer
+from headstart.data.segments import Segmented, segment_rows
+from headstart.display import Display
+from headstart.engine.forward import PackReader
+from headstart.errors import DataError
+from headstart.evaluate.compare import Compared, compare_all
+from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, measure
+from headstart.job import Data, Job, build_data, build_job
+from headstart.models.load import Loaded, load_config, load_model, load_tokenizer, model_length, stop_ids
+from headstart.models.source import Source, find_model
+from headstart.run import RunFolder
+
+Names = str | Path | Sequence[str | Path]
+READING = ("format", "prompt", "completion", "template", "over_length", "max_length", "max_bad_rows")
+PACK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model on the rows of some data: what it did on each, and its metrics with their intervals."""
+
+    model: str
+    measured: Measured
+    metrics: Mapping[str, Mapping[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics and rows as plain values."""
+        return {"model": self.model, "metrics": dict(self.metrics), "rows": self.measured.to_json()}
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Two models on the same rows: each metric of both, and the paired difference (second minus first)."""
+
+    first: Evaluated
+    second: Evaluated
+    compared: Sequence[Compared]
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics of both and their differences as plain values."""
+        differences = {item.name: item.difference.to_json() for item in self.compared}
+        return {
+            "a": {"model": self.first.model, "metrics": dict(self.first.metrics)},
+            "b": {"model": self.second.model, "metrics": dict(self.second.metrics)},
+            "differences": differences,
+        }
+
+
+def check(data: Names, *, model: str | None = None, settings: Mapping[str, Any] | None = None) -> tuple[Findings, Data]:
+    """Look through data as a run would; nothing is trained. Raises DataError where no row can be read at all."""
+    return check_config(_config(data, model, settings))
+
+
+def check_config(config: Config) -> tuple[Findings, Data]:
+    """Look through the data that settings name."""
+    data = build_data(config)
+    return find(data.prepared, data.renderer), data
+
+
+def plan(
+    data: Names,
+    *,
+    model: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+) -> Job:
+    """Say what a run would need: tokens, steps, memory, time, disk. A pack goes through the model, nothing is trained.
+
+    Raises what `tune` raises before its first step.
+    """
+    return plan_config(_config(data, model, settings), display)
+
+
+def plan_config(config: Config, display: Display | None = None) -> Job:
+    """Say what a run with these settings would need."""
+    data = build_data(config)
+    data.reject_bad_rows()
+    return build_job(data, display.warn if display else None)
+
+
+def evaluate(
+    model: str,
+    data: Names,
+    *,
+    answers: int = 32,
+    settings: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluated:
+    """Score a model on every row of `data` and let it answer some.
+
+    For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
+    """
+    config = _reading_config(model, data, settings)
+    return _evaluate(find_model(model), config, answers, on_progress)
+
+
+def compare(
+    a: str,
+    b: str,
+    data: Names,
+    *,
+    answers: int = 32,
+    settings: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Versus:
+    """Score two models on the same rows and compare them in pairs; how rows are read comes from `b` if it is a run."""
+    config = _reading_config(b, data, settings)
+    first, second = (_evaluate(find_model(name), config, answers, on_progress) for name in (a, b))
+    ours, theirs = first.measured.on_rows_of(second.measured), second.measured.on_rows_of(first.measured)
+    before, after = ours.metrics(), theirs.metrics()
+    if [row.targets for row in ours.rows] != [row.targets for row in theirs.rows]:
+        # Other tokenizers cut other tokens; a loss per token compares only over the same ones.
+        del before[PRIMARY]
+    return Versus(first, second, compare_all(before, after))
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """Return a model (a transformers or PEFT model in evaluation mode) and its tokenizer."""
+    source = find_model(model)
+    return load_model(source, machine.pick_device()).adapted, load_tokenizer(source)
+
+
+def build_renderer(source: Source, template: str = "model") -> Renderer:
+    """Return the renderer of a model."""
+    tokenizer = load_tokenizer(source)
+    return Renderer(tokenizer, stop_ids(source, tokenizer), template)
+
+
+def load_here(source: Source) -> Loaded:
+    """Load a model on this machine's device, in the numbers that suit it."""
+    device = machine.pick_device()
+    return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def _evaluate(source: Source, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
+    settings = config.settings.data
+    renderer = build_renderer(source, settings.template)
+    rows = _rows(config, renderer, settings.max_length or model_length(load_config(source)))
+    torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
+    reader = PackReader(load_here(source).model)
+    measured = measure(
+        reader,
+        renderer,
+        rows.kept,
+        rows.examples,
+        tokens_per_pack=PACK_TOKENS,
+        answers=min(answers, len(rows.kept)),
+        on_progress=on_progress,
+    )
+    metrics = measured.metrics()
+    compared = compare_all(metrics, metrics)
+    return Evaluated(source.name, measured, {item.name: item.after.to_json() for item in compared})
+
+
+def _rows(config: Config, renderer: Renderer, max_length: int) -> Segmented:
+    settings = config.settings.data
+    formed = form_rows(settings.train, settings)
+    rows = segment_rows(formed.formatted.examples, renderer, max_length=max_length, over_length=settings.over_length)
+    problems = [*formed.formatted.problems, *rows.problems]
+    if len(problems) > settings.max_bad_rows or not rows.examples:
+        raise DataError(problems)
+    return rows
+
+
+def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) -> Config:
+    named = {"data.train": as_names(data), "model": model, **(settings or {})}
+    return build_config(None, [Override(key, value, "argument") for key, value in named.items()])
+
+
+def _reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) -> Config:
+    """Return settings for reading `data`: the user's, over those of the run that the model comes from, if it does."""
+    known: dict[str, Any] = {}
+    folder = RunFolder(Path(model))
+    if folder.config_file.exists():
+        of_run = folder.read_config()
+        known = {
+            f"data.{name}": getattr(of_run.settings.data, name) for name in READING if of_run.given(f"data.{name}")
+        }
+    return _config(data, None, {**known, **(settings or {})})

@@ -1,0 +1,301 @@
+"""The whole way on a tiny model: a file in, a run folder out; stopped and killed runs go on as if they never were."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import headstart
+from headstart.display import Display
+from headstart.errors import DataError, ResourceError, RunError, StoppedError, UsageError
+from headstart.files import read_json
+from headstart.run import RunFolder
+from headstart.tune import resume, tune
+
+QUICK = {"batch_size": 4, "steps": 12, "eval.every": 4, "eval.generate": 2, "data.held_out": 16, "engine.threads": 1}
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Display:
+    with (tmp_path / "said.txt").open("w") as file:
+        yield Display(file, live=False)
+
+
+def run_tiny(data: Path, model: Path, out: Path, display: Display, **settings: Any) -> headstart.Run:
+    return tune(data, model=str(model), out=out, settings={**QUICK, **settings}, display=display)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = (run / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Weights, optimizer, data order and losses are the same bit for bit."""
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for kind in ("step", "best"):
+        last = [max((run / "checkpoints").glob(f"{kind}-*")) for run in (one, two)]
+        assert last[0].name == last[1].name
+        a, b = (load_file(path / "state.safetensors") for path in last)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    told = [
+        [
+            {k: r[k] for k in ("step", "loss", "lr", "grad_norm", "watch_loss") if k in r}
+            for r in RunFolder(run).read_metrics()
+        ]
+        for run in (one, two)
+    ]
+    assert told[0] == told[1]
+    results = [read_json(run / "result.json") for run in (one, two)]
+    for key in ("before", "after", "differences", "verdict"):
+        assert results[0][key] == results[1][key]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_file_in_and_a_better_model_and_the_proof_out(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, method: str
+) -> None:
+    run = run_tiny(
+        small_data,
+        tiny_model,
+        tmp_path / "run",
+        quiet,
+        method=method,
+        **{"optim.lr": 2e-2 if method == "lora" else 5e-3},
+    )
+    folder = RunFolder(run.path)
+    for file in (
+        folder.config_file,
+        folder.data_file,
+        folder.metrics_file,
+        folder.result_file,
+        folder.report_file,
+        folder.card_file,
+        folder.log_file,
+    ):
+        assert file.stat().st_size > 0, file
+    result = run.result
+    assert result["verdict"] == "better"
+    assert result["difference"]["high"] < 0
+    assert result["kind"] == "instruction"
+    assert {"nll", "exact_match", "rouge_l", "chrf", "stop_rate"} == set(result["before"]) == set(result["after"])
+    assert {"real_tokens_per_s", "train_s", "reference_s", "eval_s"} <= set(result["speed"])
+    assert {"peak_bytes", "planned_bytes"} <= set(result["memory"])
+    assert result["rows"] == {"train": 24, "watch": 8, "proof": 8}
+    assert [r["step"] for r in folder.read_metrics() if "loss" in r] == list(range(1, 13))
+    assert "auto: for 24 rows" in folder.config_file.read_text() or "argument" in folder.config_file.read_text()
+    assert "better: loss per answer token" in (tmp_path / "said.txt").read_text()
+    assert "better" in repr(run)
+    assert "<table>" in run._repr_html_()
+
+
+def test_the_same_run_twice_gives_the_same_bits(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    one = run_tiny(small_data, tiny_model, tmp_path / "one", quiet, **{"lora.dropout": 0.1})
+    two = run_tiny(small_data, tiny_model, tmp_path / "two", quiet, **{"lora.dropout": 0.1})
+    assert_equal_runs(one.path, two.path)
+
+
+def test_how_often_one_looks_does_not_change_the_weights(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    one = run_tiny(
+        small_data, tiny_model, tmp_path / "one", quiet, **{"eval.every": 12, "save.every": 5, "lora.dropout": 0.1}
+    )
+    two = run_tiny(
+        small_data,
+        tiny_model,
+        tmp_path / "two",
+        quiet,
+        **{"eval.every": 12, "save.every": 1, "eval.generate": 0, "lora.dropout": 0.1},
+    )
+    first, second = weights(one.path), weights(two.path)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class _StopAt(Display):
+    """Asks the process to stop while step `step` is shown, as a user who presses Ctrl-C then."""
+
+    def __init__(self, file: Any, step: int, times: int = 1) -> None:
+        super().__init__(file, live=False)
+        self._step, self._times = step, times
+
+    def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
+        super().progress(label, done, total, detail)
+        if label == "training" and done == self._step:
+            for _ in range(self._times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("step", [1, 5, 11])
+def test_stopped_and_resumed_is_never_stopped(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, method: str, step: int
+) -> None:
+    extra = {"lora.dropout": 0.1} if method == "lora" else {}
+    whole = run_tiny(small_data, tiny_model, tmp_path / "whole", quiet, method=method, **extra)
+    with (tmp_path / "stopped.txt").open("w") as file, pytest.raises(StoppedError) as stopped:
+        run_tiny(small_data, tiny_model, tmp_path / "stopped", _StopAt(file, step), method=method, **extra)
+    assert stopped.value.exit_code == 75
+    assert f"stopped after step {step}" in str(stopped.value)
+    resumed = resume(tmp_path / "stopped", quiet)
+    assert_equal_runs(whole.path, resumed.path)
+
+
+# A process of its own that kills itself, as a power cut would, while the step named by the environment is shown.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from headstart.display import Display
+from headstart.tune import resume, tune
+import json
+class Killed(Display):
+    def progress(self, label, done, total, detail=""):
+        if label == sys.argv[1] and done == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+data, model, out, settings = json.loads(sys.argv[3])
+tune(data, model=model, out=out, settings=settings, display=Killed(live=False))
+"""
+
+
+@pytest.mark.parametrize(("label", "step"), [("scoring", 1), ("training", 3), ("training", 7), ("training", 12)])
+def test_killed_and_resumed_is_never_killed(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, label: str, step: int
+) -> None:
+    settings = {**QUICK, "save.every": 2, "lora.dropout": 0.1}
+    whole = tune(small_data, model=str(tiny_model), out=tmp_path / "whole", settings=settings, display=quiet)
+    arguments = json.dumps([str(small_data), str(tiny_model), str(tmp_path / "killed"), settings])
+    done = subprocess.run([sys.executable, "-c", KILLED, label, str(step), arguments], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    resumed = resume(tmp_path / "killed", quiet)
+    assert_equal_runs(whole.path, resumed.path)
+
+
+def test_the_best_model_is_kept_and_patience_ends_the_run(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    settings = {
+        "steps": 200,
+        "optim.lr": 0.3,
+        "optim.schedule": "constant",
+        "eval.every": 2,
+        "eval.patience": 2,
+        "optim.clip": 0,
+    }
+    run = run_tiny(small_data, tiny_model, tmp_path / "run", quiet, **settings)
+    watched = {r["step"]: r["watch_loss"] for r in RunFolder(run.path).read_metrics() if "watch_loss" in r}
+    best = min(watched, key=lambda step: watched[step])
+    assert run.result["steps"]["best"] == best
+    assert run.result["steps"]["end"] == "patience"
+    assert run.result["steps"]["taken"] == best + 4
+    kept = load_file(run.path / "checkpoints" / f"best-{best:06d}" / "state.safetensors")
+    saved = weights(run.path)
+    assert all(
+        torch.equal(
+            kept[
+                name.replace("base_model.model.", "")
+                .replace("lora_A.", "lora_A.default.")
+                .replace("lora_B.", "lora_B.default.")
+            ],
+            saved[name],
+        )
+        for name in saved
+    )
+
+
+def test_a_run_that_gains_nothing_does_not_say_better(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = run_tiny(small_data, tiny_model, tmp_path / "run", quiet, **{"optim.lr": 1e-12})
+    assert run.result["verdict"] == "no_gain"
+    assert run.result["before"]["nll"]["value"] == pytest.approx(run.result["after"]["nll"]["value"], rel=1e-5)
+
+
+def test_bad_rows_end_the_run_before_it_begins_unless_allowed(
+    tiny_model: Path, small_data: Path, tmp_path: Path, quiet: Display
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(small_data.read_text() + '{"messages": []}\nbroken\n', encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        run_tiny(bad, tiny_model, tmp_path / "run", quiet)
+    assert {p.where.rpartition("bad.jsonl:")[2] for p in error.value.problems} == {"41:messages", "42"}
+    assert not (tmp_path / "run").exists()
+    run = run_tiny(bad, tiny_model, tmp_path / "run", quiet, **{"data.max_bad_rows": 2})
+    dropped = read_json(run.path / "data.json")["dropped"]["bad"]
+    assert len(dropped) == 2
+    assert "2 rows were left out" in run.report.read_text()
+
+
+def test_a_run_folder_is_never_written_over(small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    with pytest.raises(RunError, match="not empty"):
+        run_tiny(small_data, tiny_model, tmp_path / "run", quiet)
+
+
+def test_a_run_whose_data_changed_is_not_resumed(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    with (tmp_path / "stopped.txt").open("w") as file, pytest.raises(StoppedError):
+        run_tiny(small_data, tiny_model, tmp_path / "run", _StopAt(file, 2))
+    small_data.write_text(small_data.read_text().replace("sore", "stiff"), encoding="utf-8")
+    with pytest.raises(DataError, match="not what it was"):
+        resume(tmp_path / "run", quiet)
+
+
+def test_two_processes_do_not_write_one_run(small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display) -> None:
+    with (tmp_path / "stopped.txt").open("w") as file, pytest.raises(StoppedError):
+        run_tiny(small_data, tiny_model, tmp_path / "run", _StopAt(file, 2))
+    code = f"from pathlib import Path; from headstart.run import RunFolder; import sys\nwith RunFolder(Path({str(tmp_path / 'run')!r})).locked():\n print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(RunError, match="another process"):
+        resume(tmp_path / "run", quiet)
+    other.communicate()
+    assert resume(tmp_path / "run", quiet).result["verdict"]
+
+
+def test_what_cannot_fit_is_refused_before_the_first_step(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.machine.device_free_bytes", lambda _: 0)
+    monkeypatch.setattr("headstart.machine.device_used_bytes", lambda _: 1)
+    with pytest.raises(ResourceError, match="are needed") as error:
+        run_tiny(small_data, tiny_model, tmp_path / "run", quiet)
+    assert error.value.exit_code == 4
+    assert "engine.checkpointing=on" in error.value.problems[0].cure
+
+
+def test_recomputed_activations_change_nothing(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    one = run_tiny(
+        small_data, tiny_model, tmp_path / "one", quiet, **{"engine.checkpointing": "off", "lora.dropout": 0.1}
+    )
+    two = run_tiny(
+        small_data, tiny_model, tmp_path / "two", quiet, **{"engine.checkpointing": "on", "lora.dropout": 0.1}
+    )
+    first, second = weights(one.path), weights(two.path)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+
+
+def test_data_is_needed() -> None:
+    with pytest.raises(DataError, match="no data was named"):
+        tune(settings={})
+    with pytest.raises(UsageError, match=r"no setting `optim\.rate`"):
+        tune("x.jsonl", settings={"optim.rate": 1})
