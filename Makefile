@@ -21,7 +21,7 @@ check: setup  # format, lint, types, import directions, laws and units: under 90
 	$(BIN)/python -m pytest -q tests/unit tests/laws
 
 test: check  # everything that needs no GPU
-	$(BIN)/python -m pytest -q tests/e2e tests/golden
+	$(BIN)/python -m pytest -q tests/e2e
 
 format: setup
 	$(BIN)/ruff format .
