@@ -34,7 +34,7 @@ from headstart.errors import DataError, ModelError, Problem, ResourceError
 from headstart.evaluate.generate import PROMPTS_AT_ONCE
 from headstart.evaluate.measure import answer_limit
 from headstart.models.adapt import Adapted, Lora, adapt
-from headstart.models.load import load_config, load_model, load_tokenizer, model_length, stop_ids
+from headstart.models.load import find_base, load_config, load_model, load_tokenizer, model_length, stop_ids
 from headstart.models.source import Source, find_model
 from headstart.objectives.tokens import nll
 
@@ -130,8 +130,13 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
 def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     """Load the model, decide what was left open, and measure what the run will need.
 
-    `tell` is called with what can't be had as asked. Raises ModelError, and ResourceError where the run can't fit.
+    `tell` is called with what can't be had as asked. Raises ModelError (an adapter is no whole model, say), and
+    ResourceError where the run can't fit.
     """
+    if data.source.is_adapter:
+        base = find_base(data.source).name
+        cure = f"tune the model that it stands on: -m {base}"
+        raise ModelError(Problem("model.kind", "the model is an adapter, not a whole model", data.source.name, cure))
     device = machine.pick_device()
     config = _decide_machine(data.config, device)
     torch.set_num_threads(config.settings.engine.threads or 1)

@@ -137,7 +137,7 @@ class _Session:
         self._train()
         self._use_best()
         adapted, data = self.job.adapted, self.job.data
-        save_result(adapted.saved, data.tokenizer, data.renderer.stop_ids, self.folder.model)
+        save_result(adapted.saved, data.tokenizer, data.renderer.stop_ids, self.folder.model, data.source)
         after = self._evaluate("after")
         self._conclude(before, after)
         return Run(self.folder.path)
@@ -319,7 +319,10 @@ def _resources() -> Iterator[None]:
     """Turn what the system says when memory or disk runs out into errors that say what to do."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for this on GPUs only.
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise
         cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model; then headstart resume"
         raise ResourceError(
             Problem("memory.exhausted", str(error).splitlines()[0] or "out of memory", "", cure)

@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from headstart.files import new_folder
+from headstart.models.source import Source
 
 
-def save_result(model: Any, tokenizer: Any, stop_ids: Sequence[int], folder: Path) -> None:
-    """Write a tuned model (a PEFT model: its adapter) with its tokenizer; the folder appears whole or not at all."""
+def save_result(
+    model: Any, tokenizer: Any, stop_ids: Sequence[int], folder: Path, source: Source | None = None
+) -> None:
+    """Write a tuned model (a PEFT model: its adapter) with its tokenizer; the folder appears whole or not at all.
+
+    An adapter names what it stands on: the hub id and commit of `source` if it has them, else the folder.
+    """
     with new_folder(folder) as target:
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         inner.generation_config.eos_token_id = list(stop_ids)
         if hasattr(model, "peft_config"):
+            if source is not None and source.kind == "hub":
+                config = model.peft_config["default"]
+                config.base_model_name_or_path = source.name.partition("@")[0]
+                config.revision = source.revision
             model.save_pretrained(target)
             # An adapter folder has no generation config of its own, but whoever loads it needs to know where to stop.
             inner.generation_config.save_pretrained(target)

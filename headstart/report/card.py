@@ -38,7 +38,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     """Return the card as Markdown with the hub's metadata on top."""
     model = result["model"]
     head = ["---", *_metadata(model, result), "---"]
-    rows = [
+    scores = [
         f"| {name} | {before} | {after} | {difference} |" for name, before, after, difference, _ in score_table(result)
     ]
     rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
@@ -48,19 +48,20 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
         rest=rest,
     )
+    rows = min(result["rows"]["train"], result["tokens"]["rows_seen"])
     base = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
     return "\n".join(
         [
             *head,
             f"# {folder.name}",
             "",
-            f"{base}, fine-tuned ({result['kind']}, {result['method']}) on {result['rows']['train']:,} rows.",
+            f"{base}, fine-tuned ({result['kind']}, {result['method']}) on {rows:,} rows.",
             "",
             f"**{sentence(result)}.**",
             "",
             "| | before | after | difference, 95% interval |",
             "|---|---|---|---|",
-            *rows,
+            *scores,
             "",
             "What it knew before was not measured.",
             "",

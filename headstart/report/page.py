@@ -6,6 +6,7 @@ import html
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from pathlib import PurePath
 from typing import Any
 
 from headstart.config import Config, known_keys, setting
@@ -27,7 +28,7 @@ def report_page(
     config: Config,
 ) -> str:
     """Return the page. Everything that comes from data is escaped; nothing is loaded from anywhere."""
-    name = f"{result['model']['name']} on {', '.join(file['name'] for file in data['files'])}"
+    name = f"{result['model']['name']} on {', '.join(PurePath(file['name']).name for file in data['files'])}"
     style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [
         _first_screen(name, result),
@@ -51,7 +52,7 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
     verdict = VERDICTS[result["verdict"]]
     speed, memory = result["speed"], result["memory"]
     cards = [
-        (f"{result['rows']['train']:,}", "rows trained on"),
+        (f"{min(result['rows']['train'], result['tokens']['rows_seen']):,}", "rows trained on"),
         (in_time(speed["train_s"]), "of training"),
         (f"{speed['real_tokens_per_s']:,.0f}", "real tokens a second"),
         (in_bytes(memory["peak_bytes"]), "of memory at most"),

@@ -41,7 +41,7 @@ def build_result(
         "tokens": {
             "rows": progress.row_tokens_seen,
             "computed": progress.tokens_seen,
-            "targets": progress.targets_seen,
+            "targets": round(progress.targets_seen),
             "shared_frac": 1 - progress.tokens_seen / max(1, progress.row_tokens_seen),
             "rows_seen": progress.seen,
         },

@@ -1,0 +1,212 @@
+"""The report: small, whole in itself, and data in it is text, whatever it spells."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headstart.config import build_config
+from headstart.display import in_bytes, in_time, safe
+from headstart.engine.loop import Progress
+from headstart.evaluate.measure import Measured, RowResult
+from headstart.report.card import model_card
+from headstart.report.charts import POINTS_MAX, Series, line_chart, nice_ticks, thin_out
+from headstart.report.page import report_page
+from headstart.report.result import build_result
+from headstart.report.words import sentence
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</pre><svg onload=alert(1)>",
+    "javascript:alert(1)",
+    "a\x1b[31mb",
+]
+
+
+def rows(gain: float) -> Measured:
+    chance = np.random.default_rng(0)
+    return Measured(
+        [
+            RowResult(
+                f"f.jsonl:{n}",
+                float(10 - gain + chance.random()),
+                5.0,
+                PAYLOADS[n % 5],
+                PAYLOADS[(n + 1) % 5],
+                PAYLOADS[(n + 2) % 5] if n < 12 else None,
+                n % 2 == 0,
+            )
+            for n in range(20)
+        ]
+    )
+
+
+PLAN: dict[str, Any] = {
+    "steps": 500,
+    "row_tokens": 1000,
+    "tokens": 900,
+    "train_s": 10.0,
+    "eval_s": 5.0,
+    "memory_bytes": 2 << 30,
+}
+SOURCE = {"name": PAYLOADS[0], "kind": "hub", "revision": "abc", "sha256": "", "path": "/x", "license": "MIT"}
+
+
+def result(gain: float = 5.0) -> dict[str, Any]:
+    return build_result(
+        facts={
+            "kind": "instruction",
+            "model": SOURCE,
+            "method": "lora",
+            "rows": {"train": 100, "watch": 10, "proof": 20},
+            "stop_ids": [2],
+        },
+        plan=PLAN,
+        progress=Progress(
+            step=500, seen=100, tokens_seen=900, row_tokens_seen=1000, train_s=9.0, best_step=400, end="finished"
+        ),
+        before=rows(0),
+        after=rows(gain),
+        eval_s=4.0,
+        device="cpu",
+    )
+
+
+DATA: dict[str, Any] = {
+    "files": [{"name": PAYLOADS[1], "bytes": 10, "sha256": "0" * 64, "revision": ""}],
+    "formats": [{"format": "messages", "certainty": "certain", "reads": PAYLOADS[2]}],
+    "rows": {"train": 100, "watch": 10, "proof": 20},
+    "tokens": {"train": 1000, "watch": 100, "proof": 200},
+    "targets": {"train": 500, "watch": 50, "proof": 100},
+    "duplicates": 2,
+    "dropped": {
+        "too_long": [{"where": "f:1", "tokens": 9000}],
+        "in_both": 1,
+        "bad": [{"where": "f:2", "what": PAYLOADS[0]}],
+    },
+    "notes": [PAYLOADS[3]],
+}
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    metrics: list[dict[str, Any]] = [{"step": n, "loss": 3 - n / 300, "lr": 1e-3} for n in range(1, 501)]
+    metrics += [{"step": n, "watch_loss": 2.5 - n / 400} for n in range(50, 501, 50)]
+    return report_page(result(), rows(0), rows(5.0), metrics, DATA, build_config())
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_small_and_loads_nothing(page: str) -> None:
+    assert len(page.encode()) < 300_000
+    assert not re.search(r"https?://|url\(|@import|<link|<script|<iframe", page)
+
+
+def test_data_in_the_page_is_text(page: str) -> None:
+    parser = _Tags()
+    parser.feed(page)
+    assert parser.open == []
+    assert not {"script", "img", "iframe", "object"} & set(parser.tags)
+    assert not [name for name, _ in parser.attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_page_says_what_was_and_what_was_not_measured(page: str) -> None:
+    for said in (
+        "Better",
+        "95% interval",
+        "What was not measured",
+        "planned",
+        "actual",
+        "Settings",
+        "Environment",
+        "1 rows to score on were taken out",
+        "9,000 tokens, too long",
+    ):
+        assert said in page, said
+
+
+def test_a_result_says_what_others_build_on() -> None:
+    found = result()
+    wanted = {
+        "kind",
+        "model",
+        "method",
+        "verdict",
+        "before",
+        "after",
+        "difference",
+        "guard",
+        "tokens",
+        "speed",
+        "memory",
+        "environment",
+    }
+    assert wanted <= set(found)
+    assert found["guard"] == "not measured"
+    assert found["verdict"] == "better"
+    assert found["difference"]["value"] == pytest.approx(-1.0)
+    assert found["speed"]["real_tokens_per_s"] == pytest.approx(1000 / 9)
+    assert sentence(found).startswith("better: loss per answer token")
+    assert result(0.0)["verdict"] == "no_gain"
+    assert result(-5.0)["verdict"] == "worse"
+
+
+def test_the_card_has_the_hubs_metadata_and_the_lines_that_load_it() -> None:
+    card = model_card(Path("runs/x"), {**result(), "model": {**SOURCE, "name": "me/base@v1"}}, "model")
+    assert card.startswith("---\n")
+    assert "base_model: me/base\n" in card
+    assert "license: mit\n" in card
+    assert 'from_pretrained("me/base", revision="abc")' in card
+    assert "eos_token_id=[2]" in card
+    assert 'tokenizer("...", return_tensors="pt")' in model_card(
+        Path("runs/x"), {**result(), "method": "full"}, "plain"
+    )
+
+
+def test_ticks_are_round_and_cover_the_values() -> None:
+    for low, high in [(0.0, 1.0), (0.031, 0.98), (-3.2, 7.1), (5.0, 5.0), (0.0, 0.0), (1e-5, 9e-4)]:
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low
+        assert ticks[-1] >= high
+        assert 2 <= len(ticks) <= 7
+
+
+def test_long_curves_are_thinned_and_odd_values_left_out() -> None:
+    thinned = thin_out([(float(n), 1.0) for n in range(10_000)])
+    assert len(thinned) <= POINTS_MAX
+    assert all(y == 1.0 for _, y in thinned)
+    assert line_chart("x", [], "step") == ""
+    assert "nan" not in line_chart("x", [Series("a", [(1, 2.0), (2, float("nan")), (3, 4.0)], "train")], "step")
+
+
+def test_nothing_in_data_steers_a_terminal() -> None:
+    assert safe("a\x1b[31mb\x07\x9b") == "a\\x1b[31mb\\x07\\x9b"
+    assert safe("tab\tand\nline") == "tab\tand\nline"
+
+
+def test_sizes_and_times_in_their_units() -> None:
+    assert [in_bytes(n) for n in (5 << 20, 3 << 30)] == ["5 MiB", "3.0 GiB"]
+    assert [in_time(s) for s in (5, 300, 7200)] == ["5 s", "5.0 min", "2.0 h"]
