@@ -25,8 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would take a third of a second to draw the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="Built-in models: what there is, what is cached.", invoke_without_command=True)
-config_app = typer.Typer(help="The settings: all of them, or those that a run would have.", no_args_is_help=True)
+models_app = typer.Typer(help="List built-in models and what is cached.", invoke_without_command=True)
+config_app = typer.Typer(help="Print the settings or their schema.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 
@@ -62,7 +62,7 @@ def tune(
     eval_data: EvalData = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on DATA and prove what it gained."""
+    """Fine-tune on DATA and prove the gain."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.tune import start
@@ -83,7 +83,7 @@ def tune(
 
 @app.command()
 def demo(out: Out = None, as_json: Json = False) -> None:
-    """Fine-tune the built-in model on the data that headstart ships: visit notes into reports."""
+    """Show the main job on data of our own."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.demo.run import run_demo
@@ -104,7 +104,7 @@ def check(
     show: Annotated[int, typer.Option(help="Rows to print with their trained, context and cut tokens.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Look through DATA as a run would: findings with their rows, nothing trained."""
+    """Look through DATA; nothing is trained."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.show import say_findings, say_rows
@@ -132,7 +132,7 @@ def plan(
     eval_data: EvalData = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run on DATA would take: tokens, steps, memory, time, disk. Nothing is trained."""
+    """Say what a run on DATA would take."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.show import say_plan
@@ -189,7 +189,7 @@ def compare(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Score two models on the same DATA and compare them in pairs."""
+    """Score two models on the same DATA."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.show import say_versus
@@ -261,7 +261,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
 
 @models_app.command()
 def pull(name: Annotated[str, typer.Argument(help="A built-in name or a hub id.")], as_json: Json = False) -> None:
-    """Fetch a model, verify it, and say where it lies: a plain transformers folder."""
+    """Fetch a model and say where it lies."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.models.source import find_model, weights_hash
@@ -277,18 +277,17 @@ def pull(name: Annotated[str, typer.Argument(help="A built-in name or a hub id."
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Look at this machine: versions, device, memory, disk, and each problem with its cure."""
+    """Look for problems of this machine."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.doctor import examine, say_examined
 
         found = examine()
         say_examined(display, found)
-        if not found["ok"]:
-            raise typer.Exit(1)
         return found
 
-    carry_out(work, as_json)
+    if not carry_out(work, as_json)["ok"]:
+        raise typer.Exit(1)
 
 
 @config_app.command()
@@ -301,7 +300,7 @@ def schema() -> None:
 
 @config_app.command()
 def render(config: File = None, sets: Sets = None, as_json: Json = False) -> None:
-    """Print every setting with its value and where it comes from."""
+    """Print every setting and where it comes from."""
 
     def work(_: Display) -> dict[str, Any]:
         chosen = read_config(config, sets, {})
@@ -336,12 +335,13 @@ def _parse_sets(sets: list[str] | None) -> list[Override]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(Problem("usage.flag", f"no value in {text!r}", "-s", "-s key=value"))
-        # In a template typed on a command line, \n means a line break.
-        overrides.append(Override(key.strip(), value.replace("\\n", "\n"), f"-s {key.strip()}"))
+        if key.strip() in ("data.prompt", "data.completion"):
+            value = value.replace("\\n", "\n")  # in a template typed on a command line it means a line break
+        overrides.append(Override(key.strip(), value, f"-s {key.strip()}"))
     return overrides
 
 
-def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> None:
+def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[str, Any]:
     """Run a verb, print its result or its error, and leave with the right exit code.
 
     With --json the object goes to stdout alone, and what a run says on its way to stderr.
@@ -358,11 +358,14 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> None:
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    return result
 
 
 def _fail(error: HeadstartError, as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps(error.to_json(), indent=2, ensure_ascii=False))
     else:
+        from headstart.display import Display
+
         Display(sys.stderr).line(f"\n{error.describe()}", "red" if error.exit_code != 75 else "yellow")
     raise typer.Exit(error.exit_code)

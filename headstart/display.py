@@ -29,14 +29,18 @@ class Display:
         self.console = Console(file=file, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal if live is None else live
         self._log: Path | None = None
+        self._unlogged: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._label = ""
         self._printed_at = 0.0
 
     def log_to(self, path: Path) -> None:
-        """Write every further line to `path` too."""
+        """Write every line to `path` too, those before this one included."""
         self._log = path
+        lines, self._unlogged = self._unlogged, []
+        for line in lines:
+            self._write(line)
 
     def line(self, text: str = "", style: str = "") -> None:
         """Say a line. `text` is data: it is never read as markup."""
@@ -107,7 +111,9 @@ class Display:
             self._label = ""
 
     def _write(self, text: str) -> None:
-        if self._log is not None:
+        if self._log is None:
+            self._unlogged.append(text)
+        else:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(safe(text) + "\n")
 

@@ -61,9 +61,9 @@ class Versus:
         }
 
 
-def check(data: Names, *, model: str | None = None, settings: Mapping[str, Any] | None = None) -> tuple[Findings, Data]:
+def check(data: Names, *, model: str | None = None, settings: Mapping[str, Any] | None = None) -> Findings:
     """Look through data as a run would; nothing is trained. Raises DataError where no row can be read at all."""
-    return check_config(_config(data, model, settings))
+    return check_config(_config(data, model, settings))[0]
 
 
 def check_config(config: Config) -> tuple[Findings, Data]:

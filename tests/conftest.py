@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,19 @@ def conversation(*turns: str, line: int = 1, system: str | None = None, group: s
         Message("user", text) if n % 2 == 0 else Message("assistant", text, True) for n, text in enumerate(turns)
     ]
     return Conversation(Where("rows", line), tuple(messages), group=group)
+
+
+@pytest.fixture
+def tiny_home(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the tiny model stand where the built-in one is cached, and work in an empty folder; return that folder."""
+    home = tmp_path / "home"
+    cache = home / "models" / "smollm2-135m"
+    shutil.copytree(tiny_model, cache)
+    record = {"name": "smollm2-135m", "sha256": "0" * 64, "license": "Apache-2.0", "origin": {}}
+    (cache / "headstart.json").write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setenv("HEADSTART_HOME", str(home))
+    monkeypatch.setenv("HEADSTART_OFFLINE", "1")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work

@@ -1,0 +1,221 @@
+"""The command line as a user meets it: every verb, as text and as JSON, its exit codes, and the README's own commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from headstart.cli import app
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["-s", "steps=4", "-s", "eval.generate=1", "-s", "eval.every=2"]
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def as_json(*arguments: str) -> tuple[int, Any]:
+    result = call(*arguments, "--json")
+    return result.exit_code, json.loads(result.stdout)
+
+
+@pytest.fixture
+def data(tiny_home: Path, small_data: Path) -> Path:
+    """Return the small data as `data.jsonl` in the working folder."""
+    path = tiny_home / "data.jsonl"
+    path.write_bytes(small_data.read_bytes())
+    return path
+
+
+@pytest.fixture
+def run(data: Path) -> Path:
+    result = call("tune", "data.jsonl", "-o", "runs/one", *QUICK)
+    assert result.exit_code == 0, result.output
+    return Path("runs/one")
+
+
+def test_tune_says_what_it_does(data: Path) -> None:
+    result = call("tune", "data.jsonl", *QUICK)
+    assert result.exit_code == 0
+    for said in (
+        "messages (certain): 40 of 40 rows",
+        "kept for the proof",
+        "training 4/4",
+        "loss per answer token",
+        "report",
+    ):
+        assert said in result.stdout
+    assert Path("runs/data-smollm2-135m-1/report.html").exists()
+
+
+def test_tune_as_json_is_one_object(data: Path) -> None:
+    code, result = as_json("tune", "data.jsonl", "-o", "runs/json", *QUICK)
+    assert code == 0
+    assert result["run"] == "runs/json"
+    assert result["verdict"] in ("better", "no_gain", "worse", "not_measured")
+
+
+def test_check_finds_every_bad_row_and_trains_nothing(data: Path) -> None:
+    assert call("check", "data.jsonl", "--show", "1").exit_code == 0
+    shown = call("check", "data.jsonl", "--show", "1").stdout
+    assert re.search(r"<\|im_start\|>assistant\n⟦The [a-z ]+\.<\|im_end\|>⟧", shown)
+    data.write_text(data.read_text() + '{"messages": [{"role": "user"}]}\n{\n', encoding="utf-8")
+    result = call("check", "data.jsonl")
+    assert result.exit_code == 3
+    assert "data.jsonl:41:turn[0].content" in result.stderr
+    assert "data.jsonl:42" in result.stderr
+    assert "to mend:" in result.stderr
+    code, found = as_json("check", "data.jsonl")
+    assert code == 3
+    assert {problem["code"] for problem in found["problems"]} == {"row.field_missing", "row.not_json"}
+    assert not Path("runs").exists()
+
+
+def test_plan_says_what_a_run_would_take(data: Path) -> None:
+    code, plan = as_json("plan", "data.jsonl", *QUICK)
+    assert code == 0
+    assert {"steps", "row_tokens", "tokens", "memory_bytes", "train_s", "total_s", "disk_bytes"} <= set(plan)
+    assert plan["steps"] == 4
+    assert not Path("runs").exists()
+
+
+def test_eval_and_compare(run: Path) -> None:
+    code, found = as_json("eval", str(run), "data.jsonl", "--answers", "2")
+    assert code == 0
+    assert len(found["rows"]) == 40
+    assert sum(row["answer"] is not None for row in found["rows"]) == 2
+    code, versus = as_json("compare", "smollm2-135m", str(run), "data.jsonl", "--answers", "0")
+    assert code == 0
+    own = {row["where"]: row["nll"] for row in found["rows"]}
+    assert versus["b"]["metrics"]["nll"]["value"] == pytest.approx(
+        sum(own.values()) / sum(r["targets"] for r in found["rows"])
+    )
+    gap = versus["b"]["metrics"]["nll"]["value"] - versus["a"]["metrics"]["nll"]["value"]
+    assert versus["differences"]["nll"]["value"] == pytest.approx(gap)
+    assert "smollm2-135m" in call("compare", "smollm2-135m", str(run), "data.jsonl", "--answers", "0").stdout
+
+
+def test_chat_asks_once_and_streams(run: Path) -> None:
+    code, said = as_json("chat", str(run), "--ask", "plan?", "--max-tokens", "5")
+    assert code == 0
+    assert said["asked"] == "plan?"
+    assert said["answer"] in call("chat", str(run), "--ask", "plan?", "--max-tokens", "5").stdout
+    assert call("chat", str(run)).exit_code == 2
+
+
+def test_runs_models_doctor_and_config(run: Path) -> None:
+    assert as_json("runs")[1]["runs"][0]["run"] == "runs/one"
+    assert "runs/one" in call("runs").stdout
+    names = [model["name"] for model in as_json("models")[1]["models"]]
+    assert names == ["smollm2-135m", "minilm"]
+    code, pulled = as_json("models", "pull", "smollm2-135m")
+    assert code == 0
+    assert set(pulled) == {"name", "path", "sha256", "license"}
+    assert (Path(pulled["path"]) / "config.json").exists()
+    code, found = as_json("doctor")
+    assert code == 0
+    assert found["device"] in ("cpu", "cuda", "mps")
+    assert "lora.rank" in json.dumps(as_json("config", "render", "-s", "lora.rank=8")[1]["sources"])
+    assert "rank: 8  # -s lora.rank" in call("config", "render", "-s", "lora.rank=8").stdout
+    assert json.loads(call("config", "schema").stdout)["title"] == "Settings"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["tune", "nowhere.jsonl"], 3, "no such file"),
+        (["tune", "data.jsonl", "-s", "optim.learning=1"], 2, "there is no setting"),
+        (["tune", "data.jsonl", "-s", "seed"], 2, "-s key=value"),
+        (["tune", "data.jsonl", "-m", "nobody"], 1, "no such model"),
+        (["tune", "data.jsonl", "--method", "magic"], 2, "'lora' or 'full'"),
+        (["resume", "nowhere"], 1, "no run lies there"),
+        (["eval", "nobody", "data.jsonl"], 1, "no such model"),
+    ],
+)
+def test_errors_end_with_their_code_and_a_cure(data: Path, arguments: list[str], code: int, said: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    found, error = as_json(*arguments)
+    assert found == code
+    assert all(problem["cure"] and problem["why"] for problem in error["problems"])
+
+
+def test_a_model_that_is_the_result_of_a_run_can_be_named_by_its_folder(run: Path) -> None:
+    code, result = as_json("eval", "runs/one/model", "data.jsonl", "--answers", "0")
+    assert code == 0
+    assert result["metrics"]["nll"]["value"] > 0
+
+
+def test_the_demo_runs_from_the_package_alone(tiny_home: Path) -> None:
+    result = call("demo", "-o", "out")
+    assert result.exit_code == 0, result.output
+    for said in ("before:", "after:", "as the practice writes it:", "headstart chat out"):
+        assert said in result.stdout
+
+
+def readme(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_does_what_it_says(data: Path) -> None:
+    Path("data_eval.jsonl").write_text(data.read_text().replace("?", " please?"), encoding="utf-8")
+    visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
+    Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")
+    lines = [line for block in readme("sh") for line in block.splitlines() if line.strip()]
+    assert [line for line in lines if line.startswith("make ")] == ["make demo", "make test"]
+    commands = [line for line in lines if line.startswith("headstart ")]
+    assert len(commands) + 2 == len(lines)
+    for line in commands:
+        result = call(*shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    (code,) = readme("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nll" in done.stdout
+
+
+def test_the_examples_run(data: Path) -> None:
+    visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
+    Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "tune.py"), "data.jsonl"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    script = (ROOT / "examples" / "columns.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in script.splitlines():
+        if line.startswith("headstart "):
+            assert call(*shlex.split(line)[1:]).exit_code == 0
+    assert (
+        call("tune", "data.jsonl", "-c", str(ROOT / "examples" / "settings.yaml"), "-o", "runs/settings").exit_code == 0
+    )
+
+
+def test_the_card_loads_the_model_without_headstart(run: Path) -> None:
+    """What the model card shows gives, with plain transformers and peft, the very answer that headstart chat gives."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = snippet.replace('"content": "..."', '"content": "3 three days?"').replace(
+        "max_new_tokens=512", "max_new_tokens=20"
+    )
+    blocked = f"import sys; sys.modules['headstart'] = None\n{code}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, said = as_json("chat", str(run), "--ask", "3 three days?", "--max-tokens", "20")
+    assert done.stdout.rstrip("\n") == said["answer"].rstrip("\n")
+
+
+def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.doctor._writable", lambda _: False)
+    code, found = as_json("doctor")
+    assert code == 1
+    assert any("written" in problem["what"] and problem["cure"] for problem in found["problems"])
