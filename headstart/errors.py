@@ -34,6 +34,7 @@ CODES: dict[str, str] = {
     "data.wrong_type": "The file's first bytes say that it isn't what its name says.",
     "data.encoding": "Text is read as UTF-8 and never guessed, since a wrong guess corrupts it in silence.",
     "data.truncated": "A file that ends in the middle of a row has most likely lost more than that.",
+    "data.unreadable": "What stands behind the fault can't be read any more, so rows would be lost uncounted.",
     "data.too_large": "A row of this size would exhaust the memory before anything could be checked.",
     "data.empty": "There is nothing to learn from.",
     "data.changed": "A run can only go on with the very rows that it began with.",
@@ -102,6 +103,11 @@ class Problem:
         place = f"{self.where}: " if self.where else ""
         cure = f"\n    to mend: {self.cure}" if self.cure else ""
         return f"{place}{self.what}{cure}"
+
+    @property
+    def is_row(self) -> bool:
+        """Tell whether it is about one row: the others can be used without it."""
+        return self.code.startswith("row.") or self.code == "data.encoding"
 
     @property
     def why(self) -> str:

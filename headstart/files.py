@@ -75,7 +75,7 @@ def replace_folder(source: Path, target: Path) -> None:
     """Rename `source` to `target`; what was there is moved aside first and deleted last."""
     old = None
     if target.exists():
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=TEMPORARY_PREFIX)) / target.name
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{TEMPORARY_PREFIX}{target.name}-")) / target.name
         target.rename(old)
     source.rename(target)
     sync_folder(target.parent)
@@ -83,9 +83,15 @@ def replace_folder(source: Path, target: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half written in `folder`."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+def shown(path: Path) -> str:
+    """Return a path as users read it: from where they are, if it lies there."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what a killed process left half written in `folder`; only what was to become `name` if one is given."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}{name}{'-' if name else ''}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

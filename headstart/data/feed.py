@@ -35,16 +35,17 @@ def split_rows(conversations: Sequence[Conversation], held_out: float) -> tuple[
     """Split rows into those to train on and those held out, by a hash of their content or their group.
 
     `held_out` is a part below 1 or a number of rows. Under a part, a row's side never changes when rows are added; equal
-    rows and rows of one group are always on the same side. Where a part gives fewer than `HELD_OUT_MIN` rows, those
-    with the least hashes are taken.
+    rows and rows of one group are always on the same side. Where a part gives fewer than `HELD_OUT_MIN` rows (of
+    few rows: half of them), those with the least hashes are taken.
 
     Raises DataError where one of the sides would be empty.
     """
     keys = [_unit_hash(c.group if c.group is not None else content_hash(c)) for c in conversations]
     count = len(conversations)
-    wanted = max(HELD_OUT_MIN, round(held_out * count)) if held_out < 1 else int(held_out)
+    least = min(HELD_OUT_MIN, count // 2)
+    wanted = max(least, round(held_out * count)) if held_out < 1 else int(held_out)
     limit = held_out if held_out < 1 else 0.0
-    if sum(key < limit for key in keys) < min(wanted, HELD_OUT_MIN) or held_out >= 1:
+    if sum(key < limit for key in keys) < min(wanted, least) or held_out >= 1:
         ordered = sorted(keys)
         limit = math.nextafter(ordered[wanted - 1], 2.0) if 0 < wanted <= count else 2.0
     train = [c for c, key in zip(conversations, keys, strict=True) if key >= limit]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from headstart.data.read import HUB_PREFIX, KINDS, SourceFile
 from headstart.errors import DataError, Problem
 from headstart.machine import offline
 
+OTHER_SPLITS = re.compile(r"(?<![a-z0-9])(test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
 NAME = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<split>[\w.-]+))?$")
 
 
@@ -18,53 +21,82 @@ def fetch_dataset(name: str) -> list[SourceFile]:
     Files whose path holds the split's name are taken, parquet before others; where the repository has none, the
     parquet files that the hub itself made of it. Raises DataError.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(name):
+        repo, revision, files = _find_split(name)
+        return [
+            SourceFile(
+                Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision)),
+                f"{HUB_PREFIX}{repo}/{file}",
+                revision,
+            )
+            for file in files
+        ]
+
+
+def pin_dataset(name: str, files: Sequence[SourceFile]) -> str:
+    """Return the name of a data set with the commit that its `files` came from."""
+    match = NAME.match(name)
+    if not match:
+        return name
+    revision = next(file.revision for file in files if file.name.startswith(f"{HUB_PREFIX}{match['repo']}/"))
+    return f"{HUB_PREFIX}{match['repo']}@{revision}#{match['split'] or 'train'}"
+
+
+def _find_split(name: str) -> tuple[str, str, list[str]]:
+    """Return repository, commit and files."""
+    from huggingface_hub import HfApi
 
     match = NAME.match(name)
     if not match:
-        raise DataError(
-            Problem(
-                "data.hub",
-                "can't be read",
-                name,
-                "write hub:owner/name, hub:owner/name@revision or hub:owner/name#split",
-            )
-        )
+        cure = "write hub:owner/name, hub:owner/name@revision or hub:owner/name#split"
+        raise DataError(Problem("data.hub", "can't be read", name, cure))
     if offline():
-        raise DataError(
-            Problem("data.hub", "HEADSTART_OFFLINE=1 forbids the network", name, "unset it, or give local files")
-        )
-    repo, split = match["repo"], match["split"] or "train"
+        cure = "unset it, or give local files"
+        raise DataError(Problem("data.hub", "HEADSTART_OFFLINE=1 forbids the network", name, cure))
+    repo, split = match["repo"], match["split"] or ""
+    for revision in (match["revision"], "refs/convert/parquet"):
+        info = HfApi().dataset_info(repo, revision=revision)
+        chosen = choose_files([s.rfilename for s in info.siblings or ()], split or "train", asked=bool(split))
+        groups = sorted({_group(file) for file in chosen})
+        if len(groups) > 1:
+            cure = f"name one of them: hub:{repo}#SPLIT, or give its files"
+            raise DataError(Problem("data.hub", f"several sets hold the split: {', '.join(groups)}", name, cure))
+        if chosen:
+            return repo, info.sha or "", chosen
+    cure = f"see the files at huggingface.co/datasets/{repo}; name a split with hub:{repo}#split"
+    raise DataError(Problem("data.hub", f"no data file for the split {split or 'train'!r}", name, cure))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
     try:
-        api = HfApi()
-        for revision in (match["revision"], "refs/convert/parquet"):
-            info = api.dataset_info(repo, revision=revision)
-            chosen = choose_files([s.rfilename for s in info.siblings or ()], split)
-            if chosen:
-                break
-        else:
-            cure = f"see the files at huggingface.co/datasets/{repo}; name a split with hub:{repo}#split"
-            raise DataError(Problem("data.hub", f"no data file for the split {split!r}", name, cure))
-        return [
-            SourceFile(
-                Path(hf_hub_download(repo, file, repo_type="dataset", revision=info.sha)),
-                f"{HUB_PREFIX}{repo}/{file}",
-                info.sha or "",
-            )
-            for file in chosen
-        ]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        yield
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cure = "check the name and the network; for gated data run `hf auth login` first"
-        raise DataError(Problem("data.hub", str(error).splitlines()[0], name, cure)) from None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(Problem("data.hub", said, name, cure)) from None
 
 
-def choose_files(paths: list[str], split: str) -> list[str]:
-    """Return the data files of a split: those of the first type that has any."""
+def choose_files(paths: list[str], split: str, *, asked: bool = True) -> list[str]:
+    """Return the data files of a split: those of the first type that has any.
+
+    A lone file is taken for the split where the user `asked` for none and its name holds no other split's.
+    """
     word = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
     for ending in (".parquet", *(e for e in KINDS if e != ".parquet")):
         files = sorted(p for p in paths if ending in PurePosixPath(p).suffixes)
         named = [p for p in files if word.search(p)]
-        if named or len(files) == 1:
-            return named or files
+        if named:
+            return named
+        if len(files) == 1 and not asked and not OTHER_SPLITS.search(files[0]):
+            return files
     return []
+
+
+def _group(file: str) -> str:
+    """Return what the parts of one set have in common: the path without the number of the part."""
+    return re.sub(r"[-_]?\d+(-of-\d+)?(?=\.)", "", file).partition(".")[0]

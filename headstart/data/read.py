@@ -12,16 +12,21 @@ import gzip
 import io
 import itertools
 import json
+import math
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from headstart.errors import DataError, Problem
+from headstart.files import shown
 
 LINE_BYTES = 16 << 20
 SNIFF_BYTES = 1 << 16
 HUB_PREFIX = "hub:"
+NOT_WRAPPERS = ("messages", "conversations", "conversation")  # a row of turns, not rows
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SIGNATURES = {
     b"PAR1": "parquet",
@@ -97,7 +102,7 @@ def find_files(names: Sequence[str]) -> list[SourceFile]:
         if isinstance(files, Problem):
             problems.append(files)
         else:
-            found += [SourceFile(path, str(path)) for path in files]
+            found += [SourceFile(path, shown(path)) for path in files]
     if problems:
         raise DataError(problems)
     return found
@@ -108,7 +113,7 @@ def read(files: Sequence[SourceFile]) -> Iterator[Item]:
     for file in files:
         try:
             yield from _read_file(file)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield Problem("data.truncated", f"the archive is damaged: {error}", file.name, "fetch it again")
         except OSError as error:
             yield Problem(
@@ -117,7 +122,11 @@ def read(files: Sequence[SourceFile]) -> Iterator[Item]:
 
 
 def _expand(path: Path) -> list[Path] | Problem:
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        return Problem("data.missing", f"no path: {error}", str(path)[:80], "give a path that exists")
+    if not there:
         return Problem("data.missing", "no such file", str(path), f"give a path that exists; this is {Path.cwd()}")
     if path.is_file():
         return [path]
@@ -175,9 +184,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _Line(NamedTuple):
+    """A line of a file. Where it has a `problem`, the text is only good for counting lines and quotes."""
+
     number: int
     text: str
     ended: bool
+    problem: Problem | None = None
 
 
 def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
@@ -190,7 +202,7 @@ def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
                 for number, text in enumerate(stream, 1):
                     yield _Line(number, text.removesuffix("\n"), text.endswith("\n"))
             except UnicodeError as error:
-                yield Problem("data.encoding", f"not {encoding.upper()}: {error}", file.name, "convert it to UTF-8")
+                yield Problem("data.unreadable", f"not {encoding.upper()}: {error}", file.name, "convert it to UTF-8")
         return
     newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"
     with _open(file.path) as raw:
@@ -201,15 +213,17 @@ def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
                 where = f"{file.name}:{number}"
                 yield Problem("data.too_large", "the line is longer than 16 MiB", where, "one row a line, smaller rows")
                 return
+            block = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
+            problem = None
             try:
-                text = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+                text = block.decode()
             except UnicodeDecodeError as error:
                 what = f"byte {error.start + 1} of the line (0x{block[error.start]:02x}) is not UTF-8"
                 cure = "convert the file: iconv -f CP1252 -t UTF-8 (if CP1252 is what it is)"
-                yield Problem("data.encoding", what, f"{file.name}:{number}", cure)
-                continue
+                problem = Problem("data.encoding", what, f"{file.name}:{number}", cure)
+                text = block.decode(errors="replace")
             ended = text.endswith(newline.decode())
-            yield _Line(number, text.removesuffix(newline.decode()), ended)
+            yield _Line(number, text.removesuffix(newline.decode()), ended, problem)
 
 
 def _readline(stream: IO[bytes], newline: bytes) -> bytes:
@@ -244,30 +258,43 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is larger than any number that can be held")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+_FAULTS = (ValueError, RecursionError)
 
 
 def _decode(text: str, where: str, *, last: bool = False) -> Any | Problem:
     """Decode one JSON value, or say what is wrong with it and how to mend it."""
     try:
         return _DECODER.decode(text)
-    except _DuplicateKeyError as error:
-        return Problem(
-            "row.duplicate_key", f"the name {error.args[0]!r} stands twice in one object", where, "keep one of them"
-        )
-    except json.JSONDecodeError as error:
-        if last and error.pos >= len(text.rstrip()) - 1:
-            return Problem(
-                "data.truncated",
-                "the last line ends in the middle of a row",
-                where,
-                "fetch the file again, or delete the line",
-            )
-        return Problem("row.not_json", f"no JSON: {error.msg} at column {error.colno}", where, _json_cure(text, error))
-    except RecursionError:
+    except _FAULTS as error:
+        if last and isinstance(error, json.JSONDecodeError) and _at_end(error, text):
+            cure = "fetch the file again, or delete the line"
+            return Problem("data.truncated", "the last line ends in the middle of a row", where, cure)
+        return _explain(error, text, where)
+
+
+def _at_end(error: json.JSONDecodeError, text: str) -> bool:
+    """Tell whether the text went wrong by ending."""
+    return error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+
+
+def _explain(error: Exception, text: str, where: str) -> Problem:
+    if isinstance(error, _DuplicateKeyError):
+        what = f"the name {error.args[0]!r} stands twice in one object"
+        return Problem("row.duplicate_key", what, where, "keep one of them")
+    if isinstance(error, json.JSONDecodeError):
+        what = f"no JSON: {error.msg} at column {error.colno}"
+        return Problem("row.not_json", what, where, _json_cure(text, error))
+    if isinstance(error, RecursionError):
         return Problem("row.not_json", "nested too deep", where, "flatten the row")
-    except ValueError as error:
-        return Problem("row.not_json", f"no JSON: {error}", where, "use null, or a number that JSON has")
+    return Problem("row.not_json", f"no JSON: {error}", where, "use null, or a number that JSON has")
 
 
 def _json_cure(text: str, error: json.JSONDecodeError) -> str:
@@ -305,7 +332,7 @@ def _is_document(first: Sequence[_Line]) -> bool:
         return True
     whole = [isinstance(_decode(text, ""), dict) for text in filled]
     # One line that is one object is both; read as a document, a list inside of it is found.
-    return whole == [True] or (not any(whole) and filled[0].strip() == "{")
+    return whole == [True] or (not any(whole) and filled[0].rstrip()[-1] in "{[,:")
 
 
 def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | Problem | Note]) -> Iterator[Item]:
@@ -317,6 +344,9 @@ def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | P
         if not item.text.strip():
             continue
         found += 1
+        if item.problem:
+            yield item.problem
+            continue
         where = Where(file.name, item.number)
         value = _decode(item.text, str(where), last=not item.ended)
         yield value if isinstance(value, Problem) else _row(where, value)
@@ -325,68 +355,82 @@ def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | P
 
 
 def _read_document(file: SourceFile, first: list[_Line], rest: Iterator[_Line | Problem | Note]) -> Iterator[Item]:
-    parts = [line.text for line in first]
-    for item in rest:
-        if isinstance(item, _Line):
-            parts.append(item.text)
-        else:
+    parts: list[str] = []
+    whole = True
+    for item in itertools.chain(first, rest):
+        if not isinstance(item, _Line):
             yield item
+        elif item.problem:
+            whole = False
+            yield _fatal(item.problem)
+        else:
+            parts.append(item.text)
+    if not whole:
+        return
     text = "\n".join(parts)
     if file.path.name.removesuffix(".gz").endswith("l") and len(parts) > 1:
         yield Note(file.name, "is one JSON document, not one object a line; read as such")
     if text.lstrip().startswith("["):
-        yield from _read_array(file, text)
+        yield from _read_array(file, text, text.index("[") + 1, "]")
         return
     value = _decode(text, file.name)
     if isinstance(value, Problem):
-        yield value
+        yield _fatal(value)
         return
     lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
-    if len(value) == 1 and lists and not {"messages", "conversations"} & set(value):
-        for number, row in enumerate(lists[0], 1):
-            yield Row(Where(file.name, number), row)
+    wrapped = _WRAPPED.match(text)
+    if len(value) == 1 and lists and wrapped and wrapped[1] not in NOT_WRAPPERS:
+        yield from _read_array(file, text, wrapped.end(), "]}")
     else:
         yield _row(Where(file.name, 1), value)
 
 
-def _read_array(file: SourceFile, text: str) -> Iterator[Item]:
-    """Read a JSON array element by element, so that each keeps its line and a bad one is named."""
+_WRAPPED = re.compile(r'\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*\[')
+
+
+def _read_array(file: SourceFile, text: str, position: int, closing: str) -> Iterator[Item]:
+    """Read a JSON array element by element, so that each keeps its line and a bad one is named.
+
+    `position` is behind its opening bracket; `closing` is what must follow its last element, and nothing after it.
+    """
     space = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    position, line, counted = text.index("[") + 1, 1, 0
+    line, counted, after = 1, 0, "["
     while True:
         position = space(text, position).end()
-        if position >= len(text):
-            yield Problem("data.truncated", "the list is never closed", file.name, "fetch the file again")
-            return
-        if text[position] == "]":
-            return
         line += text.count("\n", counted, position)
         counted = position
         where = Where(file.name, line)
+        mark = text[position : position + 1]
+        if not mark:
+            yield Problem("data.truncated", "the list is never closed", file.name, "fetch the file again")
+            return
+        if mark == "]" and after != ",":
+            rest = "".join(text[position:].split())
+            if rest != closing:
+                what = "text after the end of the list"
+                yield Problem("data.unreadable", what, str(where), "one list a file, or one object a line")
+            return
+        if after not in "[,":
+            if mark != ",":
+                what = "a comma or ] should follow the element before"
+                yield Problem("data.unreadable", what, str(where), "write the list with a JSON library")
+                return
+            after, position = ",", position + 1
+            continue
         try:
             value, position = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            # Decoding the rest alone gives the same fault with its message and cure.
-            end = text.find("\n", position)
-            fault = _decode(text[position : end if end > 0 else None], str(where))
-            yield fault if isinstance(fault, Problem) else _decode_fault(where)
+        except _FAULTS as error:
+            if isinstance(error, json.JSONDecodeError):
+                where = Where(file.name, error.lineno)
+            yield _fatal(_explain(error, text, str(where)))
             return
+        after = "value"
         yield _row(where, value)
-        position = space(text, position).end()
-        if text[position : position + 1] == ",":
-            position += 1
-        elif text[position : position + 1] not in ("]", ""):
-            yield Problem("row.not_json", "a comma or ] should follow this element", str(where), "mend the list")
-            return
 
 
-def _decode_fault(where: Where) -> Problem:
-    return Problem(
-        "row.not_json",
-        "no JSON in this element or the next lines of it",
-        str(where),
-        "write the list with a JSON library",
-    )
+def _fatal(problem: Problem) -> Problem:
+    """Return a problem behind which the file can't be read on."""
+    return replace(problem, code="data.unreadable")
 
 
 def _row(where: Where, value: Any) -> Row | Problem:
@@ -400,51 +444,69 @@ def _row(where: Where, value: Any) -> Row | Problem:
 
 
 def _read_csv(file: SourceFile, head: bytes) -> Iterator[Item]:
-    aside: list[Problem | Note] = []
-
-    def texts() -> Iterator[str]:
-        for item in _lines(file, head):
-            if not isinstance(item, _Line):
-                aside.append(item)
-            elif "\0" in item.text:
-                aside.append(Problem("row.csv", "the line holds a NUL byte", f"{file.name}:{item.number}", "delete it"))
-            else:
-                yield item.text + "\n"
-
     csv.field_size_limit(LINE_BYTES)
     delimiter = _delimiter(file, head)
-    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    start, found = 1, 0
-    while True:
-        try:
-            record = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            cure = "close the quote that this row opens; double the quotes inside a quoted field"
-            aside.append(Problem("row.csv", f"no CSV: {error}", f"{file.name}:{start}", cure))
-            break
-        where, start = Where(file.name, start), reader.line_num + 1
-        if not record:
-            continue
-        if header is None:
-            header = record
-            fault = _bad_header(file, header)
-            if fault:
-                yield fault
-                return
-            if delimiter not in ",\t":
-                yield Note(file.name, f"columns are divided by {delimiter!r}")
+    aside: list[Problem | Note] = []
+    records = _records(file, head, delimiter, aside)
+    header = next((_check_header(file, record) for _, record in records), None)
+    if header is None or isinstance(header, Problem):
+        yield from aside
+        yield from [_fatal(header)] if header else []
+        return
+    if delimiter not in ",\t":
+        yield Note(file.name, f"columns are divided by {delimiter!r}")
+    found = 0
+    for where, record in records:
+        found += 1
+        if isinstance(record, Problem):
+            yield record
         elif len(record) != len(header):
             what = f"{len(record)} columns where the header has {len(header)}"
             yield Problem("row.csv", what, str(where), "quote fields that hold the delimiter or a line break")
         else:
-            found += 1
             yield Row(where, dict(zip(header, record, strict=True)))
     yield from aside
     if not found and not aside:
         yield Problem("data.empty", "the file holds a header only", file.name, "give a file with rows")
+
+
+def _records(
+    file: SourceFile, head: bytes, delimiter: str, aside: list[Problem | Note]
+) -> Iterator[tuple[Where, list[str] | Problem]]:
+    """Yield the records of a CSV file that aren't blank, each with its first line, or what is wrong with it."""
+    bad: dict[int, Problem] = {}
+    reader = csv.reader(_csv_lines(file, head, aside, bad), delimiter=delimiter, strict=True)
+    start = 1
+    while True:
+        record: list[str] | Problem
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cure = "close the quote that this row opens; double the quotes inside a quoted field"
+            record = Problem("row.csv", f"no CSV: {error}", f"{file.name}:{start}", cure)
+            if "end of data" in str(error):  # the quote has swallowed all rows behind it
+                record = _fatal(record)
+        where = Where(file.name, start)
+        lines, start = range(start, reader.line_num + 1), reader.line_num + 1
+        faults = [bad.pop(number) for number in lines if number in bad]
+        if faults or record:
+            yield where, faults[0] if faults else record
+
+
+def _csv_lines(file: SourceFile, head: bytes, aside: list[Problem | Note], bad: dict[int, Problem]) -> Iterator[str]:
+    """Yield the lines for the CSV reader; what is wrong with one goes to `bad` under its number."""
+    for item in _lines(file, head):
+        if not isinstance(item, _Line):
+            aside.append(item)
+            continue
+        if item.problem:
+            bad[item.number] = item.problem
+        elif "\0" in item.text:
+            where = f"{file.name}:{item.number}"
+            bad[item.number] = Problem("row.csv", "the line holds a NUL byte", where, "delete it")
+        yield item.text.replace("\0", "") + "\n"
 
 
 def _delimiter(file: SourceFile, head: bytes) -> str:
@@ -455,8 +517,10 @@ def _delimiter(file: SourceFile, head: bytes) -> str:
     return max(",;\t|", key=lambda mark: (line.count(mark), mark == ","))
 
 
-def _bad_header(file: SourceFile, header: list[str]) -> Problem | None:
+def _check_header(file: SourceFile, header: list[str] | Problem) -> list[str] | Problem:
     where = f"{file.name}:1"
+    if isinstance(header, Problem):
+        return header
     if any(not name.strip() for name in header):
         return Problem(
             "row.csv",
@@ -467,7 +531,7 @@ def _bad_header(file: SourceFile, header: list[str]) -> Problem | None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         return Problem("row.csv", f"the column {twice[0]!r} stands twice", where, "give each column its own name")
-    return None
+    return header
 
 
 # --- parquet ---
@@ -480,16 +544,31 @@ def _read_parquet(file: SourceFile, _: bytes) -> Iterator[Item]:
     try:
         with _open(file.path) as stream:
             table = pq.ParquetFile(pa.BufferReader(stream.read()) if file.path.suffix == ".gz" else file.path)
+            names = table.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                what = f"the column {twice!r} stands twice"
+                yield Problem("data.unreadable", what, file.name, "give each column its own name")
+                return
             number = 0
             for batch in table.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
+                for fields in _without_nanoseconds(batch).to_pylist():
                     number += 1
                     yield Row(Where(file.name, number), fields)
-    except pa.ArrowException as error:
-        yield Problem("data.wrong_type", f"damaged parquet: {error}", file.name, "fetch the file again")
+    except (pa.ArrowException, ValueError, OSError) as error:
+        yield Problem("data.unreadable", f"damaged parquet: {error}", file.name, "fetch the file again")
         return
     if not number:
         yield Problem("data.empty", "the file holds no rows", file.name, "give a file with rows")
+
+
+def _without_nanoseconds(batch: Any) -> Any:
+    """Return a batch whose nanosecond times are text: Python's own times hold microseconds only."""
+    import pyarrow as pa
+
+    for place, column in enumerate(batch.schema):
+        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+            batch = batch.set_column(place, column.name, batch.column(place).cast(pa.string()))
+    return batch
 
 
 READERS: dict[str, Callable[[SourceFile, bytes], Iterator[Item]]] = {

