@@ -15,7 +15,7 @@ import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headstart.data.read import Row, Where
@@ -40,6 +40,7 @@ PAIRS = (
     ("query", "response"),
     ("input", "output"),
 )
+TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
 
 
@@ -207,7 +208,7 @@ def _from_messages(row: Row) -> _Draft:
 
 
 def _from_sharegpt(row: Row) -> _Draft:
-    key = next(name for name in CHAT_KEYS[1:] if name in row.fields)
+    key = next((name for name in CHAT_KEYS[1:] if name in row.fields), CHAT_KEYS[1])
     turns = []
     for index, turn in enumerate(_turns(row, key)):
         content = turn.get("value", turn.get("content"))
@@ -226,7 +227,10 @@ def _from_alpaca(row: Row) -> _Draft:
     fields = row.fields
     extra = fields.get("input")
     asked = fields["instruction"]
-    if isinstance(asked, str) and isinstance(extra, str) and extra.strip():
+    if extra is not None and not isinstance(extra, str):
+        what = f"a {type(extra).__name__} where text is expected"
+        raise _RowError(Problem("row.field_type", what, row.where.field("input"), "give it as text"))
+    if isinstance(asked, str) and extra and extra.strip():
         asked = f"{asked}\n\n{extra}"
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
     if fields.get("system"):
@@ -245,7 +249,9 @@ def _from_pair(row: Row) -> _Draft:
     turns: list[Mapping[str, Any]] = []
     for name, role in zip(pair, ("user", "assistant"), strict=True):
         value = row.fields[name]
-        turns += _turns(row, name) if isinstance(value, list) else [{"role": role, "content": value}]
+        given = _turns(row, name) if isinstance(value, list) else [{"role": role, "content": value}]
+        # What a prompt holds is asked, earlier answers in it included: only the completion is learned.
+        turns += given if role == "assistant" else [{**turn, "weight": 0} for turn in given]
     return _Draft(turns, row.fields.get("tools"), {*pair, "tools"})
 
 
@@ -321,6 +327,7 @@ class _Tally:
     unused: Counter[str] = field(default_factory=Counter)
     trailing: int = 0
     opening: int = 0
+    keys: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
 
     def notes(self) -> list[str]:
@@ -330,7 +337,12 @@ class _Tally:
         if self.trailing:
             said.append(f"{self.trailing:,} rows end with turns after the last answer; those turns are not used")
         if self.opening:
-            said.append(f"{self.opening:,} rows begin with an answer")
+            said.append(
+                f"{self.opening:,} rows begin with an answer; it is read, not trained, since nothing asks for it"
+            )
+        if self.keys:
+            named = ", ".join(f"`{key}` ({count:,} turns)" for key, count in sorted(self.keys.items()))
+            said.append(f"keys of turns that are not used: {named}")
         if self.repeated:
             said.append(f"{self.repeated:,} rows have two turns of one role in a row")
         return said
@@ -353,8 +365,10 @@ def _to_conversation(row: Row, convert: _Convert, group_by: str | None, tally: _
             problems.append(
                 Problem("row.field_missing", "no value to group by", row.where.field(group_by), "fill it in")
             )
-        group = str(value)
+        group = json.dumps(value, default=str)
     kept = [message for message in messages if message is not None]
+    if kept and kept[0].role == "assistant":
+        kept[0] = replace(kept[0], trained=False)
     if not problems:
         problems += _check_turns(kept, row.where)
     if problems:
@@ -392,11 +406,13 @@ def _message(
     if role not in ROLES:
         problems.append(Problem("row.role", f"the role is {role!r}", f"{place}.role", f"one of {', '.join(ROLES)}"))
         return None
+    tally.keys.update(set(turn) - TURN_KEYS)
     weight = turn.get("weight", 1)
     if weight not in (0, 1, None):
         problems.append(Problem("row.weight", f"the weight is {weight!r}", f"{place}.weight", "0 or 1"))
     try:
-        calls = _tool_calls(turn.get("tool_calls"), f"{place}.tool_calls")
+        legacy = turn.get("function_call")
+        calls = _tool_calls([legacy] if legacy else turn.get("tool_calls"), f"{place}.tool_calls")
         content = _content(turn.get("content"), f"{place}.content", optional=bool(calls))
     except _RowError as error:
         problems += error.problems
@@ -432,12 +448,17 @@ def _content(value: Any, place: str, *, optional: bool) -> str:
         code = "row.field_missing" if value is None else "row.field_type"
         what = "no value" if value is None else f"a {type(value).__name__} where text is expected"
         raise _RowError(Problem(code, what, place, "give it as text"))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f"half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start + 1}"
-        raise _RowError(Problem("row.unencodable", what, place, "write the whole character, or delete it")) from None
+    _check_encodable(value, place)
     return value
+
+
+def _check_encodable(value: Any, place: str) -> None:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start + 1}"
+        raise _RowError(Problem("row.unencodable", what, place, "write the whole character, or delete it")) from None
 
 
 def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
@@ -462,6 +483,7 @@ def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parse_arguments(arguments, f"{place}[{index}].function.arguments")
+        _check_encodable([function["name"], arguments], f"{place}[{index}].function")
         calls.append(
             {
                 "id": str(call.get("id") or ""),
@@ -493,6 +515,7 @@ def _tools(value: Any, where: Where) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise _RowError(Problem("row.field_type", "no list of tools", where.field("tools"), "a list of JSON schemas"))
+    _check_encodable(value, where.field("tools"))
     return tuple(value)
 
 

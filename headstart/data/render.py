@@ -9,6 +9,7 @@ begins where the template's own generation prompt ends, and ends with its stop t
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.formats import ROLES, Conversation, Message
+from headstart.data.formats import Conversation, Message
 from headstart.errors import ModelError, Problem
 
 # Private-use characters; the quote between them shows whether the template wrote the content as JSON (\") or as it is.
 MARK = re.compile('\ue000(\\d+)(\\\\*)"\ue001')
+WRITTEN = ("content", "tool_calls")
+Strip = Callable[[str], str]
 CONTROL_LIKE = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
 
@@ -71,6 +74,7 @@ class Renderer:
         added = tokenizer.added_tokens_decoder.items()
         self._control = {t.content: (id_, t) for id_, t in added if _is_control(t, str(tokenizer.chat_template))}
         self._control_ids = {id_ for id_, _ in self._control.values()}
+        self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._newline = self._raw(["\n"])[0]
@@ -135,6 +139,7 @@ class Renderer:
         marked = _Marked(messages, tools, self._control_text)
         whole = self._render(marked.messages, marked.tools)
         self._match_plain(marked, whole, messages, tools)
+        self._check_written(marked, whole, messages, tools)
         spans = []
         for index, message in enumerate(messages):
             if message.trained:
@@ -153,6 +158,7 @@ class Renderer:
     def _chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Run]:
         marked = _Marked(messages, tools, self._control_text)
         text = self._render(marked.messages, marked.tools, generation=True)
+        self._match_plain(marked, text, messages, tools, generation=True)
         return self._runs(marked, text, [])
 
     def _render(
@@ -174,16 +180,37 @@ class Renderer:
             raise _TemplateError(str(error) or type(error).__name__) from None
 
     def _match_plain(
-        self, marked: _Marked, whole: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+        self,
+        marked: _Marked,
+        whole: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        generation: bool = False,
     ) -> None:
         """Make the marks stand for what the template makes of the contents; refuse a template that rewrites them."""
-        plain = self._render([_as_mapping(message) for message in messages], tools)
-        for strip in (_as_is, str.strip, str.lstrip, str.rstrip):
-            for roles in (ROLES, ("assistant",), ("system", "developer", "user", "tool")):
-                if marked.fill(whole, strip, roles) == plain:
-                    marked.settle(strip, roles)
-                    return
+        plain = self._render([_as_mapping(message) for message in messages], tools, generation=generation)
+        roles = marked.roles_with_edges()
+        for strips in itertools.product(STRIPS, repeat=len(roles)):
+            by_role = dict(zip(roles, strips, strict=True))
+            if marked.fill(whole, by_role) == plain:
+                marked.settle(by_role)
+                return
         raise _TemplateError("it rewrites the text of a turn, so that the trained tokens can't be known")
+
+    def _check_written(
+        self, marked: _Marked, whole: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Refuse a row of which the template leaves something out."""
+        written = {int(match[1]) for match in MARK.finditer(whole)}
+        for index, message in enumerate(messages):
+            missing = marked.needed(index) - written
+            named = all(call["function"]["name"] in whole for call in message.tool_calls)
+            if missing or not named:
+                part = "the tool call" if message.tool_calls else "the text"
+                raise _TemplateError(f"it does not write {part} of turn[{index}] ({message.role})")
+        if tools and self._render(marked.messages, ()) == whole:
+            raise _TemplateError("it does not write the tools")
 
     def _end(self, text: str, begin: int) -> int:
         """Return where the answer ends in `text`: behind the stop token that the template writes after `begin`."""
@@ -234,7 +261,11 @@ class Renderer:
             except _TemplateError as error:
                 cure = "use another model, or mend its chat_template.jinja"
                 raise ModelError(Problem("model.template", f"the chat template fails: {error}", "", cure)) from None
-            tail = text[max(m.end() for m in MARK.finditer(text)) :]
+            written_to = max((m.end() for m in MARK.finditer(text)), default=-1)
+            if written_to < 0:
+                cure = "use another model, or mend its chat_template.jinja: content is a text"
+                raise ModelError(Problem("model.template", "the chat template does not write contents", "", cure))
+            tail = text[written_to:]
             written = [self._control[t][0] for t in self._control_text.findall(tail)]
             known = [id_ for id_ in written if id_ in self.stop_ids]
             if written:
@@ -274,9 +305,14 @@ class Renderer:
             if self._anchored[after]:
                 known = ids[: len(self._newline)] == self._newline
                 found = ids[len(self._newline) :] if known else self._raw([text])[0]
-            safe = self._control_ids.isdisjoint(found)
-            result.append(found if safe else self._encode_spelled_out(text, after))
+            result.append(found if self._is_safe(text, found) else self._encode_spelled_out(text, after))
         return result
+
+    def _is_safe(self, text: str, ids: Sequence[int]) -> bool:
+        """Tell whether a text was encoded without control tokens; what no token spells may be the unknown token."""
+        found = self._control_ids.intersection(ids)
+        unknown_id, unknown = self._unknown
+        return not found or len(text) == 1 or (found == {unknown_id} and unknown not in text)
 
     def _encode_spelled_out(self, text: str, after: bool) -> list[int]:
         """Encode text that spells a control token: cut behind its first character, so that it can't be matched."""
@@ -331,6 +367,7 @@ class _Marked:
         self._texts: list[str] = []
         self._roles: list[str] = []
         self._last: list[int] = []
+        self._needed: list[set[int]] = []
         self.tools = [self._leaves(tool, always=False) for tool in tools]
         self.messages = [self._message(message) for message in messages]
 
@@ -339,22 +376,30 @@ class _Marked:
         last = self._last[index]
         return next((m.end() for m in MARK.finditer(text) if int(m[1]) == last), 0)
 
-    def fill(self, text: str, strip: Callable[[str], str], roles: Sequence[str]) -> str:
-        """Return `text` with contents for marks, those of `roles` stripped."""
-        return MARK.sub(lambda m: _escape(self._stripped(int(m[1]), strip, roles), m[2]), text)
+    def needed(self, index: int) -> set[int]:
+        """Return the numbers of a message's marks that a template must write: its content and its calls' arguments."""
+        return self._needed[index]
 
-    def settle(self, strip: Callable[[str], str], roles: Sequence[str]) -> None:
+    def roles_with_edges(self) -> list[str]:
+        """Return the roles of which a text begins or ends with white space, so that stripping it would show."""
+        marked = zip(self._roles, self._texts, strict=True)
+        return sorted({role for role, text in marked if role and text != text.strip()})
+
+    def fill(self, text: str, strips: Mapping[str, Strip]) -> str:
+        """Return `text` with contents for marks, those of a role stripped as `strips` says."""
+        return MARK.sub(lambda m: _escape(self._stripped(int(m[1]), strips), m[2]), text)
+
+    def settle(self, strips: Mapping[str, Strip]) -> None:
         """Keep the contents as the template strips them."""
-        self._texts = [self._stripped(index, strip, roles) for index in range(len(self._texts))]
+        self._texts = [self._stripped(index, strips) for index in range(len(self._texts))]
 
     def text(self, mark: str) -> str:
         """Return what a mark stands for, as JSON where the template wrote it as JSON."""
         match = MARK.fullmatch(mark)
         return _escape(self._texts[int(match[1])], match[2]) if match else mark
 
-    def _stripped(self, index: int, strip: Callable[[str], str], roles: Sequence[str]) -> str:
-        text = self._texts[index]
-        return strip(text) if self._roles[index] in roles else text
+    def _stripped(self, index: int, strips: Mapping[str, Strip]) -> str:
+        return strips.get(self._roles[index], _as_is)(self._texts[index])
 
     def _new(self, text: str, role: str) -> str:
         self._texts.append(text)
@@ -362,10 +407,13 @@ class _Marked:
         return f'\ue000{len(self._texts) - 1}"\ue001'
 
     def _message(self, message: Message) -> dict[str, Any]:
-        marked = {key: self._leaves(value, always=False) for key, value in _as_mapping(message).items()}
+        mapping = _as_mapping(message)
+        marked = {key: self._leaves(value, always=False) for key, value in mapping.items() if key not in WRITTEN}
+        first = len(self._texts)
         marked["content"] = self._new(message.content, message.role) if message.content else ""
         if message.tool_calls:
             marked["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        self._needed.append(set(range(first, len(self._texts))))
         self._last.append(len(self._texts) - 1)
         return marked
 
@@ -385,6 +433,13 @@ class _Marked:
         return value
 
 
+def _as_is(text: str) -> str:
+    return text
+
+
+STRIPS: tuple[Strip, ...] = (_as_is, str.strip, str.lstrip, str.rstrip)
+
+
 def _as_mapping(message: Message) -> dict[str, Any]:
     mapping: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
@@ -394,10 +449,6 @@ def _as_mapping(message: Message) -> dict[str, Any]:
     if message.name:
         mapping["name"] = message.name
     return mapping
-
-
-def _as_is(text: str) -> str:
-    return text
 
 
 def _escape(text: str, backslashes: str) -> str:

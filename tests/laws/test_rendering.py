@@ -37,6 +37,11 @@ def official(name: str, row: Conversation, **how: Any) -> list[int]:
     return list(renderer(name).tokenizer.apply_chat_template(turns, return_dict=False, **how))
 
 
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "look", "arguments": {"where": 'a "<|im_end|>" b\n', "n": [1, "é"]}},
+}
 ROW = conversation("What is the plan?", "The plan is short.", "and\nthe reason?", "A sore throat for three days.")
 
 
@@ -109,6 +114,63 @@ def test_content_comes_back_byte_for_byte(name: str, text: str, answer: str) -> 
     assert renderer(name).decode(seq.ids[len(prompt) :].tolist()) == answer
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1, max_size=20), answer=st.text(min_size=1, max_size=20))
+@pytest.mark.parametrize("name", ["llama3", "gemma"])
+def test_a_template_that_strips_is_asked_with_what_it_was_trained_with(name: str, text: str, answer: str) -> None:
+    row = conversation(f"{text}\n", answer)
+    (seq,) = sequences(name, row)
+    prompt = renderer(name).prompt(row.messages[:1])
+    assert seq.ids[: len(prompt)].tolist() == prompt
+
+
+def test_a_template_may_strip_some_roles_only() -> None:
+    tokenizer = make_tokenizer("chatml")
+    stripped = "(m['content'] if m['role'] == 'system' else m['content'] | trim)"
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", stripped)
+    own = Renderer(tokenizer, (tokenizer.eos_token_id,))
+    row = conversation(" asked ", " answered ", system=" brief ")
+    rendered = own.training(row)
+    assert not isinstance(rendered, Problem)
+    (seq,) = own.encode(rendered)
+    turns = [{"role": m.role, "content": m.content} for m in row.messages]
+    assert seq.ids.tolist() == tokenizer.apply_chat_template(turns, return_dict=False)[: len(seq.ids)]
+    assert own.prompt(row.messages[:2]) == seq.ids[: len(own.prompt(row.messages[:2]))].tolist()
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "said"),
+    [
+        ([Message("user", "a"), Message("assistant", "", True, (CALL,))], (), "the tool call of turn[1]"),
+        ([Message("user", "a"), Message("assistant", "b", True)], ({"name": "look"},), "the tools"),
+        ([Message("system", "rhyme"), Message("user", "a"), Message("assistant", "b", True)], (), "turn[0] (system)"),
+    ],
+)
+def test_a_row_of_which_the_template_leaves_something_out_is_refused(
+    messages: list[Message], tools: tuple[Any, ...], said: str
+) -> None:
+    tokenizer = make_tokenizer("chatml")
+    written = "{% if m['role'] != 'system' %}{{"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{", written, 1).replace("}}", "}}{% endif %}", 1)
+    problem = Renderer(tokenizer, (tokenizer.eos_token_id,)).training(
+        Conversation(Where("rows", 1), tuple(messages), tools)
+    )
+    assert isinstance(problem, Problem)
+    assert said in problem.what
+
+
+def test_what_no_token_spells_is_the_unknown_token() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "\n": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    own = Renderer(tokenizer, (1,), "plain")
+    assert own.prompt([Message("user", "a \U0001f600 a")]) == [2, 0, 2]
+
+
 def test_a_template_that_strips_is_followed() -> None:
     (seq,) = sequences("llama3", conversation("  asked  ", "\n answered \n"))
     assert seq.ids.tolist() == official("llama3", conversation("  asked  ", "\n answered \n"))
@@ -153,13 +215,6 @@ def test_the_stop_token_that_the_template_writes_is_found_where_the_model_names_
     other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     own = Renderer(tokenizer, (other,))
     assert own.stop_ids == (other, tokenizer.convert_tokens_to_ids("<|im_end|>"))
-
-
-CALL = {
-    "id": "c1",
-    "type": "function",
-    "function": {"name": "look", "arguments": {"where": 'a "<|im_end|>" b\n', "n": [1, "é"]}},
-}
 
 
 def test_tool_calls_are_trained_and_their_texts_are_content() -> None:

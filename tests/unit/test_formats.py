@@ -177,3 +177,47 @@ def test_a_column_that_is_not_there_is_named() -> None:
         form({"a": "x", "b": "y"}, prompt="{a", completion="b")
     with pytest.raises(DataError, match="no row has a column 'id'"):
         form({"prompt": "x", "completion": "y"}, group_by="id")
+
+
+def test_answers_inside_of_a_prompt_are_not_trained() -> None:
+    prompt = [*MESSAGES, {"role": "user", "content": "And?"}]
+    formatted = form({"prompt": prompt, "completion": [{"role": "assistant", "content": "So."}]})
+    assert [trained for _, _, trained in turns(formatted)] == [False, False, False, True]
+
+
+def test_an_answer_that_nothing_asks_for_is_not_trained() -> None:
+    formatted = form({"messages": [{"role": "assistant", "content": "Welcome."}, *MESSAGES]})
+    assert [trained for _, _, trained in turns(formatted)] == [False, False, True]
+    assert any("begin with an answer" in note for note in formatted.notes)
+
+
+def test_the_older_form_of_a_call_is_read_and_unknown_keys_are_told() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": "{}"}}
+    formatted = form({"messages": [MESSAGES[0], {**call, "reasoning_content": "hm"}]})
+    assert formatted.examples[0].messages[1].tool_calls[0]["function"] == {"name": "look", "arguments": {}}
+    assert "keys of turns that are not used: `reasoning_content` (1 turns)" in formatted.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"instruction": "Add.", "input": 7, "output": "3"}, "row.field_type"),
+        (
+            {
+                "messages": [
+                    MESSAGES[0],
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]},
+                ]
+            },
+            "row.unencodable",
+        ),
+        ({"messages": MESSAGES, "tools": [{"name": "\udfff"}]}, "row.unencodable"),
+    ],
+)
+def test_what_would_be_lost_or_break_later_is_a_problem_of_its_row(row: dict[str, Any], code: str) -> None:
+    assert form(row).problems[0].code == code
+
+
+def test_a_row_without_turns_among_others_is_named() -> None:
+    formatted = form({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"id": 1})
+    assert [problem.where for problem in formatted.problems] == ["f:2:conversations"]
