@@ -7,7 +7,7 @@ A value is `None` where headstart decides it from the model, the data and the ma
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,6 +22,11 @@ DEFAULT_MODEL = "smollm2-135m"
 
 def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _switch(value: Any) -> Any:
+    # YAML reads on and off as truth values.
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -91,7 +96,7 @@ class EngineSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Numbers inside the model; auto is float32 on the CPU."
     )
-    checkpointing: Literal["auto", "on", "off"] = Field(
+    checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="Recompute activations in the backward pass: less memory, more time."
     )
     threads: Count | None = Field(None, description="CPU threads.")
@@ -155,7 +160,7 @@ class Config:
 
     def given(self, key: str) -> bool:
         """Tell whether a user gave this value."""
-        return key in self.sources and not self.sources[key].startswith("auto")
+        return key in self.sources and not self.sources[key].startswith("auto: ")
 
     def decide(self, values: Mapping[str, tuple[Any, str]]) -> Config:
         """Fill in values that were left to headstart: dotted key -> (value, why)."""
@@ -165,6 +170,17 @@ class Config:
             _put(tree, key, value)
             sources[key] = f"auto: {why}"
         return replace(self, settings=Settings.model_validate(tree), sources=sources)
+
+    def pin(self, values: Mapping[str, Any]) -> Config:
+        """Say values more exactly; who gave them stays."""
+        tree = self.settings.model_dump()
+        for key, value in values.items():
+            _put(tree, key, value)
+        return replace(self, settings=Settings.model_validate(tree))
+
+    def fixed(self) -> Config:
+        """Return the settings with what was decided taken as given: a run that goes on decides nothing anew."""
+        return replace(self, sources={key: source.removeprefix("auto: ") for key, source in self.sources.items()})
 
     def render(self) -> str:
         """Return the settings as YAML, each with its source as a comment."""
@@ -180,6 +196,10 @@ class Config:
     def _line(self, key: str, value: Any, indent: str) -> str:
         dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
         text = dumped.removesuffix("\n").removesuffix("\n...")
+        if "\n" in text:  # read back line by line, so each value stands on one
+            text = yaml.safe_dump(value, default_flow_style=True, default_style='"', allow_unicode=True, width=10**6)[
+                :-1
+            ]
         source = self.source(key)
         if value is None and source == "default":
             source = "auto: decided when the run starts"
@@ -258,6 +278,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                what = "a value that begins with { or [ must stand in quotes"
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -272,7 +295,7 @@ def _read_yaml(path: Path | None) -> list[Override]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(
             Problem("config.unreadable", f"the config file can't be read: {error}", str(path), "mend the file")
         ) from None

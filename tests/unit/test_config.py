@@ -44,6 +44,24 @@ def test_a_decision_is_recorded_with_its_reason_and_reads_back(tmp_path: Path) -
     assert back.settings.data.train == ("a.jsonl", "b.jsonl")
 
 
+@pytest.mark.parametrize("text", ["Sum up:\n{a}", "a\n\nb: {a}  # c\n", 'it\'s "{a}"\n\u2028\U0001f600'])
+def test_a_text_of_several_lines_keeps_its_source(tmp_path: Path, text: str) -> None:
+    config = build_config(None, flags(data__prompt=text, data__completion="{b}", data__train=["x\ny.jsonl"]))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.render(), encoding="utf-8")
+    back = read_resolved(path)
+    assert back == config
+    assert all(back.given(f"data.{name}") for name in ("prompt", "completion", "train"))
+
+
+def test_a_file_whose_name_begins_like_a_decision_is_still_a_source(tmp_path: Path) -> None:
+    file = tmp_path / "auto-run.yaml"
+    file.write_text("engine:\n  checkpointing: off\n", encoding="utf-8")
+    config = build_config(file)
+    assert config.given("engine.checkpointing")
+    assert config.settings.engine.checkpointing == "off"  # and not what YAML makes of it
+
+
 @pytest.mark.parametrize(
     ("key", "value", "code", "said"),
     [
@@ -93,6 +111,8 @@ def test_a_setting_without_effect_is_an_error(values: dict[str, object]) -> None
         ("seed: 1\nseed: 2\n", "stands twice"),
         ("- a\n", "key: value"),
         ("a: [\n", "can't be read"),
+        ("data:\n  prompt: {{dialogue}}\n", "in quotes"),
+        ("out: 2024-13-45\n", "can't be read"),
         ("a: !!python/name:os.system ''\n", "can't be read"),
     ],
 )
