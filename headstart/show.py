@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from rich.markup import escape
 from headstart.display import Display, safe
 from headstart.evaluate.measure import LABELS
 from headstart.files import read_json
-from headstart.models.source import BUILT_IN, cached
-from headstart.report.words import VERDICTS, data_lines, plan_facts
+from headstart.machine import home
+from headstart.models.source import BUILT_IN, RECORD, cached
+from headstart.report.words import CLEAR, VERDICTS, data_lines, plan_facts
 from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from headstart.job import Data
     from headstart.verbs import Evaluated, Versus
 
+SHOWN = 20
 STYLES = {"trained": ("green", "⟦", "⟧"), "context": ("dim", "", ""), "cut": ("red strike", "⟦cut: ", "⟧")}
 
 
@@ -42,6 +45,10 @@ def say_findings(display: Display, findings: Findings, data: Data) -> None:
         display.warn(
             f"{len(findings.control_rows):,} rows spell control tokens in their text ({some}); they are read as text"
         )
+    for problem in findings.problems[:SHOWN]:
+        display.warn(str(problem))
+    if len(findings.problems) > SHOWN:
+        display.warn(f"and {len(findings.problems) - SHOWN:,} more (all of them: --json)")
     if not findings.problems:
         display.line("  no row has a problem", "green")
 
@@ -80,6 +87,8 @@ def say_plan(display: Display, plan: Mapping[str, Any]) -> None:
 def say_evaluated(display: Display, found: Evaluated) -> None:
     """Say how a model scored."""
     display.title(f"{found.model} on {len(found.measured.rows):,} rows")
+    for note in found.notes:
+        display.line(f"  {note}")
     for name, values in found.metrics.items():
         bounds = f"95% interval {values['low']:.3f} to {values['high']:.3f}"
         display.line(f"  {LABELS.get(name, name):<24} {values['value']:8.3f}   {bounds}")
@@ -87,13 +96,16 @@ def say_evaluated(display: Display, found: Evaluated) -> None:
 
 def say_versus(display: Display, found: Versus) -> None:
     """Say how two models compare."""
-    display.title(f"{found.first.model} -> {found.second.model}")
+    display.title(f"{found.first.model} -> {found.second.model}, on {len(found.second.measured.rows):,} rows")
+    for note in dict.fromkeys((*found.first.notes, *found.second.notes)):
+        display.line(f"  {note}")
     for item in found.compared:
-        clear = {1: "better", -1: "worse", 0: "unclear"}[item.direction]
         gap = item.difference
         shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
         name = LABELS.get(item.name, item.name)
-        display.line(f"  {name:<24} {item.before.value:8.3f} -> {item.after.value:8.3f}   {shown:<26} {clear}")
+        display.line(
+            f"  {name:<24} {item.before.value:8.3f} -> {item.after.value:8.3f}   {shown:<26} {CLEAR[item.direction]}"
+        )
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -123,7 +135,24 @@ def say_runs(display: Display, found: Sequence[Mapping[str, Any]], folder: Path)
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Return the built-in models and where each is cached."""
+    """Return the built-in models, and the others that are cached, with where each lies."""
+    return [*_built_in_models(), *_cached_models()]
+
+
+def _cached_models() -> list[dict[str, Any]]:
+    """Return the converted GGUF files and what the hub's own cache holds."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    records = sorted((home() / "models").glob(f"gguf-*/{RECORD}"))
+    found = [(read_json(record)["name"], "converted from GGUF", str(record.parent)) for record in records]
+    with contextlib.suppress(CacheNotFound):
+        repos = sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id)
+        found += [(repo.repo_id, "from the hub", str(repo.repo_path)) for repo in repos if repo.repo_type == "model"]
+    return [{"name": name, "what": what, "parameters": None, "license": "", "path": path} for name, what, path in found]
+
+
+def _built_in_models() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
@@ -137,9 +166,10 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def say_models(display: Display, found: Iterable[Mapping[str, Any]]) -> None:
-    """Say which models are built in."""
+    """Say which models are built in or cached."""
     for model in found:
-        size = f"{model['parameters'] / 1e6:,.0f}M"
+        size = f"{model['parameters'] / 1e6:,.0f}M" if model["parameters"] else ""
         where = model["path"] or f"not fetched yet: headstart models pull {model['name']}"
-        display.line(f"  {model['name']:<14} {size:>5}  {model['what']}, {model['license']}")
+        about = ", ".join(filter(None, (model["what"], model["license"])))
+        display.line(f"  {model['name']:<14} {size:>5}  {about}")
         display.line(f"  {'':<21} {where}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ import torch
 from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.check import Findings, find
-from headstart.data.prepare import form_rows
+from headstart.data.feed import content_hash
+from headstart.data.prepare import form_rows, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
 from headstart.display import Display
 from headstart.engine.forward import PackReader
-from headstart.errors import DataError
-from headstart.evaluate.compare import Compared, compare_all
+from headstart.errors import DataError, Problem
+from headstart.evaluate.compare import Compared, compare_all, to_json
 from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, measure
 from headstart.job import Data, Job, build_data, build_job
 from headstart.models.load import Loaded, load_config, load_model, load_tokenizer, model_length, stop_ids
 from headstart.models.source import Source, find_model
-from headstart.run import RunFolder
+from headstart.run import find_run
 
 Names = str | Path | Sequence[str | Path]
 READING = ("format", "prompt", "completion", "template", "over_length", "max_length", "max_bad_rows")
@@ -37,10 +38,16 @@ class Evaluated:
     model: str
     measured: Measured
     metrics: Mapping[str, Mapping[str, float]]
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The metrics and rows as plain values."""
-        return {"model": self.model, "metrics": dict(self.metrics), "rows": self.measured.to_json()}
+        return {
+            "model": self.model,
+            "metrics": dict(self.metrics),
+            "notes": list(self.notes),
+            "rows": self.measured.to_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,11 @@ class Versus:
 
     def to_json(self) -> dict[str, Any]:
         """The metrics of both and their differences as plain values."""
-        differences = {item.name: item.difference.to_json() for item in self.compared}
         return {
-            "a": {"model": self.first.model, "metrics": dict(self.first.metrics)},
-            "b": {"model": self.second.model, "metrics": dict(self.second.metrics)},
-            "differences": differences,
+            "a": {"model": self.first.model, "metrics": dict(self.first.metrics), "notes": list(self.first.notes)},
+            "b": {"model": self.second.model, "metrics": dict(self.second.metrics), "notes": list(self.second.notes)},
+            "rows": len(self.second.measured.rows),
+            "differences": to_json(self.compared)["differences"],
         }
 
 
@@ -106,7 +113,7 @@ def evaluate(
     For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
     """
     config = _reading_config(model, data, settings)
-    return _evaluate(find_model(model), config, answers, on_progress)
+    return _measure(_read(model, config), config, answers, on_progress)
 
 
 def compare(
@@ -118,12 +125,18 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Versus:
-    """Score two models on the same rows and compare them in pairs; how rows are read comes from `b` if it is a run."""
+    """Score two models on the same rows and compare them in pairs; how rows are read comes from `b` if it is a run.
+
+    Rows that one of the models can't read whole are left out for both. Raises DataError where none is left.
+    """
     config = _reading_config(b, data, settings)
-    first, second = (_evaluate(find_model(name), config, answers, on_progress) for name in (a, b))
-    ours, theirs = first.measured.on_rows_of(second.measured), second.measured.on_rows_of(first.measured)
-    before, after = ours.metrics(), theirs.metrics()
-    if [row.targets for row in ours.rows] != [row.targets for row in theirs.rows]:
+    readings = [_read(name, config) for name in (a, b)]
+    common = set(readings[0].keys()) & set(readings[1].keys())
+    if not common:
+        raise DataError(Problem("data.empty", "no row that both models can read", "", "-s data.over_length=drop"))
+    first, second = (_measure(reading.only(common), config, answers, on_progress) for reading in readings)
+    before, after = first.measured.metrics(), second.measured.metrics()
+    if [row.targets for row in first.measured.rows] != [row.targets for row in second.measured.rows]:
         # Other tokenizers cut other tokens; a loss per token compares only over the same ones.
         del before[PRIMARY]
     return Versus(first, second, compare_all(before, after))
@@ -147,34 +160,68 @@ def load_here(source: Source) -> Loaded:
     return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def _evaluate(source: Source, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
+@dataclass(frozen=True)
+class _Reading:
+    """Rows as one model reads them."""
+
+    source: Source
+    renderer: Renderer
+    rows: Segmented
+    notes: Sequence[str]
+
+    def keys(self) -> list[tuple[str, str]]:
+        """Return what each row is: where it stands and, since it may have been cut, what it says."""
+        return [(str(row.where), content_hash(row)) for row in self.rows.kept]
+
+    def only(self, keys: set[tuple[str, str]]) -> _Reading:
+        """Return the reading of some rows."""
+        chosen = [index for index, key in enumerate(self.keys()) if key in keys]
+        rows = Segmented([self.rows.examples[i] for i in chosen], [self.rows.kept[i] for i in chosen])
+        left_out = len(self.rows.kept) - len(chosen)
+        more = [f"{left_out:,} rows left out: the other model can't read them as they are"] if left_out else []
+        return replace(self, rows=rows, notes=[*self.notes, *more])
+
+
+def _read(model: str, config: Config) -> _Reading:
+    source = find_model(model)
     settings = config.settings.data
     renderer = build_renderer(source, settings.template)
-    rows = _rows(config, renderer, settings.max_length or model_length(load_config(source)))
+    max_length = settings.max_length or model_length(load_config(source))
+    formed = form_rows(settings.train, settings)
+    rows = segment_rows(formed.formatted.examples, renderer, max_length=max_length, over_length=settings.over_length)
+    problems = [*formed.formatted.problems, *rows.problems]
+    reject_bad_rows(problems, settings.max_bad_rows)
+    if not rows.examples:
+        what = f"no rows are left: {len(rows.dropped)} are over {max_length:,} tokens"
+        raise DataError([Problem("data.empty", what, "", "-s data.max_length=N, -s data.over_length=cut"), *problems])
+    notes = list(formed.notes)
+    if rows.dropped:
+        notes.append(
+            f"{len(rows.dropped):,} rows dropped whole, over {max_length:,} tokens; first {rows.dropped[0][0]}"
+        )
+    if rows.cut:
+        notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens: the end of their longest context")
+    if problems:
+        notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
+    return _Reading(source, renderer, rows, notes)
+
+
+def _measure(reading: _Reading, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
-    reader = PackReader(load_here(source).model)
+    model = load_here(reading.source).model
     measured = measure(
-        reader,
-        renderer,
-        rows.kept,
-        rows.examples,
+        PackReader(model, bfloat16=model.device.type == "cuda"),
+        reading.renderer,
+        reading.rows.kept,
+        reading.rows.examples,
         tokens_per_pack=PACK_TOKENS,
-        answers=min(answers, len(rows.kept)),
+        answers=min(answers, len(reading.rows.kept)),
         on_progress=on_progress,
     )
     metrics = measured.metrics()
     compared = compare_all(metrics, metrics)
-    return Evaluated(source.name, measured, {item.name: item.after.to_json() for item in compared})
-
-
-def _rows(config: Config, renderer: Renderer, max_length: int) -> Segmented:
-    settings = config.settings.data
-    formed = form_rows(settings.train, settings)
-    rows = segment_rows(formed.formatted.examples, renderer, max_length=max_length, over_length=settings.over_length)
-    problems = [*formed.formatted.problems, *rows.problems]
-    if len(problems) > settings.max_bad_rows or not rows.examples:
-        raise DataError(problems)
-    return rows
+    values = {item.name: item.after.to_json() for item in compared}
+    return Evaluated(reading.source.name, measured, values, reading.notes)
 
 
 def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) -> Config:
@@ -185,8 +232,7 @@ def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) 
 def _reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) -> Config:
     """Return settings for reading `data`: the user's, over those of the run that the model comes from, if it does."""
     known: dict[str, Any] = {}
-    folder = RunFolder(Path(model))
-    if folder.config_file.exists():
+    if folder := find_run(model):
         of_run = folder.read_config()
         known = {
             f"data.{name}": getattr(of_run.settings.data, name) for name in READING if of_run.given(f"data.{name}")

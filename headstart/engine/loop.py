@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,6 +151,9 @@ def _advance(progress: Progress, record: StepRecord, feed: Feed) -> None:
 
 
 def _judge(progress: Progress, value: float, hooks: Hooks) -> None:
+    if not math.isfinite(value):
+        what = f"step {progress.step}: the loss on the watched rows is {value}"
+        raise DivergedError(Problem("numbers.not_finite", what, "", "lower optim.lr; the last checkpoint is whole"))
     if progress.best_value is None or value < progress.best_value:
         progress.best_step, progress.best_value, progress.worse_evals = progress.step, value, 0
         hooks.keep_best(progress)

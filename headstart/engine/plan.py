@@ -72,7 +72,7 @@ def lay_out(examples: Sequence[Example], feed: Feed, tokens_per_pack: int, *, on
         chosen = trial.next_rows()
         rows += len(chosen)
         packs += build_packs([examples[row] for row in chosen], tokens_per_pack, one_row=one_row)
-    longest = max(examples, key=lambda example: example.token_count)
+    longest = max(examples, key=lambda example: max(map(len, example.segments)))
     packs_of_longest = build_packs([longest], tokens_per_pack, one_row=one_row)
     scale = feed.total / rows
     return Layout(
@@ -86,13 +86,31 @@ def lay_out(examples: Sequence[Example], feed: Feed, tokens_per_pack: int, *, on
     )
 
 
-def probe_memory(engine: Engine, examples: Sequence[Example]) -> float:
-    """Return the bytes per token that a pack keeps for its backward pass, measured on a short one.
+@dataclass(frozen=True)
+class Kept:
+    """The bytes that a pack keeps for its backward pass: for each token, and whatever its length."""
+
+    per_token: float
+    always: float
+
+
+def probe_memory(engine: Engine, examples: Sequence[Example]) -> Kept:
+    """Return what packs keep for their backward pass, measured on two short ones.
 
     Counted are the storages that autograd saves, so nothing large has to be run to know what something large needs.
     """
-    shortest = min(examples, key=lambda example: abs(example.token_count - PROBE_TOKENS))
-    pack = build_packs([shortest], 1, one_row=True)[0]
+    by_length = sorted(examples, key=lambda example: abs(example.token_count - PROBE_TOKENS))
+    short = build_packs(by_length[:1], 1, one_row=True)[0]
+    longer = min(examples, key=lambda example: abs(example.token_count - 4 * PROBE_TOKENS))
+    long = build_packs([longer], 1, one_row=True)[0]
+    kept = _kept_bytes(engine, short)
+    if len(long) < 2 * len(short):
+        return Kept(kept / len(short), 0.0)
+    per_token = (_kept_bytes(engine, long) - kept) / (len(long) - len(short))
+    return Kept(per_token, max(0.0, kept - per_token * len(short)))
+
+
+def _kept_bytes(engine: Engine, pack: Pack) -> int:
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in engine.reader.model.parameters()}
 
@@ -105,16 +123,16 @@ def probe_memory(engine: Engine, examples: Sequence[Example]) -> float:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         engine.forward_backward(pack)
     engine.discard()
-    return sum(kept.values()) / len(pack)
+    return sum(kept.values())
 
 
-def estimate_memory(engine: Engine, activation_bytes: float, tokens: int) -> int:
+def estimate_memory(engine: Engine, kept: Kept, tokens: int) -> int:
     """Return the most memory that training on packs of `tokens` will fill, with what is filled already."""
     reader = engine.reader
     trained = sum(p.numel() * p.element_size() for p in engine.trainable.values())
     logits = reader.head.rows_at_once * reader.head.vocabulary * 4 * LOGITS_COPIES
     used = machine.device_used_bytes(reader.device.type)
-    return int(used + trained * STATES_PER_WEIGHT + activation_bytes * tokens + logits)
+    return int(used + trained * STATES_PER_WEIGHT + kept.always + kept.per_token * tokens + logits)
 
 
 def rehearse(engine: Engine, layout: Layout) -> float:

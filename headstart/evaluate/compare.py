@@ -41,17 +41,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric before and after, and their difference (after minus before)."""
+    """One metric before and after on `rows` rows, and their difference (after minus before)."""
 
     name: str
     before: Interval
     after: Interval
     difference: Interval
     lower_is_better: bool
+    rows: int
 
     @property
     def direction(self) -> int:
-        """Return 1 where it got better for certain, -1 where worse, 0 where the interval holds zero."""
+        """Return 1 where it got better for certain, -1 where worse, 0 where the interval holds zero or rows are few."""
+        if self.rows < MIN_ROWS:
+            return 0
         low, high = self.difference.low, self.difference.high
         sign = 1 if low > 0 else -1 if high < 0 else 0
         return -sign if self.lower_is_better else sign
@@ -72,6 +75,7 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
         _interval(_ratio(after), second),
         _interval(_ratio(after) - _ratio(before), second - first),
         before.lower_is_better,
+        len(before.values),
     )
 
 
@@ -80,15 +84,15 @@ def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> li
     return [compare(name, metric, after[name]) for name, metric in before.items() if name in after]
 
 
-def verdict(compared: Sequence[Compared], primary: str, rows: int) -> str:
+def verdict(compared: Sequence[Compared], primary: str) -> str:
     """Return `better`, `worse`, `no_gain` or `not_measured`.
 
     `better` needs the primary metric's interval clear of zero on the good side and no other metric's clear of it on the
     bad side; `worse` needs the primary clear on the bad side, or another while the primary is not better. Fewer than
-    `MIN_ROWS` rows decide nothing.
+    `MIN_ROWS` rows decide nothing, of any metric.
     """
     directions = {item.name: item.direction for item in compared}
-    if primary not in directions or rows < MIN_ROWS:
+    if all(item.name != primary or item.rows < MIN_ROWS for item in compared):
         return "not_measured"
     others_fell = any(direction < 0 for name, direction in directions.items() if name != primary)
     if directions[primary] > 0:
@@ -101,7 +105,10 @@ def to_json(compared: Sequence[Compared]) -> Mapping[str, Any]:
     return {
         "before": {item.name: item.before.to_json() for item in compared},
         "after": {item.name: item.after.to_json() for item in compared},
-        "differences": {item.name: item.difference.to_json() for item in compared},
+        "differences": {
+            item.name: {**item.difference.to_json(), "rows": item.rows, "direction": item.direction}
+            for item in compared
+        },
     }
 
 

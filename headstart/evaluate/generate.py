@@ -11,6 +11,7 @@ import torch
 from headstart.models.attention import use_attention
 
 PROMPTS_AT_ONCE = 16
+TOKENS_AT_ONCE = 8192  # of prompts: what their keys and values fill stays small beside the model
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
     limits: Sequence[int],
+    length: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids) with the likeliest token at each place, up to a stop token or each one's limit.
 
-    Prompts of like limit and length go through together; `on_batch(done, total)` is called after each batch.
+    Prompt and answer together stay within `length`, the most tokens that the model can place. Prompts of like limit and length go through together; `on_batch(done, total)` is called after each batch.
     """
     model.eval()
     use_attention(model, packed=False)
+    limits = [max(1, min(limit, length - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index])))
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), PROMPTS_AT_ONCE):
-        batch = order[start : start + PROMPTS_AT_ONCE]
+    for batch in _batches(order, prompts, limits, length):
         new = _generate_batch(model, [prompts[index] for index in batch], stop_ids, limits[batch[-1]])
         answers.update(
             (index, cut_at_stop(ids[: limits[index]], stop_ids)) for index, ids in zip(batch, new, strict=True)
@@ -45,6 +47,26 @@ def generate(
         if on_batch:
             on_batch(len(answers), len(order))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[Sequence[int]], limits: Sequence[int], length: int
+) -> list[list[int]]:
+    """Cut an order into batches: at most `PROMPTS_AT_ONCE` and `TOKENS_AT_ONCE`, each within `length`, padded."""
+    batches: list[list[int]] = []
+    for index in order:
+        batch = [*(batches[-1] if batches else []), index]
+        width = max(len(prompts[i]) for i in batch) + max(limits[i] for i in batch)
+        if (
+            len(batch) > 1
+            and len(batch) <= PROMPTS_AT_ONCE
+            and width * len(batch) <= TOKENS_AT_ONCE
+            and width <= length
+        ):
+            batches[-1] = batch
+        else:
+            batches.append([index])
+    return batches
 
 
 def _generate_batch(
@@ -57,7 +79,13 @@ def _generate_batch(
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=pad
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # what is left out is taken from the model's own config
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
     )
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)

@@ -17,9 +17,9 @@ from headstart.evaluate.compare import Metric
 from headstart.evaluate.generate import generate
 from headstart.evaluate.metrics import chrf, exact_match, rouge_l
 from headstart.evaluate.score import score_rows
+from headstart.models.load import model_length
 
 PRIMARY = "nll"
-LOWER_IS_BETTER = {"nll"}
 LABELS = {
     "nll": "loss per answer token",
     "exact_match": "answers exactly right",
@@ -61,11 +61,6 @@ class Measured:
         """Read what `to_json` gave."""
         return Measured([RowResult(**row) for row in rows])
 
-    def on_rows_of(self, other: Measured) -> Measured:
-        """Return these results on the rows that `other` has too, in order."""
-        known = {row.where for row in other.rows}
-        return Measured([row for row in self.rows if row.where in known])
-
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
         nll = np.array([row.nll for row in self.rows])
@@ -101,7 +96,8 @@ def measure(
     chosen = sorted(by_hash[:answers])
     prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
     limits = [answer_limit(examples[index]) for index in chosen]
-    answered = generate(reader.model, prompts, renderer.stop_ids, limits, told("answering"))
+    length = model_length(reader.model.config)
+    answered = generate(reader.model, prompts, renderer.stop_ids, limits, length, told("answering"))
     new = dict(zip(chosen, answered, strict=True))
     results = []
     for index, conversation in enumerate(conversations):
@@ -112,7 +108,7 @@ def measure(
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
-                reference=reference,
+                reference=reference or renderer.decode(last_answer(examples[index])),
                 answer=renderer.decode(new[index].ids) if index in new else None,
                 stopped=index in new and new[index].stopped,
             )
@@ -124,6 +120,14 @@ def split_last(conversation: Conversation) -> tuple[Sequence[Any], Sequence[Any]
     """Return what stands before the last trained answer, the tools, and that answer."""
     last = max(index for index, message in enumerate(conversation.messages) if message.trained)
     return conversation.messages[:last], conversation.tools, conversation.messages[last].content
+
+
+def last_answer(example: Example) -> list[int]:
+    """Return the ids of the last stretch of trained tokens: what a call of a tool looks like, say."""
+    segment = example.segments[-1]
+    trained = np.flatnonzero(segment.weights)
+    begin = trained[np.flatnonzero(np.diff(trained, prepend=-2) > 1)[-1]]
+    return [int(id_) for id_ in segment.ids[begin : trained[-1] + 1]]
 
 
 def answer_limit(example: Example) -> int:

@@ -54,8 +54,7 @@ def adapt(model: Any, lora: Lora | None, seed: int) -> Adapted:
 
     missing = [t for t in lora.targets if t != "all-linear" and not _matches(model, t)]
     if missing:
-        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        cure = f"linear modules of this model: {', '.join(names)}; or all-linear"
+        cure = f"linear modules of this model: {', '.join(_linear_names(model))}; or all-linear"
         raise ModelError(
             Problem("model.lora_targets", f"no module is called {', '.join(missing)}", "lora.targets", cure)
         )
@@ -72,9 +71,18 @@ def adapt(model: Any, lora: Lora | None, seed: int) -> Adapted:
     with warnings.catch_warnings():
         # peft reads a property of transformers that is on its way out; nothing a user could mend.
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped = get_peft_model(model, config)
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            cure = f"linear modules of this model: {', '.join(_linear_names(model))}; or all-linear"
+            said = str(error).splitlines()[0]
+            raise ModelError(Problem("model.lora_targets", said, "lora.targets", cure)) from None
     modules = sum("lora_A" in name for name, _ in model.named_parameters())
     return Adapted(wrapped.get_base_model(), wrapped, modules)
+
+
+def _linear_names(model: Any) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
 
 
 def _matches(model: Any, target: str) -> bool:

@@ -31,12 +31,14 @@ class Forest:
             self.ancestors.append([*self.ancestors[above], above] if above >= 0 else [])
         self._positions = torch.split(positions, self.lengths)
         self._masks: dict[tuple[int, int], Tensor | None] = {}
+        self.windows: set[int] = set()
 
     def mask(self, node: int, window: int, causal: bool) -> Tensor | None:
         """Return which keys the tokens of a node see, bool [n, a + n]; None where plain causality or all says it.
 
         `window` is the number of last positions that are seen, 0 for all.
         """
+        self.windows.add(window)
         if not causal:
             return None
         if (node, window) not in self._masks:
@@ -148,12 +150,11 @@ def can_pack(model: Any) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            packed = run_decoder(
-                model,
-                torch.tensor(ids, device=model.device),
-                positions,
-                Forest([3, 4, 5, 4], [-1, 0, 0, -1], positions),
-            )
+            forest = Forest([3, 4, 5, 4], [-1, 0, 0, -1], positions)
+            packed = run_decoder(model, torch.tensor(ids, device=model.device), positions, forest)
+            # The rows of the trial are shorter than any real window, so only its coming along shows that it is kept.
+            if _has_window(config, kinds) and forest.windows == {0}:
+                return False
             for row, place in zip(rows, places, strict=True):
                 row_ids = torch.tensor(row, device=model.device)
                 alone = run_decoder(model, row_ids, torch.arange(len(row), device=model.device), None)
@@ -165,6 +166,12 @@ def can_pack(model: Any) -> bool:
     finally:
         model.train(training)
     return True
+
+
+def _has_window(config: Any, kinds: set[str]) -> bool:
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def run_decoder(model: Any, ids: Tensor, positions: Tensor, forest: Forest | None) -> Tensor:
@@ -186,11 +193,15 @@ def use_attention(model: Any, *, packed: bool) -> None:
     current = model.config._attn_implementation
     if packed == (current == IMPLEMENTATION):
         return
-    model.set_attn_implementation(IMPLEMENTATION if packed else _plain_implementation(model.config))
+    if packed:
+        model.headstart_plain_attention = current
+    model.set_attn_implementation(IMPLEMENTATION if packed else _plain_implementation(model))
     if packed and model.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} does not let its attention be chosen")
 
 
-def _plain_implementation(config: Any) -> str:
+def _plain_implementation(model: Any) -> str:
     """Return the attention of transformers that computes what the architecture asks for."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "eager"
+    return str(getattr(model, "headstart_plain_attention", "sdpa"))

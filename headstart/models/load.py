@@ -67,6 +67,7 @@ def load_model(source: Source, device: str, dtype: torch.dtype = torch.float32) 
         )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
+    _mend_generation_config(model)
     model.to(device)
     adapted = model
     if source.is_adapter:
@@ -78,6 +79,18 @@ def load_model(source: Source, device: str, dtype: torch.dtype = torch.float32) 
         model = adapted.get_base_model()
     model.eval()
     return Loaded(model, adapted, source, base)
+
+
+def _mend_generation_config(model: Any) -> None:
+    """Drop the sampling settings of a model where they contradict each other: transformers refuses to save them."""
+    from transformers import GenerationConfig
+
+    found = model.generation_config
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(found, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
 
 
 def find_base(source: Source) -> Source:

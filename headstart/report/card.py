@@ -12,7 +12,7 @@ LORA = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="{dtype}")
 model = PeftModel.from_pretrained(base, "{model}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {rest}```
@@ -20,7 +20,7 @@ tokenizer = AutoTokenizer.from_pretrained("{model}")
 FULL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
+model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {rest}```
 """
@@ -29,7 +29,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 """
 PLAIN = """inputs = tokenizer("...", return_tensors="pt")
 """
-ANSWER = """output = model.generate(**inputs, max_new_tokens=512, do_sample=False, eos_token_id={stop_ids})
+ANSWER = """output = model.generate(**inputs, max_new_tokens=512, do_sample=False, repetition_penalty=1.0, eos_token_id={stop_ids})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
@@ -46,6 +46,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         model=folder / "model",
         base=model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"],
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
+        dtype=result["dtype"],
         rest=rest,
     )
     rows = min(result["rows"]["train"], result["tokens"]["rows_seen"])

@@ -7,7 +7,7 @@ from typing import Any
 from headstart import machine
 from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
-from headstart.evaluate.measure import LOWER_IS_BETTER, PRIMARY, Measured
+from headstart.evaluate.measure import PRIMARY, Measured
 
 NOT_MEASURED = "not measured"
 
@@ -31,10 +31,9 @@ def build_result(
     train_s = max(progress.train_s, 1e-9)
     return {
         **facts,
-        "verdict": verdict(compared, PRIMARY, len(before.rows)),
+        "verdict": verdict(compared, PRIMARY),
         **to_json(compared),
         "difference": {"metric": PRIMARY, **primary.difference.to_json()},
-        "lower_is_better": sorted(LOWER_IS_BETTER),
         "answered": sum(row.answer is not None for row in after.rows),
         "guard": NOT_MEASURED,
         "steps": {"taken": progress.step, "planned": plan["steps"], "best": progress.best_step, "end": progress.end},

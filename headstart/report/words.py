@@ -14,6 +14,7 @@ VERDICTS = {
     "no_gain": "no clear gain",
     "not_measured": "not measured",
 }
+CLEAR = {1: "better", 0: "unclear", -1: "worse"}
 
 
 def sentence(result: Mapping[str, Any]) -> str:
@@ -35,8 +36,7 @@ def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
     for name, difference in result["differences"].items():
         before, after = result["before"][name]["value"], result["after"][name]["value"]
         low, high = difference["low"], difference["high"]
-        lower_is_better = name in result["lower_is_better"]
-        clear = "unclear" if low <= 0 <= high else "better" if (high < 0) == lower_is_better else "worse"
+        clear = CLEAR[difference["direction"]]
         shown = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append((LABELS.get(name, name), f"{before:.3f}", f"{after:.3f}", shown, clear))
     return lines

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from headstart.data.forest import build_packs
 from headstart.data.segments import Example
 from headstart.engine.engine import Engine
 from headstart.engine.forward import PackReader
+from headstart.evaluate.generate import generate
 from headstart.models.attention import Forest, can_pack, forest_attention, register
 from headstart.objectives.tokens import nll
 from tests.conftest import example
@@ -158,3 +160,22 @@ def test_every_architecture_of_the_law_is_there() -> None:
         "gpt_neox",
     ]
     assert set(wanted) <= set(CONFIGS)
+
+
+def test_a_window_that_stands_in_the_mask_alone_is_noticed() -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": 20}
+    config = transformers.PhimoeConfig(**shape, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    assert not can_pack(transformers.PhimoeForCausalLM(config))
+
+
+def test_answers_stay_within_the_positions_of_the_model() -> None:
+    model = twin("gpt2", torch.float32)  # 256 learned positions: one more is an error
+    prompts = [[5] * 250, [6] * 3]
+    answers = generate(model, prompts, (96,), [40, 8], length=256)
+    assert [len(answer.ids) for answer in answers] == [6, 8]
+    alone = [
+        generate(model, [prompt], (96,), [limit], length=256)[0] for prompt, limit in zip(prompts, (40, 8), strict=True)
+    ]
+    assert alone == answers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -57,16 +59,16 @@ def test_the_interval_covers_the_truth_and_false_alarms_are_rare(monkeypatch: py
         gained = compare("x", mean(before), mean(before + chance.normal(truth, 0.7, rows))).difference
         covered += gained.low <= truth <= gained.high
         nothing = compare("x", mean(before), mean(before + chance.normal(0, 0.7, rows)))
-        alarms += verdict([nothing], "x", rows) == "better"
+        alarms += verdict([nothing], "x") == "better"
     # Binomial bounds at four standard errors: 95% covered (the percentile bootstrap of 40 rows gives about 94%), and a
     # false "better" in at most 2.5%.
     assert covered / trials > 0.945 - 4 * np.sqrt(0.05 * 0.95 / trials)
     assert alarms / trials < 0.025 + 4 * np.sqrt(0.025 * 0.975 / trials)
 
 
-def shown(name: str, low: float, high: float, *, lower_is_better: bool = False) -> Compared:
+def shown(name: str, low: float, high: float, *, lower_is_better: bool = False, rows: int = 40) -> Compared:
     zero = Interval(0, 0, 0)
-    return Compared(name, zero, zero, Interval((low + high) / 2, low, high), lower_is_better)
+    return Compared(name, zero, zero, Interval((low + high) / 2, low, high), lower_is_better, rows)
 
 
 GOOD = shown("nll", -2, -1, lower_is_better=True)
@@ -76,21 +78,23 @@ FELL = shown("rouge_l", -0.3, -0.1)
 
 
 @pytest.mark.parametrize(
-    ("found", "rows", "expected"),
+    ("found", "expected"),
     [
-        ([GOOD], 40, "better"),
-        ([GOOD, shown("rouge_l", 0.1, 0.2)], 40, "better"),
-        ([GOOD, FELL], 40, "no_gain"),
-        ([FLAT], 40, "no_gain"),
-        ([FLAT, FELL], 40, "worse"),
-        ([BAD], 40, "worse"),
-        ([shown("rouge_l", 0.1, 0.2)], 40, "not_measured"),
-        ([GOOD], 7, "not_measured"),
-        ([], 40, "not_measured"),
+        ([GOOD], "better"),
+        ([GOOD, shown("rouge_l", 0.1, 0.2)], "better"),
+        ([GOOD, FELL], "no_gain"),
+        ([GOOD, replace(FELL, rows=7)], "better"),
+        ([FLAT], "no_gain"),
+        ([FLAT, FELL], "worse"),
+        ([FLAT, replace(FELL, rows=7)], "no_gain"),
+        ([BAD], "worse"),
+        ([shown("rouge_l", 0.1, 0.2)], "not_measured"),
+        ([replace(GOOD, rows=7)], "not_measured"),
+        ([], "not_measured"),
     ],
 )
-def test_verdicts(found: list[Compared], rows: int, expected: str) -> None:
-    assert verdict(found, "nll", rows) == expected
+def test_verdicts(found: list[Compared], expected: str) -> None:
+    assert verdict(found, "nll") == expected
 
 
 def test_rows_that_differ_in_number_are_refused() -> None:

@@ -64,6 +64,7 @@ def result(gain: float = 5.0) -> dict[str, Any]:
             "kind": "instruction",
             "model": SOURCE,
             "method": "lora",
+            "dtype": "float32",
             "rows": {"train": 100, "watch": 10, "proof": 20},
             "stop_ids": [2],
         },
@@ -179,7 +180,7 @@ def test_the_card_has_the_hubs_metadata_and_the_lines_that_load_it() -> None:
     assert card.startswith("---\n")
     assert "base_model: me/base\n" in card
     assert "license: mit\n" in card
-    assert 'from_pretrained("me/base", revision="abc")' in card
+    assert 'from_pretrained("me/base", revision="abc", dtype="float32")' in card
     assert "eos_token_id=[2]" in card
     assert 'tokenizer("...", return_tensors="pt")' in model_card(
         Path("runs/x"), {**result(), "method": "full"}, "plain"
