@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from headstart.data.formats import Message
 from headstart.display import Display
 from headstart.models.attention import use_attention
 from headstart.models.source import find_model
-from headstart.run import RunFolder
+from headstart.run import find_run
 from headstart.verbs import build_renderer, load_here
 
 UNFINISHED = "\ufffd"
@@ -34,8 +33,9 @@ class Chat:
         self, model: str, *, system: str | None = None, max_tokens: int = 512, temperature: float = 0.0
     ) -> None:
         source = find_model(model)
-        config = RunFolder(Path(model)).config_file
-        template = RunFolder(Path(model)).read_config().settings.data.template if config.exists() else "model"
+        run = find_run(model)
+        self._plain = run is not None and run.read_config().settings.data.template == "plain"
+        template = "plain" if self._plain else "model"
         self._renderer = build_renderer(source, template)
         self._model = load_here(source).model
         self._max_tokens = max_tokens
@@ -45,7 +45,8 @@ class Chat:
     def answer(self, text: str, on_text: Callable[[str], None] | None = None) -> Said:
         """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
         self.messages.append(Message("user", text))
-        prompt = self._renderer.prompt(self.messages)
+        # Without a template a prompt is one text, so a new question begins anew.
+        prompt = self._renderer.prompt(self.messages[-1:] if self._plain else self.messages)
         ids: list[int] = []
         shown = ""
         stopped = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from headstart.errors import HeadstartError, Problem, UsageError
+from headstart.errors import DataError, HeadstartError, Problem, UsageError
 
 if TYPE_CHECKING:
     from headstart.config import Config, Override
@@ -114,11 +114,10 @@ def check(
         findings, built = check_config(read_config(config, sets, flags))
         say_findings(display, findings, built)
         say_rows(display, built, show)
-        if findings.problems:
-            built.reject_bad_rows()
-        return findings.to_json()
+        return {**findings.to_json(), "ok": built.acceptable}
 
-    carry_out(work, as_json)
+    if not carry_out(work, as_json)["ok"]:
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command()
@@ -347,10 +346,11 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     With --json the object goes to stdout alone, and what a run says on its way to stderr.
     """
     from headstart.display import Display
+    from headstart.machine import resources
 
     display = Display(sys.stderr if as_json else sys.stdout)
     try:
-        with display:
+        with display, resources():
             result = work(display)
     except HeadstartError as error:
         _fail(error, as_json)

@@ -13,7 +13,7 @@ from headstart import machine
 from headstart.choose import Facts, choose
 from headstart.config import Config
 from headstart.data.feed import Feed
-from headstart.data.prepare import Prepared, prepare
+from headstart.data.prepare import Prepared, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.engine.engine import Engine
@@ -49,12 +49,18 @@ class Data:
     renderer: Renderer
     prepared: Prepared
 
+    @property
+    def acceptable(self) -> bool:
+        """Tell whether a run would begin with these rows."""
+        try:
+            self.reject_bad_rows()
+        except DataError:
+            return False
+        return True
+
     def reject_bad_rows(self) -> None:
         """Raise DataError with every bad row where there are more than the settings allow."""
-        problems = self.prepared.problems
-        allowed = self.config.settings.data.max_bad_rows
-        if len(problems) > allowed:
-            raise DataError(problems)
+        reject_bad_rows(self.prepared.problems, self.config.settings.data.max_bad_rows)
 
 
 @dataclass
@@ -177,7 +183,7 @@ def _check_vocabulary(data: Data, model: Any) -> None:
 def build_feed(config: Config, rows: int) -> Feed:
     """Return the order of rows that the settings ask for."""
     settings = config.settings
-    batch_size = min(settings.batch_size or 1, rows)
+    batch_size = settings.batch_size or 1
     total = settings.steps * batch_size if settings.steps else round((settings.epochs or 1) * rows)
     return Feed(rows, batch_size, max(1, total), settings.seed)
 

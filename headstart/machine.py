@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from headstart.errors import Problem, ResourceError
+
 PACKAGES = ("headstart", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 GIB = 1 << 30
+MEMORY_MARKS = ("allocate memory", "out of memory")
 
 
 def home() -> Path:
@@ -110,6 +116,25 @@ def device_free_bytes(device: str) -> int:
 
         return torch.cuda.mem_get_info()[0]
     return memory_free_bytes()
+
+
+@contextlib.contextmanager
+def resources() -> Iterator[None]:
+    """Turn what the system says when memory or disk runs out into errors that say what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else "out of memory"
+        # torch has a class of its own for this on some devices only.
+        if not isinstance(error, MemoryError) and not any(mark in said for mark in MEMORY_MARKS):
+            raise
+        cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model"
+        raise ResourceError(Problem("memory.exhausted", said, "", cure)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        cure = "free some space; a run goes on with headstart resume"
+        raise ResourceError(Problem("disk.full", str(error), str(error.filename or ""), cure)) from None
 
 
 def disk_free_bytes(path: Path) -> int:

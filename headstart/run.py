@@ -19,6 +19,7 @@ from headstart.errors import Problem, RunError
 from headstart.files import read_json, remove_temporaries, write_atomic, write_json
 
 DEFAULT_FOLDER = Path("runs")
+NOT_BEGUN = (".lock", "data.json")  # a run begins with its config.yaml, which is written after these
 
 
 class RunFolder:
@@ -40,12 +41,24 @@ class RunFolder:
     @staticmethod
     def create(path: Path) -> RunFolder:
         """Make a new run folder. Raises RunError where something lies there already."""
-        folder = RunFolder(path)
-        if path.exists() and any(path.iterdir()):
-            cure = f"choose another with -o, or go on with it: headstart resume {path}"
+        RunFolder.check_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the folder can't be made: {error.strerror or error}"
+            raise RunError(Problem("run.exists", what, str(path), "choose another with -o")) from None
+        return RunFolder(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise RunError where something lies at `path` already; what a run left that had not begun doesn't count."""
+        if not path.exists():
+            return
+        cure = f"choose another with -o, or go on with it: headstart resume {path}"
+        if not path.is_dir():
+            raise RunError(Problem("run.exists", "a file lies there", str(path), "choose another with -o"))
+        if any(item.name not in NOT_BEGUN and not item.name.startswith(".tmp-") for item in path.iterdir()):
             raise RunError(Problem("run.exists", "the folder is not empty", str(path), cure))
-        path.mkdir(parents=True, exist_ok=True)
-        return folder
 
     @staticmethod
     def open(path: Path) -> RunFolder:
@@ -149,11 +162,14 @@ class Run:
     @cached_property
     def model(self) -> Any:
         """Return the tuned model, loaded: a transformers or PEFT model in evaluation mode."""
+        import torch
+
         from headstart.machine import pick_device
         from headstart.models.load import load_model
         from headstart.models.source import find_model
 
-        return load_model(find_model(str(self.path)), pick_device()).adapted
+        dtype = getattr(torch, self.result["dtype"])
+        return load_model(find_model(str(self.path)), pick_device(), dtype).adapted
 
     def __repr__(self) -> str:
         difference = self.result["difference"]
@@ -175,6 +191,13 @@ class Run:
             f"<b>{html.escape(sentence(result))}</b><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>"
             f"<p>report: <code>{html.escape(str(self.report))}</code></p>"
         )
+
+
+def find_run(model: str) -> RunFolder | None:
+    """Return the run that a model is the result of, named by the run's folder or by the model's in it."""
+    path = Path(model)
+    candidates = (path, path.parent) if path.name == "model" else (path,)
+    return next((RunFolder(p) for p in candidates if RunFolder(p).config_file.exists()), None)
 
 
 def find_runs(folder: Path = DEFAULT_FOLDER) -> list[Path]:

@@ -27,7 +27,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in ASKED_BY if hasattr(signal, name)]
-            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+            # What is ignored stays so: nohup means that the end of the terminal is not the end of the run.
+            heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(

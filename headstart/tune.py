@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,8 @@ import torch
 
 from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
-from headstart.data.read import SourceFile
+from headstart.data.hub import pin_dataset
+from headstart.data.read import HUB_PREFIX, SourceFile
 from headstart.display import Display, in_bytes, in_time
 from headstart.engine.checkpoint import Checkpoints
 from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
@@ -26,6 +27,7 @@ from headstart.evaluate.score import score_rows
 from headstart.files import read_json, sha256, write_atomic, write_json
 from headstart.job import Data, Job, build_data, build_job
 from headstart.models.save import save_result
+from headstart.models.source import Source, weights_hash
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result
@@ -72,15 +74,18 @@ def start(config: Config, display: Display) -> Run:
     if not config.settings.data.train:
         raise DataError(Problem("data.missing", "no data was named", "data.train", "headstart tune FILE"))
     today = datetime.date.today()
-    with _resources(), _stoppable(display) as stop:
-        job = _set_up(config, today, display)
+    with machine.resources(), _stoppable(display) as stop:
         out = config.settings.out
+        if out:
+            RunFolder.check_free(Path(out))
+        job = _set_up(config, today, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], config.settings.model)
         folder = RunFolder.create(path)
         with folder.locked():
             job.config = job.config if out else job.config.decide({"out": (str(path), "the first free name")})
-            folder.write_config(job.config)
+            job.config = job.config.pin(_pins(job.data))
             write_json(folder.data_file, _describe_data(job.data, today))
+            folder.write_config(job.config)  # last: with it the run has begun
             return _Session(job, folder, display, stop).carry_out()
 
 
@@ -93,11 +98,13 @@ def resume(path: Path, display: Display) -> Run:
     if folder.result_file.exists():
         display.line(f"{path} is finished: {sentence(Run(path).result)}")
         return Run(path)
-    with _resources(), _stoppable(display) as stop, folder.locked():
+    with machine.resources(), _stoppable(display) as stop, folder.locked():
         record = read_json(folder.data_file)
         _check_unchanged(record)
         _tell_versions(record, display)
-        job = _set_up(folder.read_config(), datetime.date.fromisoformat(record["date"]), display)
+        date = datetime.date.fromisoformat(record["date"])
+        job = _set_up(folder.read_config().fixed(), date, display)
+        _check_same(record, _describe_data(job.data, date))
         return _Session(job, folder, display, stop).carry_out()
 
 
@@ -164,6 +171,8 @@ class _Session:
             self.job.engine.reader, self.job.data.prepared.watch.examples, settings.tokens_per_pack or 1
         )
         self.eval_s += time.perf_counter() - begun
+        if not math.isfinite(scores.mean):
+            return scores.mean  # the loop refuses it
         best = self.progress.best_value
         mark = "  the best so far" if best is None or scores.mean < best else ""
         self.folder.add_metrics({"step": self.progress.step, "watch_loss": scores.mean})
@@ -269,6 +278,7 @@ class _Session:
             "method": self.job.config.settings.method,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.renderer.stop_ids),
+            "dtype": str(self.job.adapted.model.dtype).removeprefix("torch."),
         }
         result = build_result(
             facts=facts,
@@ -312,26 +322,6 @@ def _stoppable(display: Display) -> Iterator[StopRequest]:
 
     with StopRequest(told) as stop, display:
         yield stop
-
-
-@contextlib.contextmanager
-def _resources() -> Iterator[None]:
-    """Turn what the system says when memory or disk runs out into errors that say what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class of its own for this on GPUs only.
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
-            raise
-        cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model; then headstart resume"
-        raise ResourceError(
-            Problem("memory.exhausted", str(error).splitlines()[0] or "out of memory", "", cure)
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        cure = "free some space, then headstart resume"
-        raise ResourceError(Problem("disk.full", str(error), str(error.filename or ""), cure)) from None
 
 
 def _check_disk(job: Job) -> None:
@@ -379,8 +369,31 @@ def _describe_data(data: Data, today: datetime.date) -> dict[str, Any]:
         },
         "cut": sum(part.cut for part in parts.values()),
         "notes": [note for formed in prepared.formed for note in formed.notes],
-        "model": data.source.to_json(),
+        "model": {**data.source.to_json(), "sha256": _weights_hash(data.source)},
     }
+
+
+def _weights_hash(source: Source) -> str:
+    """Return the hash of a model's weights, but for the hub's, which their commit pins."""
+    return "" if source.kind == "hub" else weights_hash(source)
+
+
+def _pins(data: Data) -> dict[str, Any]:
+    """Return what names the very same model and files from anywhere and at any time."""
+    settings, source = data.config.settings, data.source
+    files = [file for formed in data.prepared.formed for file in formed.files]
+
+    def pin(name: str) -> str:
+        return pin_dataset(name, files) if name.startswith(HUB_PREFIX) else str(Path(name).absolute())
+
+    pins: dict[str, Any] = {
+        f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
+    }
+    if source.kind == "hub":
+        pins["model"] = f"{source.name.partition('@')[0]}@{source.revision}"
+    elif source.kind != "builtin":
+        pins["model"] = str(Path(settings.model).expanduser().absolute())
+    return pins
 
 
 def _tell_versions(record: Mapping[str, Any], display: Display) -> None:
@@ -388,6 +401,20 @@ def _tell_versions(record: Mapping[str, Any], display: Display) -> None:
     other = [f"{name} {was} -> {now.get(name)}" for name, was in record["versions"].items() if now.get(name) != was]
     if other:
         display.warn(f"other versions than when the run began ({', '.join(other)}): it goes on, not bit for bit")
+
+
+def _check_same(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise DataError where a run would go on with other files or another model than it began with."""
+    was, found = ({(f["path"], f["sha256"]) for f in side["files"]} for side in (record, now))
+    cure = "put back what was there, or begin a new run"
+    problems = [
+        Problem("data.changed", "the file is new" if item in found else "the file is gone", item[0], cure)
+        for item in sorted(was ^ found)
+    ]
+    if any(record["model"][key] != now["model"][key] for key in ("sha256", "revision")):
+        problems.append(Problem("data.changed", "the model is not what it was", record["model"]["name"], cure))
+    if problems:
+        raise DataError(problems)
 
 
 def _check_unchanged(record: Mapping[str, Any]) -> None:

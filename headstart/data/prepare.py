@@ -77,15 +77,24 @@ def form_rows(names: Sequence[str], settings: DataSettings) -> Formed:
             problems.append(item)
     if not rows:
         raise DataError(problems or [Problem("data.empty", "no rows", ", ".join(names), "give a file with rows")])
-    formatted = format_rows(
-        rows,
-        format=settings.format,
-        prompt=settings.prompt,
-        completion=settings.completion,
-        group_by=settings.group_by,
-    )
+    try:
+        formatted = format_rows(
+            rows,
+            format=settings.format,
+            prompt=settings.prompt,
+            completion=settings.completion,
+            group_by=settings.group_by,
+        )
+    except DataError as error:
+        raise DataError([*problems, *error.problems]) from None
     formatted.problems[:0] = problems
     return Formed(files, len(rows) + len(problems), formatted, [*notes, *formatted.notes])
+
+
+def reject_bad_rows(problems: Sequence[Problem], allowed: int) -> None:
+    """Raise DataError where more rows are bad than `allowed`, or a file could not be read to its end."""
+    if len(problems) > allowed or not all(problem.is_row for problem in problems):
+        raise DataError(problems)
 
 
 def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings, *, watch: bool) -> Parts:

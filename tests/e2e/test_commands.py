@@ -71,9 +71,9 @@ def test_check_finds_every_bad_row_and_trains_nothing(data: Path) -> None:
     data.write_text(data.read_text() + '{"messages": [{"role": "user"}]}\n{\n', encoding="utf-8")
     result = call("check", "data.jsonl")
     assert result.exit_code == 3
-    assert "data.jsonl:41:turn[0].content" in result.stderr
-    assert "data.jsonl:42" in result.stderr
-    assert "to mend:" in result.stderr
+    assert "data.jsonl:41:turn[0].content" in result.stdout
+    assert "data.jsonl:42" in result.stdout
+    assert "to mend:" in result.stdout
     code, found = as_json("check", "data.jsonl")
     assert code == 3
     assert {problem["code"] for problem in found["problems"]} == {"row.field_missing", "row.not_json"}
@@ -219,3 +219,20 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(tiny_home: Path, monke
     code, found = as_json("doctor")
     assert code == 1
     assert any("written" in problem["what"] and problem["cure"] for problem in found["problems"])
+
+
+def test_rows_that_one_model_cannot_read_are_left_out_for_both(run: Path, tiny_model: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, "short")
+    config = json.loads(Path("short/config.json").read_text())
+    Path("short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    lines = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    lines[0]["messages"][0]["content"] *= 8
+    Path("long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, versus = as_json("compare", "short", str(run), "long.jsonl", "--answers", "10")
+    assert code == 0
+    assert 10 < versus["rows"] < 40
+    assert any("dropped whole" in note for note in versus["a"]["notes"])
+    assert any("the other model" in note for note in versus["b"]["notes"])
+    assert versus["differences"]["rouge_l"]["rows"] == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,3 +300,72 @@ def test_data_is_needed() -> None:
         tune(settings={})
     with pytest.raises(UsageError, match=r"no setting `optim\.rate`"):
         tune("x.jsonl", settings={"optim.rate": 1})
+
+
+def test_a_run_goes_on_from_anywhere_and_only_with_what_it_began_with(
+    small_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "rows", tmp_path / "elsewhere"
+    folder.mkdir()
+    other.mkdir()
+    small_data.rename(folder / "a.jsonl")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "said.txt").open("w") as file:
+        whole = tune("rows", model="model", out="whole", settings=QUICK, display=Display(file, live=False))
+        with pytest.raises(StoppedError):
+            tune("rows", model="model", out="run", settings=QUICK, display=_StopAt(file, 5))
+        display = Display(file, live=False)
+        monkeypatch.chdir(other)
+        (folder / "b.jsonl").write_text((folder / "a.jsonl").read_text(), encoding="utf-8")
+        with pytest.raises(DataError, match=r"b\.jsonl: the file is new"):
+            resume(tmp_path / "run", display)
+        (folder / "b.jsonl").unlink()
+        weights_file = tmp_path / "model" / "model.safetensors"
+        kept = weights_file.read_bytes()
+        weights_file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(DataError, match="the model is not what it was"):
+            resume(tmp_path / "run", display)
+        weights_file.write_bytes(kept)
+        resumed = resume(tmp_path / "run", display)
+    assert_equal_runs(tmp_path / whole.path, resumed.path)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="a file lies there"):
+        run_tiny(small_data, tiny_model, tmp_path / "file", quiet)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "data.json").write_text("{}")  # killed before the run had begun
+    run_tiny(small_data, tiny_model, tmp_path / "begun", quiet, steps=1)
+
+
+def test_a_fault_that_ends_a_file_is_never_an_allowed_bad_row(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    path = tmp_path / "rows.json"
+    rows = [json.loads(line) for line in small_data.read_text().splitlines()]
+    path.write_text(json.dumps(rows)[:-200], encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.json"):
+        run_tiny(path, tiny_model, tmp_path / "run", quiet, **{"data.max_bad_rows": 5})
+
+
+def test_a_model_with_contradictory_sampling_settings_can_be_saved(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    found = read_json(folder / "generation_config.json")
+    (folder / "generation_config.json").write_text(json.dumps({**found, "temperature": 0.0, "top_p": 0.9}))
+    run = run_tiny(small_data, folder, tmp_path / "run", quiet, steps=1)
+    assert (run.path / "model" / "generation_config.json").exists()
+
+
+def test_a_batch_may_be_larger_than_the_data(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = run_tiny(small_data, tiny_model, tmp_path / "run", quiet, batch_size=30, steps=2)
+    assert run.result["rows"]["train"] == 24
+    assert run.result["tokens"]["rows_seen"] == 60
