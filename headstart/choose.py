@@ -27,6 +27,7 @@ class Facts:
     train_tokens: int
     watch_tokens: int
     longest: int
+    kind: str
     held_out: float | None
 
 
@@ -58,7 +59,10 @@ def choose(config: Config, facts: Facts) -> Config:
         decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
     every, why = _eval_every(facts, steps, batch_size)
     every = decide("eval.every", every, why)
-    decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
+    if facts.kind == "instruction":
+        decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
+    else:
+        decide("eval.generate", 0, "documents ask for no answer")
     decide("eval.rows", facts.proof_rows, "all of them")
     decide("save.every", every or max(1, steps // EVALS_PER_RUN), "as often as the model is scored")
     return config.decide(found)

@@ -32,6 +32,7 @@ app.add_typer(config_app, name="config")
 
 Data = Annotated[list[str], typer.Argument(help="Files, folders or hub:owner/name.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A built-in name, folder, .gguf, hub id or run.")]
+Kind = Annotated[str | None, typer.Option(help="instruction or unsupervised; else seen from the data.")]
 Method = Annotated[str | None, typer.Option(help="lora (an adapter) or full (every weight).")]
 Out = Annotated[str | None, typer.Option("--out", "-o", help="The run folder.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]
@@ -54,6 +55,7 @@ def main() -> None:
 def tune(
     data: Data,
     model: Model = None,
+    kind: Kind = None,
     method: Method = None,
     out: Out = None,
     config: File = None,
@@ -70,6 +72,7 @@ def tune(
         flags = {
             "data.train": data,
             "model": model,
+            "kind": kind,
             "method": method,
             "out": out,
             "epochs": epochs,
@@ -98,6 +101,7 @@ def demo(out: Out = None, as_json: Json = False) -> None:
 def check(
     data: Data,
     model: Model = None,
+    kind: Kind = None,
     config: File = None,
     sets: Sets = None,
     eval_data: EvalData = None,
@@ -110,7 +114,7 @@ def check(
         from headstart.show import say_findings, say_rows
         from headstart.verbs import check_config
 
-        flags = {"data.train": data, "model": model, "data.eval": eval_data}
+        flags = {"data.train": data, "model": model, "kind": kind, "data.eval": eval_data}
         findings, built = check_config(read_config(config, sets, flags))
         say_findings(display, findings, built)
         say_rows(display, built, show)
@@ -124,6 +128,7 @@ def check(
 def plan(
     data: Data,
     model: Model = None,
+    kind: Kind = None,
     method: Method = None,
     config: File = None,
     sets: Sets = None,
@@ -137,7 +142,14 @@ def plan(
         from headstart.show import say_plan
         from headstart.verbs import plan_config
 
-        flags = {"data.train": data, "model": model, "method": method, "epochs": epochs, "data.eval": eval_data}
+        flags = {
+            "data.train": data,
+            "model": model,
+            "kind": kind,
+            "method": method,
+            "epochs": epochs,
+            "data.eval": eval_data,
+        }
         job = plan_config(read_config(config, sets, flags), display)
         say_plan(display, job.plan())
         return job.plan()

@@ -45,11 +45,12 @@ class DataSettings(Section):
 
     train: Names = Field((), description="Files, folders or hub:owner/name to train on.")
     eval: Names = Field((), description="Files to score on; else a part of the training data.")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "columns"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "columns", "text"] = Field(
         "auto", description="How rows are laid out; auto detects it and says so."
     )
     prompt: str | None = Field(None, description="A column, or a template over columns: 'Summarize: {text}'.")
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
+    text: str | None = Field(None, description="A column, or a template over columns: text to continue.")
     template: Literal["model", "plain"] = Field(
         "model", description="The model's own chat template, or plain: the answer follows the prompt."
     )
@@ -60,8 +61,12 @@ class DataSettings(Section):
         None, description="A column; rows that agree in it are never on both sides of the split."
     )
     max_length: Count | None = Field(None, description="The most tokens of a row.")
-    over_length: Literal["drop", "cut", "error"] = Field(
-        "drop", description="Rows over it: dropped whole, their longest context cut, or an error."
+    over_length: Literal["auto", "drop", "cut", "split", "error"] = Field(
+        "auto",
+        description="Longer rows: drop whole, cut the longest context, split (documents), error; auto drops, or splits.",
+    )
+    positions: Literal["restart", "continue"] = Field(
+        "restart", description="Where the positions of a further piece of a document begin: at 0, or where it was cut."
     )
     max_bad_rows: CountOrOff = Field(0, description="Rows that may be left out because they can't be used.")
 
@@ -124,7 +129,10 @@ class Settings(Section):
     """All settings of a run."""
 
     model: str = Field(DEFAULT_MODEL, description="A built-in name, a folder, a .gguf file, a hub id or a run.")
-    kind: Literal["auto", "instruction"] = Field("auto", description="The kind of fine-tuning.")
+    kind: Literal["auto", "instruction", "unsupervised"] = Field(
+        "auto",
+        description="Answers to learn (instruction) or text to continue (unsupervised); auto sees it from the data.",
+    )
     method: Literal["lora", "full"] = Field("lora", description="Train an adapter, or every weight.")
     out: str | None = Field(None, description="The run folder.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every random choice.")
@@ -345,6 +353,9 @@ def _without_effect(config: Config) -> list[Problem]:
     pairs = [
         ("epochs", config.given("steps"), "`steps` is given too"),
         ("data.held_out", bool(settings.data.eval), "`data.eval` is given too"),
+        ("data.text", settings.kind == "instruction", "`kind` is instruction"),
+        ("data.text", settings.data.prompt is not None, "`data.prompt` is given too"),
+        ("data.prompt", settings.kind == "unsupervised", "`kind` is unsupervised"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),

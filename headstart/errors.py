@@ -48,6 +48,7 @@ CODES: dict[str, str] = {
     "row.field_type": "The value isn't of the type that this format needs.",
     "row.role": "Who speaks decides which tokens are trained.",
     "row.empty_answer": "An empty answer teaches the model to say nothing.",
+    "row.empty_text": "An empty document teaches nothing.",
     "row.no_answer": "Without an answer there is nothing to train on.",
     "row.weight": "A turn is trained (1) or not (0).",
     "row.media": "This model reads text only.",
@@ -58,6 +59,7 @@ CODES: dict[str, str] = {
     "format.unknown": "The columns don't tell which part is asked and which is answered.",
     "format.mixed": "Rows of several formats in one file are most often a mistake in making it.",
     "format.column": "A column that is named must be there.",
+    "format.kind": "Rows of one kind can't be learned from as if they were of another.",
     "split.too_small": "Without rows that it never saw, nothing can be said about the model.",
     # models
     "model.not_found": "There is nothing to tune.",

@@ -13,7 +13,7 @@ from headstart import machine
 from headstart.choose import Facts, choose
 from headstart.config import Config
 from headstart.data.feed import Feed
-from headstart.data.prepare import Prepared, prepare, reject_bad_rows
+from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.engine.engine import Engine
@@ -37,6 +37,8 @@ from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.load import find_base, load_config, load_model, load_tokenizer, model_length, stop_ids
 from headstart.models.source import Source, find_model
 from headstart.objectives.tokens import nll
+
+DOCUMENT_TOKENS = 2048
 
 
 @dataclass
@@ -122,15 +124,43 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     source = find_model(config.settings.model)
     tokenizer = load_tokenizer(source)
     settings = config.settings.data
-    renderer = Renderer(tokenizer, stop_ids(source, tokenizer), settings.template, today)
-    limit = settings.max_length or model_length(load_config(source))
-    prepared = prepare(settings, renderer, limit, watch=config.settings.eval.every != 0)
+    sides = form_sides(settings, config.settings.kind)
     decided: dict[str, tuple[Any, str]] = {}
-    if settings.max_length is None:
-        decided["data.max_length"] = (limit, "the model's own limit")
     if config.settings.kind == "auto":
-        decided["kind"] = ("instruction", f"the rows are {prepared.formed[0].detection.format}")
-    return Data(config.decide(decided), source, tokenizer, renderer, prepared)
+        decided["kind"] = (sides.kind, f"the rows are {sides.train.detection.format}")
+    renderer = build_renderer(source, tokenizer, sides.kind, settings.template, today)
+    limit, why = settings.max_length or model_length(load_config(source)), "the model's own limit"
+    if sides.kind == "unsupervised" and settings.max_length is None and limit > DOCUMENT_TOKENS:
+        limit, why = DOCUMENT_TOKENS, "pieces of documents: longer ones cost more and teach little more"
+    if settings.max_length is None:
+        decided["data.max_length"] = (limit, why)
+    if settings.over_length == "auto":
+        decided["data.over_length"] = ("split", "documents") if sides.kind == "unsupervised" else ("drop", "answers")
+    config = config.decide(decided)
+    prepared = prepare(sides, config.settings.data, renderer, limit, watch=config.settings.eval.every != 0)
+    if config.settings.data.positions == "continue":
+        _check_positions(prepared, model_length(load_config(source)))
+    return Data(config, source, tokenizer, renderer, prepared)
+
+
+def _check_positions(prepared: Prepared, length: int) -> None:
+    problems = [
+        Problem("row.too_long", f"{end:,} tokens, and the model has {length:,} positions", str(example.where), cure)
+        for part in (prepared.train, prepared.watch, prepared.proof)
+        for example in part.examples
+        for end in [max(segment.first + len(segment) for segment in example.segments)]
+        for cure in ["-s data.positions=restart, or split the document"]
+        if end > length
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def build_renderer(
+    source: Source, tokenizer: Any, kind: str, template: str = "model", today: datetime.date | None = None
+) -> Renderer:
+    """Return the renderer of a model for a kind of rows: documents need no chat template."""
+    return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if kind == "unsupervised" else template, today)
 
 
 def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
@@ -209,6 +239,7 @@ def _facts(data: Data, device: str, model: Any) -> Facts:
         train_tokens=_tokens(prepared.train.examples),
         watch_tokens=_tokens(prepared.watch.examples),
         longest=prepared.longest,
+        kind=data.config.settings.kind,
         held_out=prepared.parts.held_out,
     )
 

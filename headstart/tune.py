@@ -40,6 +40,7 @@ def tune(
     data: str | Path | Sequence[str | Path] | None = None,
     *,
     model: str | None = None,
+    kind: str | None = None,
     method: str | None = None,
     out: str | Path | None = None,
     epochs: float | None = None,
@@ -59,6 +60,7 @@ def tune(
     named = {
         "data.train": None if data is None else as_names(data),
         "model": model,
+        "kind": kind,
         "method": method,
         "out": None if out is None else str(out),
         "epochs": epochs,
@@ -289,9 +291,9 @@ class _Session:
             eval_s=self.eval_s,
             device=self.job.engine.reader.device.type,
         )
-        write_atomic(
-            self.folder.card_file, model_card(self.folder.path, result, self.job.config.settings.data.template)
-        )
+        settings = self.job.config.settings
+        template = "plain" if settings.kind == "unsupervised" else settings.data.template
+        write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))
         data = read_json(self.folder.data_file)
         page = report_page(result, before, after, self.folder.read_metrics(), data, self.folder.read_config())
         write_atomic(self.folder.report_file, page)
@@ -299,7 +301,7 @@ class _Session:
         write_json(self.folder.result_file, result)
         self.display.title("before and after")
         for name, first, second, difference, clear in score_table(result):
-            self.display.line(f"  {name:<22} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         self.display.line()
         self.display.line(f"  {sentence(result)}", "bold green" if result["verdict"] == "better" else "bold yellow")
         self.display.fact("model", str(self.folder.model))
@@ -361,6 +363,7 @@ def _describe_data(data: Data, today: datetime.date) -> dict[str, Any]:
         "rows": {name: len(part.examples) for name, part in parts.items()},
         "tokens": {name: sum(e.token_count for e in part.examples) for name, part in parts.items()},
         "targets": {name: sum(e.target_count for e in part.examples) for name, part in parts.items()},
+        "fit": asdict(prepared.fit) if prepared.fit else None,
         "duplicates": prepared.parts.duplicates,
         "dropped": {
             "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],

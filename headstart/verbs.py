@@ -13,21 +13,31 @@ from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.check import Findings, find
 from headstart.data.feed import content_hash
-from headstart.data.prepare import form_rows, reject_bad_rows
+from headstart.data.prepare import form_rows, reject_bad_rows, segment
 from headstart.data.render import Renderer
-from headstart.data.segments import Segmented, segment_rows
+from headstart.data.segments import Segmented
 from headstart.display import Display
 from headstart.engine.forward import PackReader
 from headstart.errors import DataError, Problem
 from headstart.evaluate.compare import Compared, compare_all, to_json
-from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, measure
-from headstart.job import Data, Job, build_data, build_job
-from headstart.models.load import Loaded, load_config, load_model, load_tokenizer, model_length, stop_ids
+from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
+from headstart.job import Data, Job, build_data, build_job, build_renderer
+from headstart.models.load import Loaded, load_config, load_model, load_tokenizer, model_length
 from headstart.models.source import Source, find_model
 from headstart.run import find_run
 
 Names = str | Path | Sequence[str | Path]
-READING = ("format", "prompt", "completion", "template", "over_length", "max_length", "max_bad_rows")
+READING = (
+    "format",
+    "prompt",
+    "completion",
+    "text",
+    "template",
+    "over_length",
+    "max_length",
+    "positions",
+    "max_bad_rows",
+)
 PACK_TOKENS = 2048
 
 
@@ -138,7 +148,7 @@ def compare(
     before, after = first.measured.metrics(), second.measured.metrics()
     if [row.targets for row in first.measured.rows] != [row.targets for row in second.measured.rows]:
         # Other tokenizers cut other tokens; a loss per token compares only over the same ones.
-        del before[PRIMARY]
+        before = {name: metric for name, metric in before.items() if name not in PER_TOKEN}
     return Versus(first, second, compare_all(before, after))
 
 
@@ -146,12 +156,6 @@ def load(model: str) -> tuple[Any, Any]:
     """Return a model (a transformers or PEFT model in evaluation mode) and its tokenizer."""
     source = find_model(model)
     return load_model(source, machine.pick_device()).adapted, load_tokenizer(source)
-
-
-def build_renderer(source: Source, template: str = "model") -> Renderer:
-    """Return the renderer of a model."""
-    tokenizer = load_tokenizer(source)
-    return Renderer(tokenizer, stop_ids(source, tokenizer), template)
 
 
 def load_here(source: Source) -> Loaded:
@@ -185,10 +189,10 @@ class _Reading:
 def _read(model: str, config: Config) -> _Reading:
     source = find_model(model)
     settings = config.settings.data
-    renderer = build_renderer(source, settings.template)
+    formed = form_rows(settings.train, settings, config.settings.kind)
+    renderer = build_renderer(source, load_tokenizer(source), formed.detection.kind, settings.template)
     max_length = settings.max_length or model_length(load_config(source))
-    formed = form_rows(settings.train, settings)
-    rows = segment_rows(formed.formatted.examples, renderer, max_length=max_length, over_length=settings.over_length)
+    rows = segment(formed.formatted.examples, settings, renderer, max_length, whole=True)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
     if not rows.examples:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.data.formats import Conversation, Message
 from headstart.data.read import Where
+from headstart.data.records import Conversation, Message
 from headstart.data.segments import Example, Segment
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headstart.data.documents import Fit
 from headstart.data.prepare import Prepared
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
@@ -34,6 +35,7 @@ class Findings:
     length_median: int
     length_p95: int
     length_longest: int
+    fit: Fit | None
     notes: Sequence[str]
     problems: Sequence[Problem]
 
@@ -53,13 +55,9 @@ def find(prepared: Prepared, renderer: Renderer) -> Findings:
     """Look through prepared data."""
     parts = (prepared.train, prepared.watch, prepared.proof)
     examples = [example for part in parts for example in part.examples]
-    kept = [conversation for part in parts for conversation in part.kept]
+    kept = [record for part in parts for record in part.kept]
     lengths = np.array([example.token_count for example in examples])
-    spelled = [
-        str(conversation.where)
-        for conversation in kept
-        if any(renderer.spells_control(message.content) for message in conversation.messages)
-    ]
+    spelled = [str(record.where) for record in kept if any(map(renderer.spells_control, record.texts))]
     return Findings(
         formats=[str(formed.detection) for formed in prepared.formed],
         rows=sum(formed.rows for formed in prepared.formed),
@@ -76,6 +74,7 @@ def find(prepared: Prepared, renderer: Renderer) -> Findings:
         length_median=int(np.median(lengths)),
         length_p95=int(np.quantile(lengths, 0.95)),
         length_longest=int(lengths.max()),
+        fit=prepared.fit,
         notes=[note for formed in prepared.formed for note in formed.notes],
         problems=prepared.problems,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.formats import Conversation
+from headstart.data.records import Record
 from headstart.errors import DataError, Problem
 
 WATCH_FRAC = 0.25
@@ -19,11 +18,9 @@ WATCH_MIN, WATCH_MAX = 8, 64
 HELD_OUT_MIN = 5
 
 
-def content_hash(conversation: Conversation) -> str:
+def content_hash(record: Record) -> str:
     """Return a hash of what a row says: equal for equal rows, wherever they stand."""
-    turns = [(m.role, m.content, list(m.tool_calls)) for m in conversation.messages]
-    text = json.dumps([turns, list(conversation.tools)], ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(record.content.encode(), digest_size=8).hexdigest()
 
 
 def choose_held_out(count: int) -> float:
@@ -31,7 +28,7 @@ def choose_held_out(count: int) -> float:
     return 0.2 if count < 150 else 0.1 if count < 2_000 else 0.05 if count < 10_000 else 0.02
 
 
-def split_rows(conversations: Sequence[Conversation], held_out: float) -> tuple[list[Conversation], list[Conversation]]:
+def split_rows(records: Sequence[Record], held_out: float) -> tuple[list[Record], list[Record]]:
     """Split rows into those to train on and those held out, by a hash of their content or their group.
 
     `held_out` is a part below 1 or a number of rows. Under a part, a row's side never changes when rows are added; equal
@@ -40,16 +37,16 @@ def split_rows(conversations: Sequence[Conversation], held_out: float) -> tuple[
 
     Raises DataError where one of the sides would be empty.
     """
-    keys = [_unit_hash(c.group if c.group is not None else content_hash(c)) for c in conversations]
-    count = len(conversations)
+    keys = [_unit_hash(c.group if c.group is not None else content_hash(c)) for c in records]
+    count = len(records)
     least = min(HELD_OUT_MIN, count // 2)
     wanted = max(least, round(held_out * count)) if held_out < 1 else int(held_out)
     limit = held_out if held_out < 1 else 0.0
     if sum(key < limit for key in keys) < min(wanted, least) or held_out >= 1:
         ordered = sorted(keys)
         limit = math.nextafter(ordered[wanted - 1], 2.0) if 0 < wanted <= count else 2.0
-    train = [c for c, key in zip(conversations, keys, strict=True) if key >= limit]
-    held = [c for c, key in zip(conversations, keys, strict=True) if key < limit]
+    train = [c for c, key in zip(records, keys, strict=True) if key >= limit]
+    held = [c for c, key in zip(records, keys, strict=True) if key < limit]
     if not train or not held:
         cure = "add rows, hold out fewer (data.held_out), or give rows to score on (--eval-data)"
         raise DataError(Problem("split.too_small", f"of {count} rows, {len(held)} would be held out", "", cure))

@@ -66,7 +66,7 @@ def build_packs(
     own; `one_row` gives it a pack of its own too, for models that can't read a forest.
     """
     segments = [(row, segment) for row, example in enumerate(examples) for segment in example.segments]
-    segments.sort(key=lambda item: item[1].ids.astype(">i4").tobytes())
+    segments.sort(key=lambda item: (item[1].first, item[1].ids.astype(">i4").tobytes()))
     items = [_Item(row, segment, rank) for rank, (row, segment) in enumerate(segments)]
     if one_row:
         return [_lay_out([item], [0]) for item in items]
@@ -76,6 +76,8 @@ def build_packs(
 
 def _common(a: Segment, b: Segment) -> int:
     """Return the length of the prefix that two segments share, in whole blocks."""
+    if a.first != b.first:
+        return 0
     n = min(len(a), len(b))
     differ = np.flatnonzero(a.ids[:n] != b.ids[:n])
     shared = int(differ[0]) if len(differ) else n
@@ -126,7 +128,7 @@ class _Layout:
     def add(self, segment: Segment, begin: int, end: int, parent: int) -> int:
         """Append tokens [begin, end) of a segment as a node and return its number."""
         self.ids.append(segment.ids[begin:end])
-        self.positions.append(np.arange(begin, end, dtype=np.int64))
+        self.positions.append(segment.first + np.arange(begin, end, dtype=np.int64))
         self.start.append(self.tokens)
         self.parent.append(parent)
         self.tokens += end - begin

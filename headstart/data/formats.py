@@ -1,4 +1,4 @@
-"""Rows -> conversations: the field's data set formats, detected and said aloud.
+"""Rows -> records: the field's data set formats, detected and said aloud.
 
 | format            | what a row holds                                                              |
 |-------------------|-------------------------------------------------------------------------------|
@@ -7,6 +7,9 @@
 | alpaca            | `instruction`, `input` (may be empty or absent), `output`; `system`             |
 | prompt_completion | `prompt`, `completion`: text, or lists of messages; other pairs of names in PAIRS |
 | columns           | any columns: the user names the two, or gives templates over columns           |
+| text              | `text`, a document; or the column that the user names                           |
+
+All but the last are conversations to learn answers from; the last is text to continue.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headstart.data.read import Row, Where
+from headstart.data.records import Conversation, Document, Message, Record
 from headstart.errors import DataError, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -41,29 +45,9 @@ PAIRS = (
     ("input", "output"),
 )
 TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"}
+TEXT = "text"
+TEXT_ONLY = {"text", "id", "source", "meta", "metadata", "title", "url", "timestamp", "date", "added", "created"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn. `trained` tells whether an assistant's turn is learned; `tool_calls` hold parsed arguments."""
-
-    role: str
-    content: str
-    trained: bool = False
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
-    tool_call_id: str = ""
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A row of instruction data: turns, of which some are learned, and the tools that were at hand."""
-
-    where: Where
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +60,11 @@ class Detection:
     certainty: str
     reads: str
 
+    @property
+    def kind(self) -> str:
+        """The kind of fine-tuning that such rows are for."""
+        return "unsupervised" if self.format == TEXT else "instruction"
+
     def __str__(self) -> str:
         return f"{self.format} ({self.certainty}): {self.fitting:,} of {self.rows:,} rows have {self.reads}"
 
@@ -85,7 +74,7 @@ class Formatted:
     """What became of the rows."""
 
     detection: Detection
-    examples: list[Conversation] = field(default_factory=list)
+    examples: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -96,9 +85,12 @@ def format_rows(
     format: str = "auto",
     prompt: str | None = None,
     completion: str | None = None,
+    text: str | None = None,
     group_by: str | None = None,
 ) -> Formatted:
-    """Detect the format of `rows` and turn each into a conversation; a row that can't be is a problem.
+    """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
+
+    `prompt` and `completion`, or `text`, are columns or templates over columns that the user names.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
@@ -106,18 +98,24 @@ def format_rows(
         _need_columns(rows, [group_by], "data.group_by")
     if prompt is not None or completion is not None:
         format = "columns"
-    if format == "columns":
+    if text is not None:
+        detection = _text_column(rows, text)
+    elif format == "columns":
         convert, detection = _columns(rows, prompt, completion)
     else:
         convert, detection = _detect(rows, format)
     tally = _Tally()
     formatted = Formatted(detection)
     for row in rows:
-        result = _to_conversation(row, convert, group_by, tally)
-        if isinstance(result, Conversation):
-            formatted.examples.append(result)
+        result: Record | list[Problem]
+        if detection.format == TEXT:
+            result = _to_document(row, as_template(text or TEXT), group_by, tally)
         else:
+            result = _to_conversation(row, convert, group_by, tally)
+        if isinstance(result, list):
             formatted.problems += result
+        else:
+            formatted.examples.append(result)
     formatted.notes = tally.notes()
     return formatted
 
@@ -129,7 +127,7 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
     if format != "auto":
         reads, fits = _FITS[format]
         fitting = sum(fits(row.fields) for row in rows)
-        return _CONVERT[format], Detection(format, fitting, len(rows), "given", reads)
+        return _CONVERT.get(format, _from_pair), Detection(format, fitting, len(rows), "given", reads)
     counts: Counter[str] = Counter()
     first: dict[str, Row] = {}
     for row in rows:
@@ -143,9 +141,11 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
         raise DataError(_mixed(counts, first))
     name = named[0]
     pair = _pair(first[name].fields)
-    sure = name != "prompt_completion" or pair == PAIRS[0]
+    sure = pair == PAIRS[0] if name == "prompt_completion" else name != TEXT or set(first[name].fields) <= TEXT_ONLY
     reads = f"`{pair[0]}` and `{pair[1]}`" if name == "prompt_completion" and pair else _FITS[name][0]
-    return _CONVERT[name], Detection(name, counts[name], len(rows), "certain" if sure else "likely", reads)
+    return _CONVERT.get(name, _from_pair), Detection(
+        name, counts[name], len(rows), "certain" if sure else "likely", reads
+    )
 
 
 def _unknown(row: Row) -> Problem:
@@ -154,8 +154,8 @@ def _unknown(row: Row) -> Problem:
     asked, answered = [*texts, "asked", "answered"][:2] if len(texts) < 2 else texts[-2:]
     cure = (
         f"""name them, for example: -s data.prompt="{{{asked}}}" -s data.completion="{{{answered}}}" """
-        "(a template over columns: any text with {names}). Known without naming: messages, conversations, "
-        "instruction + output, prompt + completion, question + answer"
+        f"""(a template over columns: any text with {{names}}), or, for text to continue, -s data.text="{{{answered}}}". """
+        "Known without naming: messages, conversations, instruction + output, prompt + completion, question + answer, text"
     )
     return Problem(
         "format.unknown", f"no known format; the columns are {', '.join(map(repr, columns))}", str(row.where), cure
@@ -180,6 +180,7 @@ _FITS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "sharegpt": ("`conversations`", lambda f: "conversations" in f or "conversation" in f),
     "alpaca": ("`instruction` and `output`", lambda f: "instruction" in f and "output" in f),
     "prompt_completion": ("a prompt and a completion", lambda f: _pair(f) is not None),
+    TEXT: ("`text`", lambda f: TEXT in f),
 }
 
 
@@ -280,6 +281,35 @@ def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) ->
     return convert, Detection("columns", fitting, len(rows), "given", reads)
 
 
+def _text_column(rows: Sequence[Row], text: str) -> Detection:
+    needed = template_columns(as_template(text))
+    _need_columns(rows, needed, "data.text")
+    fitting = sum(all(name in row.fields for name in needed) for row in rows)
+    return Detection(TEXT, fitting, len(rows), "given", " and ".join(f"`{name}`" for name in dict.fromkeys(needed)))
+
+
+def _to_document(row: Row, template: str, group_by: str | None, tally: _Tally) -> Document | list[Problem]:
+    try:
+        content = _fill(template, row)
+        _check_encodable(content, str(row.where))
+        group = _group(row, group_by)
+    except _RowError as error:
+        return error.problems
+    if not content.strip():
+        return [Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row")]
+    tally.unused.update(set(row.fields) - {*template_columns(template), group_by})
+    return Document(row.where, content, group)
+
+
+def _group(row: Row, group_by: str | None) -> str | None:
+    if group_by is None:
+        return None
+    value = row.fields.get(group_by)
+    if value is None:
+        raise _RowError(Problem("row.field_missing", "no value to group by", row.where.field(group_by), "fill it in"))
+    return json.dumps(value, default=str)
+
+
 def as_template(text: str) -> str:
     """Return `text` as a template: a bare column name stands for its value."""
     return text if "{" in text else f"{{{text}}}"
@@ -354,18 +384,11 @@ def _to_conversation(row: Row, convert: _Convert, group_by: str | None, tally: _
         problems: list[Problem] = []
         messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
         tools = _tools(draft.tools, row.where)
+        group = _group(row, group_by)
     except _RowError as error:
         return error.problems
     except KeyError as error:
         return [Problem("row.field_missing", f"no {error}", str(row.where), f"the row has {sorted(row.fields)}")]
-    group = None
-    if group_by is not None:
-        value = row.fields.get(group_by)
-        if value is None:
-            problems.append(
-                Problem("row.field_missing", "no value to group by", row.where.field(group_by), "fill it in")
-            )
-        group = json.dumps(value, default=str)
     kept = [message for message in messages if message is not None]
     if kept and kept[0].role == "assistant":
         kept[0] = replace(kept[0], trained=False)

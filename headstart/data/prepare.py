@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headstart.config import DataSettings
+from headstart.data.documents import Fit, measure_fit, segment_documents
 from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
-from headstart.data.formats import Conversation, Detection, Formatted, format_rows
+from headstart.data.formats import Detection, Formatted, format_rows
 from headstart.data.read import Note, Row, SourceFile, find_files, read
+from headstart.data.records import Conversation, Document, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
 from headstart.errors import DataError, Problem
@@ -16,7 +18,7 @@ from headstart.errors import DataError, Problem
 
 @dataclass
 class Formed:
-    """The rows of some files as conversations, before any tokenizer."""
+    """The rows of some files as records, before any tokenizer."""
 
     files: list[SourceFile]
     rows: int
@@ -31,11 +33,11 @@ class Formed:
 
 @dataclass
 class Parts:
-    """Conversations by what they are for. `proof` rows are used for nothing before the verdict."""
+    """Records by what they are for. `proof` rows are used for nothing before the verdict."""
 
-    train: list[Conversation]
-    watch: list[Conversation]
-    proof: list[Conversation]
+    train: list[Record]
+    watch: list[Record]
+    proof: list[Record]
     held_out: float | None
     duplicates: int = 0
     leaked: int = 0
@@ -51,6 +53,7 @@ class Prepared:
     watch: Segmented
     proof: Segmented
     problems: list[Problem]
+    fit: Fit | None = None
 
     @property
     def longest(self) -> int:
@@ -59,8 +62,32 @@ class Prepared:
         return max((len(segment) for example in examples for segment in example.segments), default=0)
 
 
-def form_rows(names: Sequence[str], settings: DataSettings) -> Formed:
-    """Read files and turn rows into conversations.
+@dataclass
+class Sides:
+    """What a run was given: rows to train on and, if they were named, rows to score on."""
+
+    train: Formed
+    evaluation: Formed | None
+
+    @property
+    def formed(self) -> list[Formed]:
+        """Both, or the one."""
+        return [self.train] if self.evaluation is None else [self.train, self.evaluation]
+
+    @property
+    def kind(self) -> str:
+        """The kind of fine-tuning that the rows are for."""
+        return self.train.detection.kind
+
+
+def form_sides(settings: DataSettings, kind: str = "auto") -> Sides:
+    """Read all files of a run. Raises DataError where the two sides are of different kinds, or not of the one asked."""
+    train = form_rows(settings.train, settings, kind)
+    return Sides(train, form_rows(settings.eval, settings, train.detection.kind) if settings.eval else None)
+
+
+def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") -> Formed:
+    """Read files and turn rows into records.
 
     Raises DataError where nothing can be read at all; a bad row among others is a problem of the result.
     """
@@ -83,12 +110,22 @@ def form_rows(names: Sequence[str], settings: DataSettings) -> Formed:
             format=settings.format,
             prompt=settings.prompt,
             completion=settings.completion,
+            text=settings.text,
             group_by=settings.group_by,
         )
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
     formatted.problems[:0] = problems
+    if kind not in ("auto", formatted.detection.kind):
+        raise DataError(_other_kind(formatted, kind, rows[0]))
     return Formed(files, len(rows) + len(problems), formatted, [*notes, *formatted.notes])
+
+
+def _other_kind(formatted: Formatted, kind: str, first: Row) -> Problem:
+    what = f"the rows are {formatted.detection.format}, which is for {formatted.detection.kind} fine-tuning, not {kind}"
+    columns = ", ".join(first.fields)
+    named = '-s data.text="{column}"' if kind == "unsupervised" else '-s data.prompt="{a}" -s data.completion="{b}"'
+    return Problem("format.kind", what, str(first.where), f"name what is read: {named}; the columns are {columns}")
 
 
 def reject_bad_rows(problems: Sequence[Problem], allowed: int) -> None:
@@ -131,20 +168,20 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
     )
 
 
-def prepare(settings: DataSettings, renderer: Renderer, max_length: int, *, watch: bool = True) -> Prepared:
-    """Read, detect, split, render and encode all data of a run.
+def prepare(
+    sides: Sides, settings: DataSettings, renderer: Renderer, max_length: int, *, watch: bool = True
+) -> Prepared:
+    """Split, render and encode all data of a run.
 
     Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
     """
-    train = form_rows(settings.train, settings)
-    evaluation = form_rows(settings.eval, settings) if settings.eval else None
-    formed = [train] if evaluation is None else [train, evaluation]
-    problems = [problem for part in formed for problem in part.formatted.problems]
+    train, evaluation = sides.train, sides.evaluation
+    problems = [problem for part in sides.formed for problem in part.formatted.problems]
     if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
         raise DataError(problems)
     parts = split_parts(train, evaluation, settings, watch=watch)
     to_train, to_watch, to_prove = (
-        segment_rows(part, renderer, max_length=max_length, over_length=settings.over_length)
+        segment(part, settings, renderer, max_length, whole=part is not parts.train)
         for part in (parts.train, parts.watch, parts.proof)
     )
     segmented = (to_train, to_watch, to_prove)
@@ -155,4 +192,28 @@ def prepare(settings: DataSettings, renderer: Renderer, max_length: int, *, watc
         raise DataError(
             [Problem("data.empty", what, "", "raise data.max_length, or choose data.over_length=cut"), *problems]
         )
-    return Prepared(formed, parts, to_train, to_watch, to_prove, problems)
+    documents = [record for record in parts.train if isinstance(record, Document)]
+    fit = measure_fit(documents, renderer) if documents else None
+    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit)
+
+
+def segment(
+    records: Sequence[Record], settings: DataSettings, renderer: Renderer, max_length: int, *, whole: bool
+) -> Segmented:
+    """Encode records of one kind. Of documents to score on, all pieces stay together (`whole`)."""
+    over_length = settings.over_length
+    conversations = [record for record in records if isinstance(record, Conversation)]
+    if conversations:
+        if over_length == "split":
+            cure = "-s data.over_length=drop or cut"
+            raise DataError(Problem("format.kind", "conversations can't be split", "data.over_length", cure))
+        over_length = "drop" if over_length == "auto" else over_length
+        return segment_rows(conversations, renderer, max_length=max_length, over_length=over_length)
+    return segment_documents(
+        [record for record in records if isinstance(record, Document)],
+        renderer,
+        max_length=max_length,
+        over_length="split" if over_length == "auto" else over_length,
+        positions=settings.positions,
+        whole=whole,
+    )

@@ -1,6 +1,6 @@
 """Files -> rows, each with where it stands.
 
-jsonl, json, csv, tsv and parquet, plain or gzip; one file, many, a folder, or a data set of the hub. A reader yields
+jsonl, json, csv, tsv, parquet, txt and md, plain or gzip; one file, many, a folder, or a data set of the hub. A reader yields
 rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in silence.
 """
 
@@ -27,7 +27,15 @@ LINE_BYTES = 16 << 20
 SNIFF_BYTES = 1 << 16
 HUB_PREFIX = "hub:"
 NOT_WRAPPERS = ("messages", "conversations", "conversation")  # a row of turns, not rows
-KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TEXTS = {".txt": "text", ".md": "text"}
+KINDS = TEXTS | {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 SIGNATURES = {
     b"PAR1": "parquet",
     b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
@@ -137,8 +145,10 @@ def _expand(path: Path) -> list[Path] | Problem:
         for p in path.rglob("*")
         if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
+    # Beside tables a text file is a README or a licence.
+    tables = [p for p in files if kind_of(p) != "text"]
     if files:
-        return files
+        return tables or files
     return Problem(
         "data.empty", "the folder holds no data file", str(path), f"known endings: {' '.join(KINDS)} (each also .gz)"
     )
@@ -571,8 +581,26 @@ def _without_nanoseconds(batch: Any) -> Any:
     return batch
 
 
+# --- plain text ---
+
+
+def _read_text(file: SourceFile, head: bytes) -> Iterator[Item]:
+    """Read a file as one row with a text."""
+    parts: list[str] = []
+    for item in _lines(file, head):
+        if isinstance(item, Note):
+            yield item
+            continue
+        if isinstance(item, Problem) or item.problem:
+            yield item if isinstance(item, Problem) else item.problem  # type: ignore[misc]
+            return
+        parts.append(item.text + "\n" * item.ended)
+    yield Row(Where(file.name, 1), {"text": "".join(parts)})
+
+
 READERS: dict[str, Callable[[SourceFile, bytes], Iterator[Item]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
+    "text": _read_text,
 }

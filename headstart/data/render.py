@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.formats import Conversation, Message
+from headstart.data.records import Conversation, Message
 from headstart.errors import ModelError, Problem
 
 # Private-use characters; the quote between them shows whether the template wrote the content as JSON (\") or as it is.
@@ -102,6 +102,15 @@ class Renderer:
         except _TemplateError as error:
             raise ModelError(Problem("model.template", f"the chat template refuses: {error}")) from None
         return [int(id_) for id_ in self.encode([runs])[0].ids]
+
+    def document(self, text: str, *, end: bool) -> list[Run]:
+        """Return a text to continue, all of it trained; with `end`, its end too."""
+        begin = [Run("", id_) for id_ in self._begin()]
+        return [*begin, Run(text, None, trained=True), *([Run("", self._stop_id, trained=True)] if end else [])]
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Encode words as they stand in the middle of a text."""
+        return self._encode_texts([(f" {word}", False) for word in words])
 
     def encode(self, sequences: Iterable[Sequence[Run]]) -> list[Tokens]:
         """Encode sequences of runs, all at once."""
@@ -290,9 +299,12 @@ class Renderer:
     def _plain_prompt(self, messages: Sequence[Message]) -> list[Run]:
         if [message.role for message in messages] != ["user"]:
             raise _TemplateError("without a template (data.template=plain) a row is one prompt and one answer")
+        return [*(Run("", id_) for id_ in self._begin()), Run(messages[0].content)]
+
+    def _begin(self) -> list[int]:
+        """Return the token with which the tokenizer begins a text, if it does."""
         lead = self.tokenizer("")["input_ids"]
-        begin = [Run("", int(id_)) for id_ in lead if id_ == self.tokenizer.bos_token_id]
-        return [*begin, Run(messages[0].content)]
+        return [int(id_) for id_ in lead if id_ == self.tokenizer.bos_token_id]
 
     # --- text -> ids ---
 

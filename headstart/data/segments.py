@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.formats import Conversation
 from headstart.data.read import Where
+from headstart.data.records import Conversation, Record
 from headstart.data.render import Renderer, Run, Tokens
 from headstart.errors import DataError, Problem
 
@@ -21,11 +21,13 @@ ROWS_AT_ONCE = 512
 class Segment:
     """Tokens that are read in order. `ids` int32 [n]; `weights` float32 [n], of token i as a target.
 
-    A weight of 0 means that the token is read and not predicted; the first token never is.
+    A weight of 0 means that the token is read and not predicted; the first token never is. `first` is the position of
+    the first token.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,10 +59,10 @@ class Example:
 
 @dataclass
 class Segmented:
-    """What became of the conversations: `examples` and `kept` go together; `dropped` are those over the length."""
+    """What became of the records: `examples` and `kept` go together; `dropped` are those over the length."""
 
     examples: list[Example] = field(default_factory=list)
-    kept: list[Conversation] = field(default_factory=list)
+    kept: list[Record] = field(default_factory=list)
     dropped: list[tuple[Where, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,21 @@ MIN_ROWS = 8
 Floats = NDArray[np.float64]
 
 
+def _as_it_is(ratio: Any) -> Any:
+    return ratio
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A metric over rows: the sum of `values` over the sum of `weights`, both [N]. `lower_is_better` tells its sense."""
+    """A metric over rows: the sum of `values` over the sum of `weights`, both [N], `transform`ed.
+
+    `lower_is_better` tells its sense.
+    """
 
     values: Floats
     weights: Floats
     lower_is_better: bool = False
+    transform: Callable[[Any], Any] = _as_it_is
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ def _interval(value: float, samples: Floats) -> Interval:
 
 
 def _ratio(metric: Metric) -> float:
-    return float(metric.values.sum() / metric.weights.sum())
+    return float(metric.transform(metric.values.sum() / metric.weights.sum()))
 
 
 def _resample(metrics: Sequence[Metric], seed: int) -> list[Floats]:
@@ -130,5 +138,5 @@ def _resample(metrics: Sequence[Metric], seed: int) -> list[Floats]:
     for start in range(0, RESAMPLES, at_once):
         draws = generator.integers(0, rows, (min(at_once, RESAMPLES - start), rows))
         for metric, found in zip(metrics, samples, strict=True):
-            found.append(metric.values[draws].sum(1) / metric.weights[draws].sum(1))
+            found.append(metric.transform(metric.values[draws].sum(1) / metric.weights[draws].sum(1)))
     return [np.concatenate(found) for found in samples]

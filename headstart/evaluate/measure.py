@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 
 from headstart.data.feed import content_hash
-from headstart.data.formats import Conversation
+from headstart.data.records import Conversation, Document, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
 from headstart.engine.forward import PackReader
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.generate import generate
 from headstart.evaluate.metrics import chrf, exact_match, rouge_l
-from headstart.evaluate.score import score_rows
+from headstart.evaluate.score import RowScores, score_rows
 from headstart.models.load import model_length
 
-PRIMARY = "nll"
+PRIMARY = {"instruction": "nll", "unsupervised": "bits_per_byte"}
+PER_TOKEN = ("nll", "perplexity")
 LABELS = {
-    "nll": "loss per answer token",
+    "nll": "loss per predicted token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
     "exact_match": "answers exactly right",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
@@ -29,13 +32,17 @@ LABELS = {
 }
 LIMIT_OVER_REFERENCE = 1.5
 LIMIT_EXTRA = 16
+EXCERPT = 1_000  # characters of a document that the report may show
 
 OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row: its summed nll over `targets` tokens and, if it was answered, the answer beside its reference."""
+    """One row: its summed nll over `targets` tokens and, if it was answered, the answer beside its reference.
+
+    Of a document, `bytes` are those of the text that was predicted.
+    """
 
     where: str
     nll: float
@@ -44,6 +51,7 @@ class RowResult:
     reference: str = ""
     answer: str | None = None
     stopped: bool = False
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,12 @@ class Measured:
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
         nll = np.array([row.nll for row in self.rows])
-        found = {"nll": Metric(nll, np.array([row.targets for row in self.rows]), lower_is_better=True)}
+        targets = np.array([row.targets for row in self.rows])
+        found = {"nll": Metric(nll, targets, lower_is_better=True)}
+        if all(row.bytes for row in self.rows):
+            found["perplexity"] = Metric(nll, targets, lower_is_better=True, transform=np.exp)
+            sizes = np.array([float(row.bytes) for row in self.rows])
+            found["bits_per_byte"] = Metric(nll / np.log(2), sizes, lower_is_better=True)
         answered = [row for row in self.rows if row.answer is not None]
         if answered:
             for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
@@ -76,22 +89,26 @@ class Measured:
 def measure(
     reader: PackReader,
     renderer: Renderer,
-    conversations: Sequence[Conversation],
+    records: Sequence[Record],
     examples: Sequence[Example],
     *,
     tokens_per_pack: int,
     answers: int,
     on_progress: OnProgress | None = None,
 ) -> Measured:
-    """Score every row and answer `answers` of them, chosen by a hash of their content.
+    """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
-    `conversations` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
+    `records` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:
         return (lambda done, total: on_progress(what, done, total)) if on_progress else None
 
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
+    documents = [record for record in records if isinstance(record, Document)]
+    if documents:
+        return Measured(_of_documents(documents, examples, scores, renderer))
+    conversations = [record for record in records if isinstance(record, Conversation)]
     by_hash = sorted(range(len(conversations)), key=lambda index: content_hash(conversations[index]))
     chosen = sorted(by_hash[:answers])
     prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
@@ -114,6 +131,26 @@ def measure(
             )
         )
     return Measured(results)
+
+
+def _of_documents(
+    documents: Sequence[Document], examples: Sequence[Example], scores: RowScores, renderer: Renderer
+) -> list[RowResult]:
+    results = []
+    for document, example, nll, targets in zip(documents, examples, scores.nll, scores.targets, strict=True):
+        first = example.segments[0].ids[:1]
+        # A text that begins with a token of its own is predicted whole; else its first token is only read.
+        unpredicted = len(renderer.decode(first.tolist()).encode())
+        results.append(
+            RowResult(
+                where=str(document.where),
+                nll=float(nll),
+                targets=float(targets),
+                asked=document.content[:EXCERPT],
+                bytes=len(document.content.encode()) - unpredicted - len(example.cut.encode()),
+            )
+        )
+    return results
 
 
 def split_last(conversation: Conversation) -> tuple[Sequence[Any], Sequence[Any], str]:

@@ -91,8 +91,9 @@ def _samples(before: Measured, after: Measured) -> str:
     pairs = [
         (b, a) for b, a in zip(before.rows, after.rows, strict=True) if a.answer is not None and b.answer is not None
     ]
-    if not pairs:
+    if not pairs and not after.rows[0].bytes:
         return "<p>No rows were answered (eval.generate is 0).</p>"
+    pairs = pairs or list(zip(before.rows, after.rows, strict=True))
     ordered = sorted(pairs, key=lambda pair: _gain(*pair))
     middle = ordered[1:-1]
     chosen = [("Gained most", ordered[-1])]
@@ -106,17 +107,17 @@ def _gain(before: RowResult, after: RowResult) -> float:
 
 
 def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -> str:
+    loss = f"loss per token {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
+    head = f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
+    if after.answer is None:
+        return f'{head}<pre class="asked">{_text(after.asked)}</pre></details>'
     texts = (("before", "before", before), ("after", "after", after))
     columns = "".join(
         f'<div class="{style}"><h4>{name}{"" if row.stopped else " (cut at the limit)"}</h4><pre>{_text(row.answer or "")}</pre></div>'
         for name, style, row in texts
     )
     columns += f"<div><h4>reference</h4><pre>{_text(after.reference)}</pre></div>"
-    loss = f"loss per token {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
-    return (
-        f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
-        f'<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
-    )
+    return f'{head}<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -27,13 +27,14 @@ def build_result(
     `facts` (kind, model, method, rows) and `plan` come from the job.
     """
     compared = compare_all(before.metrics(), after.metrics())
-    primary = next(item for item in compared if item.name == PRIMARY)
+    name = PRIMARY[facts["kind"]]
+    primary = next(item for item in compared if item.name == name)
     train_s = max(progress.train_s, 1e-9)
     return {
         **facts,
-        "verdict": verdict(compared, PRIMARY),
+        "verdict": verdict(compared, name),
         **to_json(compared),
-        "difference": {"metric": PRIMARY, **primary.difference.to_json()},
+        "difference": {"metric": name, **primary.difference.to_json()},
         "answered": sum(row.answer is not None for row in after.rows),
         "guard": NOT_MEASURED,
         "steps": {"taken": progress.step, "planned": plan["steps"], "best": progress.best_step, "end": progress.end},

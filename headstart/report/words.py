@@ -86,6 +86,8 @@ def data_lines(prepared: Any) -> list[str]:
             lines.append(f"{len(part.dropped):,} rows to {name} dropped whole: too long (up to {longest:,} tokens)")
         if part.cut:
             lines.append(f"{part.cut:,} rows to {name} lost the end of their longest context turn")
+    if prepared.fit:
+        lines.append(f"the tokenizer on this text: {prepared.fit}")
     if prepared.problems:
         lines.append(f"{len(prepared.problems):,} rows can't be used")
     return lines
@@ -104,9 +106,12 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts += [("format", f"{found['format']} ({found['certainty']}), {found['reads']}") for found in data["formats"]]
     names = {"train": "trained on", "watch": "watched", "proof": "kept for the proof"}
     facts += [
-        (label, f"{rows[name]:,} rows, {tokens[name]:,} tokens, {targets[name]:,} of them answers")
+        (label, f"{rows[name]:,} rows, {tokens[name]:,} tokens, {targets[name]:,} of them predicted")
         for name, label in names.items()
     ]
+    if data["fit"]:
+        words, split = data["fit"]["tokens_per_word"], data["fit"]["split_frac"]
+        facts.append(("tokenizer fit", f"{words:.2f} tokens a word, {split:.1%} of words in more than three pieces"))
     if data["duplicates"]:
         facts.append(("duplicates", f"{data['duplicates']:,} rows stand more than once"))
     if data["dropped"]["in_both"]:

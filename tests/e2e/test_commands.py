@@ -50,7 +50,7 @@ def test_tune_says_what_it_does(data: Path) -> None:
         "messages (certain): 40 of 40 rows",
         "kept for the proof",
         "training 4/4",
-        "loss per answer token",
+        "loss per predicted token",
         "report",
     ):
         assert said in result.stdout
@@ -172,6 +172,9 @@ def test_the_readme_does_what_it_says(data: Path) -> None:
     Path("data_eval.jsonl").write_text(data.read_text().replace("?", " please?"), encoding="utf-8")
     visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
     Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")
+    Path("notes").mkdir()
+    for n in range(40):
+        Path(f"notes/{n}.txt").write_text(f"The doctor should write a short report. {n}\n", encoding="utf-8")
     lines = [line for block in readme("sh") for line in block.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("make ")] == ["make demo", "make test"]
     commands = [line for line in lines if line.startswith("headstart ")]

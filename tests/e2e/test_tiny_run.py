@@ -97,7 +97,7 @@ def test_a_file_in_and_a_better_model_and_the_proof_out(
     assert result["rows"] == {"train": 24, "watch": 8, "proof": 8}
     assert [r["step"] for r in folder.read_metrics() if "loss" in r] == list(range(1, 13))
     assert "auto: for 24 rows" in folder.config_file.read_text() or "argument" in folder.config_file.read_text()
-    assert "better: loss per answer token" in (tmp_path / "said.txt").read_text()
+    assert "better: loss per predicted token" in (tmp_path / "said.txt").read_text()
     assert "better" in repr(run)
     assert "<table>" in run._repr_html_()
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headstart.data.formats import Conversation, Message
 from headstart.data.read import Where
+from headstart.data.records import Conversation, Message
 from headstart.data.render import Renderer
 from headstart.errors import ModelError, Problem
 from tests.conftest import conversation

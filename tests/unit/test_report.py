@@ -170,7 +170,7 @@ def test_a_result_says_what_others_build_on() -> None:
     assert found["verdict"] == "better"
     assert found["difference"]["value"] == pytest.approx(-1.0)
     assert found["speed"]["real_tokens_per_s"] == pytest.approx(1000 / 9)
-    assert sentence(found).startswith("better: loss per answer token")
+    assert sentence(found).startswith("better: loss per predicted token")
     assert result(0.0)["verdict"] == "no_gain"
     assert result(-5.0)["verdict"] == "worse"
 

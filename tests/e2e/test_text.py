@@ -1,0 +1,90 @@
+"""Unlabelled text from the outside: found, trained, proven in bits per byte, resumed, and continued by plain libraries."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headstart
+from headstart.files import read_json
+from tests.e2e.test_commands import as_json, call
+
+WORDS = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
+QUICK = [
+    "-s",
+    "steps=12",
+    "-s",
+    "batch_size=4",
+    "-s",
+    "eval.every=6",
+    "-s",
+    "optim.lr=2e-2",
+    "-s",
+    "data.max_length=16",
+]
+
+
+@pytest.fixture
+def texts(tiny_home: Path) -> Path:
+    """Return a file of sixty documents, of which some are longer than a piece."""
+    rows = [
+        {"text": " ".join(f"The {word} is short." for word in (WORDS * 2)[n % 8 : n % 8 + 1 + n % 5]) + f" {n}"}
+        for n in range(60)
+    ]
+    path = tiny_home / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
+    lr = [] if method == "lora" else ["-s", "optim.lr=5e-3"]
+    result = call("tune", "texts.jsonl", "--method", method, "-o", "runs/text", *QUICK, *lr)
+    assert result.exit_code == 0, result.output
+    for said in ("text (certain): 60 of 60 rows", "tokens a word", "bits per byte", "better"):
+        assert said in result.stdout
+    found = headstart.Run(Path("runs/text")).result
+    assert (found["kind"], found["difference"]["metric"]) == ("unsupervised", "bits_per_byte")
+    assert set(found["before"]) == {"nll", "perplexity", "bits_per_byte"}
+    assert found["after"]["bits_per_byte"]["high"] < found["before"]["bits_per_byte"]["low"]
+    # Every document is scored whole, and each piece of one is trained.
+    record = read_json(Path("runs/text/data.json"))
+    assert record["rows"]["train"] > 40 > record["rows"]["proof"]
+    report = Path("runs/text/report.html").read_text()
+    assert "Gained most" in report
+    assert "bits per byte" in report
+    (snippet,) = re.findall(r"```python\n(.*?)```", Path("runs/text/README.md").read_text(), re.DOTALL)
+    code = snippet.replace('"..."', '"The plan"').replace("max_new_tokens=512", "max_new_tokens=4")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.modules['headstart'] = None\n{code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_other_verbs_read_text_too(texts: Path) -> None:
+    shown = call("check", "texts.jsonl", "--show", "1", "-s", "data.max_length=16").stdout
+    assert re.search(r"The⟦ [a-z ]+ is short\.", shown)
+    code, plan = as_json("plan", "texts.jsonl", *QUICK)
+    assert (code, plan["steps"]) == (0, 12)
+    assert call("tune", "texts.jsonl", "-o", "runs/text", *QUICK).exit_code == 0
+    code, versus = as_json("compare", "smollm2-135m", "runs/text", "texts.jsonl")
+    assert code == 0
+    assert versus["rows"] == 60
+    assert versus["differences"]["bits_per_byte"]["direction"] == 1
+    assert call("chat", "runs/text", "--ask", "The plan", "--max-tokens", "3").exit_code == 0
+
+
+def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:
+    result = call("tune", "texts.jsonl", "--kind", "instruction")
+    assert result.exit_code == 3
+    assert "which is for unsupervised fine-tuning, not instruction" in result.stderr
+    assert call("tune", "texts.jsonl", "-s", "kind=instruction", "-s", "data.text=text").exit_code == 2
+    assert call("tune", "texts.jsonl", "-s", "data.positions=continue", *QUICK, "-s", "steps=1").exit_code == 0
