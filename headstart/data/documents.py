@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from headstart.data.encode import Tokens
 from headstart.data.records import Document
-from headstart.data.render import Renderer, Tokens
+from headstart.data.render import Renderer
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
 from headstart.errors import DataError, Problem
 

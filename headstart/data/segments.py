@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.data.encode import Run, Tokens
 from headstart.data.read import Where
 from headstart.data.records import Conversation, Record
-from headstart.data.render import Renderer, Run, Tokens
+from headstart.data.render import Renderer
 from headstart.errors import DataError, Problem
 
 ROWS_AT_ONCE = 512

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from headstart.data.documents import measure_fit, segment_documents, split_tokens
+from headstart.data.encode import Tokens
 from headstart.data.forest import build_packs
 from headstart.data.formats import format_rows
 from headstart.data.read import Row, Where, find_files, read
 from headstart.data.records import Document
-from headstart.data.render import Renderer, Tokens
+from headstart.data.render import Renderer
 from headstart.engine.forward import PackReader
 from headstart.errors import DataError
 from headstart.evaluate.compare import compare_all

@@ -1,0 +1,172 @@
+"""Text -> token ids, such that a text is always text: whatever it spells, it never becomes a control token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.errors import ModelError, Problem
+
+CONTROL_LIKE = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of one kind: a control token by id, or text to be encoded as text."""
+
+    text: str
+    control_id: int | None = None
+    trained: bool = False
+    after_control: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rendered sequence: `ids` int32 [n] and which of them are `trained` (predicted with weight 1), bool [n]."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
+class Encoder:
+    """A model's tokenizer as a function from runs to tokens, and back.
+
+    `tokenizer` is a transformers tokenizer with a fast backend. Raises ModelError where it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._control = {t.content: (id_, t) for id_, t in added if _is_control(t, str(tokenizer.chat_template))}
+        self._control_ids = {id_ for id_, _ in self._control.values()}
+        self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._newline = self._raw(["\n"])[0]
+        self._anchored = self._find_anchored()
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Encode words as they stand in the middle of a text."""
+        return self._encode_texts([(f" {word}", False) for word in words])
+
+    def encode(self, sequences: Iterable[Sequence[Run]]) -> list[Tokens]:
+        """Encode sequences of runs, all at once."""
+        sequences = list(sequences)
+        texts = [(run.text, run.after_control) for runs in sequences for run in runs if run.control_id is None]
+        encoded = iter(self._encode_texts(texts))
+        rendered = []
+        for runs in sequences:
+            ids: list[int] = []
+            trained: list[bool] = []
+            for run in runs:
+                new = next(encoded) if run.control_id is None else [run.control_id]
+                ids += new
+                trained += [run.trained] * len(new)
+            rendered.append(Tokens(np.array(ids, np.int32), np.array(trained, np.bool_)))
+        return rendered
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without control tokens."""
+        kept = [int(id_) for id_ in ids if id_ not in self._control_ids]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def decode_raw(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, control tokens spelled out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def spells_control(self, text: str) -> bool:
+        """Tell whether a text spells a control token (it is encoded as text all the same)."""
+        return bool(self._control_text.search(text))
+
+    def begin(self) -> list[int]:
+        """Return the token with which the tokenizer begins a text, if it does."""
+        lead = self.tokenizer("")["input_ids"]
+        return [int(id_) for id_ in lead if id_ == self.tokenizer.bos_token_id]
+
+    def _encode_texts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        prepared = [("\n" + text) if self._anchored[after] else text for text, after in texts]
+        encoded = self._raw(prepared)
+        result = []
+        for (text, after), ids in zip(texts, encoded, strict=True):
+            found = ids
+            if self._anchored[after]:
+                known = ids[: len(self._newline)] == self._newline
+                found = ids[len(self._newline) :] if known else self._raw([text])[0]
+            result.append(found if self._is_safe(text, found) else self._encode_spelled_out(text, after))
+        return result
+
+    def _is_safe(self, text: str, ids: Sequence[int]) -> bool:
+        """Tell whether a text was encoded without control tokens; what no token spells may be the unknown token."""
+        found = self._control_ids.intersection(ids)
+        unknown_id, unknown = self._unknown
+        return not found or len(text) == 1 or (found == {unknown_id} and unknown not in text)
+
+    def _encode_spelled_out(self, text: str, after: bool) -> list[int]:
+        """Encode text that spells a control token: cut behind its first character, so that it can't be matched."""
+        parts: list[str] = [""]
+        for part in split_keep(self._control_text, text):
+            if part in self._control:
+                parts[-1] += part[0]
+                parts.append(part[1:])
+            else:
+                parts[-1] += part
+        if len(parts) == 1:  # A normalizer made it: then only single characters are safe.
+            parts = list(text)
+        ids: list[int] = []
+        for part in filter(None, parts):
+            ids += self._encode_texts([(part, after if not ids else False)])[0]
+        return ids
+
+    def _raw(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _find_anchored(self) -> dict[bool, bool]:
+        """Tell after what a text must be encoded behind a newline (which is then taken off again).
+
+        SentencePiece tokenizers put a space before the first word of what they are given. In the middle of a text
+        there must be none; behind a control token it depends on the tokenizer.
+        """
+        alone, behind = self._raw(["x", "\nx"])
+        middle = behind[: len(self._newline)] != self._newline or behind[len(self._newline) :] != alone
+        after_control = False
+        if middle and self._control:
+            mark, (id_, _) = next(iter(self._control.items()))
+            real = self._raw([mark + "x"])[0]
+            after_control = real != [id_, *alone]
+        return {False: middle, True: after_control}
+
+
+def split_keep(pattern: re.Pattern[str], text: str) -> list[str]:
+    """Split `text` at the matches of `pattern` and keep them; without empty parts."""
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        parts += [text[position : match.start()], match[0]]
+        position = match.end()
+    return [part for part in [*parts, text[position:]] if part]
+
+
+def _is_control(token: Any, template: str) -> bool:
+    """Tell whether an added token marks structure: flagged special, or written by the template, or spelled like one."""
+    text = token.content
+    if token.special:
+        return True
+    return bool(CONTROL_LIKE.fullmatch(text)) and (text in template or text.startswith("<|"))
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return a copy of the tokenizer's fast backend that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    if not getattr(tokenizer, "is_fast", False):
+        cure = "use a model with a tokenizer.json"
+        raise ModelError(Problem("model.tokenizer", f"{type(tokenizer).__name__} has no fast form", "", cure))
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
