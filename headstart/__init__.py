@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from headstart.errors import HeadstartError
     from headstart.run import Run
     from headstart.tune import tune
-    from headstart.verbs import check, compare, evaluate, load, plan
+    from headstart.verbs import check, compare, evaluate, load, plan, predict
 
 __version__ = "0.1.0"
-__all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "tune"]
+__all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "predict", "tune"]
 
 _HOMES = {
     "HeadstartError": "headstart.errors",
@@ -29,6 +29,7 @@ _HOMES = {
     "evaluate": "headstart.verbs",
     "load": "headstart.verbs",
     "plan": "headstart.verbs",
+    "predict": "headstart.verbs",
 }
 
 

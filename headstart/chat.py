@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from headstart.data.records import Message
+from headstart.data.render import Renderer
 from headstart.display import Display
-from headstart.job import build_renderer
 from headstart.models.attention import use_attention
-from headstart.models.load import load_tokenizer
+from headstart.models.load import load_tokenizer, stop_ids
 from headstart.models.source import find_model
 from headstart.run import find_run
 from headstart.verbs import load_here
@@ -38,7 +38,8 @@ class Chat:
         run = find_run(model)
         self._plain = run is not None and run.read_config().settings.data.template == "plain"
         template = "plain" if self._plain else "model"
-        self._renderer = build_renderer(source, load_tokenizer(source), "instruction", template)
+        tokenizer = load_tokenizer(source)
+        self._renderer = Renderer(tokenizer, stop_ids(source, tokenizer), template)
         self._model = load_here(source).model
         self._max_tokens = max_tokens
         self._temperature = temperature

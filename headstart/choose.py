@@ -45,13 +45,14 @@ def choose(config: Config, facts: Facts) -> Config:
         return value
 
     rows = facts.train_rows
-    batch_size = decide("batch_size", *_batch_size(rows))
+    labels = facts.kind == "supervised"
+    batch_size = decide("batch_size", *(_label_batch_size(rows) if labels else _batch_size(rows)))
     if settings.steps is None:
-        epochs = decide("epochs", *_epochs(rows))
+        epochs = decide("epochs", *(_label_epochs(rows) if labels else _epochs(rows)))
         steps = math.ceil(round(epochs * rows) / batch_size)
     else:
         steps = settings.steps
-    decide("optim.lr", *_learning_rate(settings.method, facts.hidden_size))
+    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size))
     decide("optim.warmup", 0.05, "a twentieth of the steps")
     packed = max(PACK_TOKENS[facts.device], facts.longest)
     decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
@@ -62,7 +63,7 @@ def choose(config: Config, facts: Facts) -> Config:
     if facts.kind == "instruction":
         decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
     else:
-        decide("eval.generate", 0, "documents ask for no answer")
+        decide("eval.generate", 0, "such rows ask for no answer")
     decide("eval.rows", facts.proof_rows, "all of them")
     decide("save.every", every or max(1, steps // EVALS_PER_RUN), "as often as the model is scored")
     return config.decide(found)
@@ -71,6 +72,16 @@ def choose(config: Config, facts: Facts) -> Config:
 def _batch_size(rows: int) -> tuple[int, str]:
     size = 4 if rows < 500 else 8 if rows < 5_000 else 16
     return min(size, rows), f"for {rows:,} rows"
+
+
+def _label_batch_size(rows: int) -> tuple[int, str]:
+    # A label says far less than an answer, so a step needs more of them.
+    size = 8 if rows < 500 else 16 if rows < 5_000 else 32
+    return min(size, rows), f"for {rows:,} labelled rows"
+
+
+def _label_epochs(rows: int) -> tuple[float, str]:
+    return (20.0 if rows < 1_000 else 10.0 if rows < 5_000 else 5.0), f"for {rows:,} labelled rows"
 
 
 def _epochs(rows: int) -> tuple[float, str]:

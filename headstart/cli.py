@@ -32,7 +32,7 @@ app.add_typer(config_app, name="config")
 
 Data = Annotated[list[str], typer.Argument(help="Files, folders or hub:owner/name.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A built-in name, folder, .gguf, hub id or run.")]
-Kind = Annotated[str | None, typer.Option(help="instruction or unsupervised; else seen from the data.")]
+Kind = Annotated[str | None, typer.Option(help="unsupervised, supervised or instruction; else seen from the data.")]
 Method = Annotated[str | None, typer.Option(help="lora (an adapter) or full (every weight).")]
 Out = Annotated[str | None, typer.Option("--out", "-o", help="The run folder.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]
@@ -187,6 +187,27 @@ def evaluate(
         found = evaluate_model(model, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
         say_evaluated(display, found)
         return found.to_json()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A run, a folder or a hub id: a classifier.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: JSON lines.")],
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Label the rows of DATA."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.verbs import predict as predict_rows
+
+        rows = predict_rows(model, data, out, settings=read_sets(sets), on_progress=display.progress)
+        display.end_progress()
+        display.line(f"{rows:,} rows labelled: {out}")
+        return {"rows": rows, "out": str(out)}
 
     carry_out(work, as_json)
 

@@ -45,12 +45,13 @@ class DataSettings(Section):
 
     train: Names = Field((), description="Files, folders or hub:owner/name to train on.")
     eval: Names = Field((), description="Files to score on; else a part of the training data.")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "columns", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "columns", "text", "labels"] = Field(
         "auto", description="How rows are laid out; auto detects it and says so."
     )
     prompt: str | None = Field(None, description="A column, or a template over columns: 'Summarize: {text}'.")
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
-    text: str | None = Field(None, description="A column, or a template over columns: text to continue.")
+    text: str | None = Field(None, description="A column, or a template over columns: text to continue or to label.")
+    label: str | None = Field(None, description="The column that holds the class of a text.")
     template: Literal["model", "plain"] = Field(
         "model", description="The model's own chat template, or plain: the answer follows the prompt."
     )
@@ -129,11 +130,10 @@ class Settings(Section):
     """All settings of a run."""
 
     model: str = Field(DEFAULT_MODEL, description="A built-in name, a folder, a .gguf file, a hub id or a run.")
-    kind: Literal["auto", "instruction", "unsupervised"] = Field(
-        "auto",
-        description="Answers to learn (instruction) or text to continue (unsupervised); auto sees it from the data.",
+    kind: Literal["auto", "unsupervised", "supervised", "instruction"] = Field(
+        "auto", description="Text to continue, labels to tell, or answers to learn; auto sees it from the data."
     )
-    method: Literal["lora", "full"] = Field("lora", description="Train an adapter, or every weight.")
+    method: Literal["lora", "full"] | None = Field(None, description="Train an adapter, or every weight.")
     out: str | None = Field(None, description="The run folder.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every random choice.")
     epochs: float | None = Field(None, gt=0, description="Times that each row is seen.")
@@ -355,7 +355,8 @@ def _without_effect(config: Config) -> list[Problem]:
         ("data.held_out", bool(settings.data.eval), "`data.eval` is given too"),
         ("data.text", settings.kind == "instruction", "`kind` is instruction"),
         ("data.text", settings.data.prompt is not None, "`data.prompt` is given too"),
-        ("data.prompt", settings.kind == "unsupervised", "`kind` is unsupervised"),
+        ("data.prompt", settings.kind in ("unsupervised", "supervised"), f"`kind` is {settings.kind}"),
+        ("data.label", settings.kind in ("unsupervised", "instruction"), f"`kind` is {settings.kind}"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),

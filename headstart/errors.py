@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "row.role": "Who speaks decides which tokens are trained.",
     "row.empty_answer": "An empty answer teaches the model to say nothing.",
     "row.empty_text": "An empty document teaches nothing.",
+    "row.label": "A class is a name or a whole number.",
     "row.no_answer": "Without an answer there is nothing to train on.",
     "row.weight": "A turn is trained (1) or not (0).",
     "row.media": "This model reads text only.",
@@ -60,6 +61,7 @@ CODES: dict[str, str] = {
     "format.mixed": "Rows of several formats in one file are most often a mistake in making it.",
     "format.column": "A column that is named must be there.",
     "format.kind": "Rows of one kind can't be learned from as if they were of another.",
+    "labels.one": "With one class there is nothing to tell apart.",
     "split.too_small": "Without rows that it never saw, nothing can be said about the model.",
     # models
     "model.not_found": "There is nothing to tune.",

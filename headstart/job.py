@@ -12,12 +12,13 @@ import torch
 from headstart import machine
 from headstart.choose import Facts, choose
 from headstart.config import Config
+from headstart.data.encode import Encoder
 from headstart.data.feed import Feed
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
-from headstart.engine.engine import Engine
-from headstart.engine.forward import PackReader
+from headstart.engine.engine import Engine, Objective
+from headstart.engine.forward import LabelReader, PackReader, Reader
 from headstart.engine.plan import (
     FORWARD_COST,
     MEMORY_SHARE,
@@ -36,9 +37,12 @@ from headstart.evaluate.measure import answer_limit
 from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.load import find_base, load_config, load_model, load_tokenizer, model_length, stop_ids
 from headstart.models.source import Source, find_model
+from headstart.objectives.labels import cross_entropy
 from headstart.objectives.tokens import nll
 
 DOCUMENT_TOKENS = 2048
+SMALL_MODEL_BYTES = 250_000_000
+OBJECTIVES: dict[str, Objective] = {"instruction": nll, "unsupervised": nll, "supervised": cross_entropy}
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Data:
     config: Config
     source: Source
     tokenizer: Any
-    renderer: Renderer
+    renderer: Encoder
     prepared: Prepared
 
     @property
@@ -129,18 +133,25 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if config.settings.kind == "auto":
         decided["kind"] = (sides.kind, f"the rows are {sides.train.detection.format}")
     renderer = build_renderer(source, tokenizer, sides.kind, settings.template, today)
-    limit, why = settings.max_length or model_length(load_config(source)), "the model's own limit"
+    limit, why = settings.max_length or text_length(source, tokenizer), "the model's own limit"
     if sides.kind == "unsupervised" and settings.max_length is None and limit > DOCUMENT_TOKENS:
         limit, why = DOCUMENT_TOKENS, "pieces of documents: longer ones cost more and teach little more"
     if settings.max_length is None:
         decided["data.max_length"] = (limit, why)
     if settings.over_length == "auto":
-        decided["data.over_length"] = ("split", "documents") if sides.kind == "unsupervised" else ("drop", "answers")
+        decided["data.over_length"] = ("split" if sides.kind == "unsupervised" else "drop", f"{sides.kind} rows")
+    if config.settings.method is None:
+        decided["method"] = _choose_method(source, sides.kind)
     config = config.decide(decided)
     prepared = prepare(sides, config.settings.data, renderer, limit, watch=config.settings.eval.every != 0)
     if config.settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared)
+
+
+def text_length(source: Source, tokenizer: Any) -> int:
+    """Return the most tokens of a row: what the model can place and, where that is less, what its tokenizer allows."""
+    return min(model_length(load_config(source)), int(min(tokenizer.model_max_length, 1 << 20)))
 
 
 def _check_positions(prepared: Prepared, length: int) -> None:
@@ -158,8 +169,10 @@ def _check_positions(prepared: Prepared, length: int) -> None:
 
 def build_renderer(
     source: Source, tokenizer: Any, kind: str, template: str = "model", today: datetime.date | None = None
-) -> Renderer:
-    """Return the renderer of a model for a kind of rows: documents need no chat template."""
+) -> Encoder:
+    """Return what turns rows of a kind into tokens: a Renderer for conversations and, without template, documents."""
+    if kind == "supervised":
+        return Encoder(tokenizer)
     return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if kind == "unsupervised" else template, today)
 
 
@@ -179,24 +192,45 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     bfloat16 = config.settings.engine.precision == "bfloat16"
     lora = config.settings.lora if config.settings.method == "lora" else None
     dtype = torch.bfloat16 if bfloat16 and lora else torch.float32
-    loaded = load_model(data.source, device, dtype)
+    classes = data.prepared.classes or None
+    torch.manual_seed(config.settings.seed)  # the head of a classifier begins at random
+    loaded = load_model(data.source, device, dtype, classes)
+    if classes and loaded.model.config.pad_token_id is None:
+        loaded.model.config.pad_token_id = data.tokenizer.pad_token_id or data.tokenizer.eos_token_id
     _check_vocabulary(data, loaded.model)
     adapted = adapt(
         loaded.model,
         Lora(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora else None,
         config.settings.seed,
+        "SEQ_CLS" if classes else "CAUSAL_LM",
     )
-    reader = PackReader(adapted.model, bfloat16=bfloat16)
+    reader = build_reader(adapted.model, config.settings.kind, bfloat16=bfloat16)
     if not reader.packs and tell:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
     engine = Engine(
-        reader, adapted.trainable(), nll, weight_decay=settings.optim.weight_decay, clip=settings.optim.clip
+        reader,
+        adapted.trainable(),
+        OBJECTIVES[settings.kind],
+        weight_decay=settings.optim.weight_decay,
+        clip=settings.optim.clip,
     )
     config, layout, memory_bytes = _fit_memory(config, data, engine)
     estimate = _estimate(config, data, engine, layout, memory_bytes)
     return Job(data, config, adapted, engine, layout, estimate)
+
+
+def build_reader(model: Any, kind: str, *, bfloat16: bool) -> Reader:
+    """Return a model as the reader of packs of a kind."""
+    return (LabelReader if kind == "supervised" else PackReader)(model, bfloat16=bfloat16)
+
+
+def _choose_method(source: Source, kind: str) -> tuple[str, str]:
+    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    if kind == "supervised" and size < SMALL_MODEL_BYTES:
+        return "full", "a small model trains whole in the time of an adapter"
+    return "lora", "an adapter: less memory, nearly the same gain"
 
 
 def _check_vocabulary(data: Data, model: Any) -> None:
@@ -266,7 +300,7 @@ def _fit_memory(config: Config, data: Data, engine: Engine) -> tuple[Config, Lay
     for mode, tokens in attempts:
         if mode == "on" and not _recompute(engine, wanted=checkpointing == "on"):
             continue
-        layout = lay_out(examples, feed, tokens, one_row=not engine.reader.packs)
+        layout = lay_out(engine.reader, examples, feed, tokens)
         needed = estimate_memory(engine, probe_memory(engine, examples), len(layout.worst))
         if needed <= total * MEMORY_SHARE:
             why = "it fits into the memory" if mode == "off" else "needed to fit into the memory"

@@ -165,11 +165,12 @@ class Run:
         import torch
 
         from headstart.machine import pick_device
-        from headstart.models.load import load_model
+        from headstart.models.load import find_classes, load_model
         from headstart.models.source import find_model
 
         dtype = getattr(torch, self.result["dtype"])
-        return load_model(find_model(str(self.path)), pick_device(), dtype).adapted
+        source = find_model(str(self.path))
+        return load_model(source, pick_device(), dtype, find_classes(source)).adapted
 
     def __repr__(self) -> str:
         difference = self.result["difference"]

@@ -19,6 +19,7 @@ from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
     from headstart.data.check import Findings
+    from headstart.data.segments import Example
     from headstart.job import Data
     from headstart.verbs import Evaluated, Versus
 
@@ -39,7 +40,8 @@ def say_findings(display: Display, findings: Findings, data: Data) -> None:
     lengths = (
         f"median {findings.length_median:,}, 95% under {findings.length_p95:,}, longest {findings.length_longest:,}"
     )
-    display.fact("tokens", f"{findings.tokens:,}, {findings.targets:,} of them answers; a row: {lengths}")
+    predicted = f", {findings.targets:,} of them predicted" * bool(findings.targets)
+    display.fact("tokens", f"{findings.tokens:,}{predicted}; a row: {lengths}")
     if findings.control_rows:
         some = ", ".join(findings.control_rows[:3])
         display.warn(
@@ -64,10 +66,18 @@ def say_rows(display: Display, data: Data, count: int) -> None:
     prepared = data.prepared
     for example in prepared.train.examples[:count]:
         display.line()
-        display.line(f"{example.where}: {example.token_count:,} tokens, {example.target_count:,} trained", "bold")
+        display.line(
+            f"{example.where}: {example.token_count:,} tokens, {_aim(example, data)}",
+            "bold",
+        )
         display.markup("".join(_marked(s.text, s.kind, display) for s in show_tokens(example, data.renderer)))
     for where, length in prepared.train.dropped[:count]:
         display.line(f"{where}: dropped whole, {length:,} tokens", "red")
+
+
+def _aim(example: Example, data: Data) -> str:
+    classes = data.prepared.classes
+    return f"label {classes[example.label]}" if classes else f"{example.target_count:,} trained"
 
 
 def _marked(text: str, kind: str, display: Display) -> str:

@@ -212,6 +212,7 @@ class _Session:
             proof.examples,
             tokens_per_pack=settings.engine.tokens_per_pack or 1,
             answers=settings.eval.generate or 0,
+            classes=self.job.data.prepared.classes,
             on_progress=self._on_eval,
         )
         self.eval_s += time.perf_counter() - begun
@@ -280,6 +281,7 @@ class _Session:
             "method": self.job.config.settings.method,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.renderer.stop_ids),
+            "classes": list(self.job.data.prepared.classes),
             "dtype": str(self.job.adapted.model.dtype).removeprefix("torch."),
         }
         result = build_result(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,30 @@ import torch
 from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.check import Findings, find
+from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
+from headstart.data.formats import take_texts
+from headstart.data.labels import segment_labelled
 from headstart.data.prepare import form_rows, reject_bad_rows, segment
-from headstart.data.render import Renderer
-from headstart.data.segments import Segmented
+from headstart.data.read import Item, Row, find_files, read
+from headstart.data.segments import ROWS_AT_ONCE, Segmented
 from headstart.display import Display
-from headstart.engine.forward import PackReader
+from headstart.engine.forward import LabelReader
 from headstart.errors import DataError, Problem
 from headstart.evaluate.compare import Compared, compare_all, to_json
 from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
-from headstart.job import Data, Job, build_data, build_job, build_renderer
-from headstart.models.load import Loaded, load_config, load_model, load_tokenizer, model_length
+from headstart.evaluate.score import classify_rows
+from headstart.files import new_file
+from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, text_length
+from headstart.models.load import (
+    Loaded,
+    find_classes,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_length,
+    need_classes,
+)
 from headstart.models.source import Source, find_model
 from headstart.run import find_run
 
@@ -32,6 +46,7 @@ READING = (
     "prompt",
     "completion",
     "text",
+    "label",
     "template",
     "over_length",
     "max_length",
@@ -152,16 +167,83 @@ def compare(
     return Versus(first, second, compare_all(before, after))
 
 
+def predict(
+    model: str,
+    data: Names,
+    out: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Label every row of `data`; write it to `out` as a line of JSON with `prediction`, `probability`, `probabilities`.
+
+    Rows go through in parts, so memory doesn't grow with the file. Which column is the text comes from the run that the
+    model is the result of, where `settings` don't say otherwise; longer texts are cut to what the model can read, and
+    such rows say `"cut": true`. Returns the number of rows.
+
+    Raises ModelError where the model is no classifier, and DataError with the rows that can't be read or have no text;
+    then nothing is written.
+    """
+    config = _reading_config(model, data, settings)
+    source = find_model(model)
+    classes = need_classes(source)
+    tokenizer = load_tokenizer(source)
+    encoder, length = Encoder(tokenizer), text_length(source, tokenizer)
+    torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
+    reader = LabelReader(load_here(source, classes).model)
+    problems: list[Problem] = []
+    done = 0
+    with new_file(Path(out)) as file:
+        for rows in _in_parts(read(find_files(config.settings.data.train)), problems):
+            texts, bad = take_texts(rows, config.settings.data.text)
+            problems += bad
+            if problems:
+                continue
+            segmented = segment_labelled(texts, encoder, classes, max_length=length, over_length="cut")
+            probabilities = classify_rows(reader, segmented.examples, PACK_TOKENS)
+            for row, example, values in zip(rows, segmented.examples, probabilities, strict=True):
+                best = int(values.argmax())
+                found = {
+                    **row.fields,
+                    "prediction": classes[best],
+                    "probability": round(float(values[best]), 6),
+                    "probabilities": {name: round(float(v), 6) for name, v in zip(classes, values, strict=True)},
+                    **({"cut": True} if example.cut else {}),
+                }
+                file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")
+            done += len(rows)
+            if on_progress:
+                on_progress("labelling", done, done)
+        if problems:
+            raise DataError(problems)
+    return done
+
+
+def _in_parts(items: Iterable[Item], problems: list[Problem]) -> Iterator[list[Row]]:
+    """Yield the rows of a file in parts; problems are collected."""
+    part: list[Row] = []
+    for item in items:
+        if isinstance(item, Row):
+            part.append(item)
+        elif isinstance(item, Problem):
+            problems.append(item)
+        if len(part) == ROWS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
 def load(model: str) -> tuple[Any, Any]:
     """Return a model (a transformers or PEFT model in evaluation mode) and its tokenizer."""
     source = find_model(model)
-    return load_model(source, machine.pick_device()).adapted, load_tokenizer(source)
+    return load_model(source, machine.pick_device(), classes=find_classes(source)).adapted, load_tokenizer(source)
 
 
-def load_here(source: Source) -> Loaded:
-    """Load a model on this machine's device, in the numbers that suit it."""
+def load_here(source: Source, classes: Sequence[str] | None = None) -> Loaded:
+    """Load a model (with `classes`: a classifier) on this machine's device, in the numbers that suit it."""
     device = machine.pick_device()
-    return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32, classes)
 
 
 @dataclass(frozen=True)
@@ -169,7 +251,9 @@ class _Reading:
     """Rows as one model reads them."""
 
     source: Source
-    renderer: Renderer
+    kind: str
+    classes: Sequence[str]
+    renderer: Encoder
     rows: Segmented
     notes: Sequence[str]
 
@@ -192,7 +276,9 @@ def _read(model: str, config: Config) -> _Reading:
     formed = form_rows(settings.train, settings, config.settings.kind)
     renderer = build_renderer(source, load_tokenizer(source), formed.detection.kind, settings.template)
     max_length = settings.max_length or model_length(load_config(source))
-    rows = segment(formed.formatted.examples, settings, renderer, max_length, whole=True)
+    kind = formed.detection.kind
+    classes = need_classes(source) if kind == "supervised" else ()
+    rows = segment(formed.formatted.examples, settings, renderer, max_length, whole=True, classes=classes)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
     if not rows.examples:
@@ -207,19 +293,20 @@ def _read(model: str, config: Config) -> _Reading:
         notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens: the end of their longest context")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
-    return _Reading(source, renderer, rows, notes)
+    return _Reading(source, kind, classes, renderer, rows, notes)
 
 
 def _measure(reading: _Reading, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
-    model = load_here(reading.source).model
+    model = load_here(reading.source, reading.classes or None).model
     measured = measure(
-        PackReader(model, bfloat16=model.device.type == "cuda"),
+        build_reader(model, reading.kind, bfloat16=model.device.type == "cuda"),
         reading.renderer,
         reading.rows.kept,
         reading.rows.examples,
         tokens_per_pack=PACK_TOKENS,
         answers=min(answers, len(reading.rows.kept)),
+        classes=reading.classes,
         on_progress=on_progress,
     )
     metrics = measured.metrics()

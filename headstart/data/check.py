@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headstart.data.documents import Fit
+from headstart.data.encode import Encoder
 from headstart.data.prepare import Prepared
-from headstart.data.render import Renderer
 from headstart.data.segments import Example
 from headstart.errors import Problem
 
@@ -51,7 +51,7 @@ class Stretch(NamedTuple):
     kind: str
 
 
-def find(prepared: Prepared, renderer: Renderer) -> Findings:
+def find(prepared: Prepared, renderer: Encoder) -> Findings:
     """Look through prepared data."""
     parts = (prepared.train, prepared.watch, prepared.proof)
     examples = [example for part in parts for example in part.examples]
@@ -80,7 +80,7 @@ def find(prepared: Prepared, renderer: Renderer) -> Findings:
     )
 
 
-def show_tokens(example: Example, renderer: Renderer) -> list[Stretch]:
+def show_tokens(example: Example, renderer: Encoder) -> list[Stretch]:
     """Return an example as stretches of text: what is trained, what is only read, and what was cut away."""
     stretches = []
     for segment in example.segments:

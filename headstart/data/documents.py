@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headstart.data.encode import Tokens
+from headstart.data.encode import Encoder, Tokens
 from headstart.data.records import Document
 from headstart.data.render import Renderer
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
@@ -96,7 +96,7 @@ def split_tokens(tokens: Tokens, max_length: int, positions: str = "restart") ->
     return pieces
 
 
-def measure_fit(documents: Sequence[Document], renderer: Renderer) -> Fit:
+def measure_fit(documents: Sequence[Document], renderer: Encoder) -> Fit:
     """Return how well the tokenizer fits the first two million characters."""
     words: Counter[str] = Counter()
     characters = 0

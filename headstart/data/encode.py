@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Encoder:
 
     `tokenizer` is a transformers tokenizer with a fast backend. Raises ModelError where it has none.
     """
+
+    stop_ids: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -83,6 +86,21 @@ class Encoder:
     def spells_control(self, text: str) -> bool:
         """Tell whether a text spells a control token (it is encoded as text all the same)."""
         return bool(self._control_text.search(text))
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode whole texts, without what a model puts around them."""
+        return self._encode_texts([(text, True) for text in texts])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and behind a text."""
+        (inner,) = self.encode_texts(["a"])
+        whole = [int(id_) for id_ in self.tokenizer("a")["input_ids"]]
+        for start in range(len(whole) - len(inner) + 1):
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        problem = Problem("model.tokenizer", "it can't be seen what the tokenizer puts around a text")
+        raise ModelError(problem)
 
     def begin(self) -> list[int]:
         """Return the token with which the tokenizer begins a text, if it does."""

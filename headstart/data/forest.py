@@ -28,8 +28,9 @@ class Pack:
     `ids`, `positions` [T]: tokens, and the place of each in its row. `start`, `length`, `parent` [N]: the nodes, a
     parent before its children, -1 for a root. `sources` [P]: places in [T] from which something is predicted.
     `target_sources`, `target_ids`, `weights`, `target_rows` [L]: for each target its place in `sources`, its token, its
-    weight (float32) and the number of its row in the call that built the pack, in the order of `sources`. `row_tokens`: tokens of the rows, each
-    counted whole; T is less where prefixes are shared.
+    weight (float32) and the number of its row in the call that built the pack, in the order of `sources`. `begins`,
+    `ends`, `segment_rows`, `labels` [S]: of each segment the places of its first and last token, the number of its row,
+    and its class. `row_tokens`: tokens of the rows, each counted whole; T is less where prefixes are shared.
     """
 
     ids: Ints
@@ -42,6 +43,10 @@ class Pack:
     target_ids: Ints
     weights: NDArray[np.float32]
     target_rows: Ints
+    begins: Ints
+    ends: Ints
+    segment_rows: Ints
+    labels: Ints
     row_tokens: int
 
     def __len__(self) -> int:
@@ -55,6 +60,7 @@ class _Item:
     row: int
     segment: Segment
     rank: int
+    label: int
 
 
 def build_packs(
@@ -67,7 +73,7 @@ def build_packs(
     """
     segments = [(row, segment) for row, example in enumerate(examples) for segment in example.segments]
     segments.sort(key=lambda item: (item[1].first, item[1].ids.astype(">i4").tobytes()))
-    items = [_Item(row, segment, rank) for rank, (row, segment) in enumerate(segments)]
+    items = [_Item(row, segment, rank, examples[row].label) for rank, (row, segment) in enumerate(segments)]
     if one_row:
         return [_lay_out([item], [0]) for item in items]
     common = [0] + [_common(a.segment, b.segment) if share else 0 for a, b in zip(items, items[1:], strict=False)]
@@ -166,10 +172,13 @@ def _lay_out(items: Sequence[_Item], common: Sequence[int]) -> Pack:
 
 
 def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> Pack:
-    places, ids, weights, rows = [], [], [], []
+    places, ids, weights, rows, begins, ends = [], [], [], [], [], []
     for number, item in enumerate(items):
+        path = layout.path(leaves[number])
+        begins.append(path[0])
+        ends.append(path[len(item.segment) - 1])
         targets = np.flatnonzero(item.segment.weights)
-        places.append(layout.path(leaves[number])[targets - 1])
+        places.append(path[targets - 1])
         ids.append(item.segment.ids[targets].astype(np.int64))
         weights.append(item.segment.weights[targets])
         rows.append(np.full(len(targets), item.row, np.int64))
@@ -186,5 +195,9 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
         target_ids=np.concatenate(ids)[order],
         weights=np.concatenate(weights)[order],
         target_rows=np.concatenate(rows)[order],
+        begins=np.array(begins, np.int64),
+        ends=np.array(ends, np.int64),
+        segment_rows=np.array([item.row for item in items], np.int64),
+        labels=np.array([item.label for item in items], np.int64),
         row_tokens=sum(len(item.segment) for item in items),
     )

@@ -7,9 +7,10 @@
 | alpaca            | `instruction`, `input` (may be empty or absent), `output`; `system`             |
 | prompt_completion | `prompt`, `completion`: text, or lists of messages; other pairs of names in PAIRS |
 | columns           | any columns: the user names the two, or gives templates over columns           |
+| labels            | a text and its class: names in TEXTS and LABELS, or the columns that the user names |
 | text              | `text`, a document; or the column that the user names                           |
 
-All but the last are conversations to learn answers from; the last is text to continue.
+The first five are conversations to learn answers from; labels are classes to tell; text is to be continued.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headstart.data.read import Row, Where
-from headstart.data.records import Conversation, Document, Message, Record
+from headstart.data.records import Conversation, Document, Labelled, Message, Record
 from headstart.errors import DataError, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,6 +47,9 @@ PAIRS = (
 )
 TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"}
 TEXT = "text"
+LABELS = "labels"
+TEXT_COLUMNS = ("text", "sentence", "utterance", "content", "review", "query", "question", "input")
+LABEL_COLUMNS = ("label", "labels", "intent", "category", "class")
 TEXT_ONLY = {"text", "id", "source", "meta", "metadata", "title", "url", "timestamp", "date", "added", "created"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
 
@@ -63,7 +67,7 @@ class Detection:
     @property
     def kind(self) -> str:
         """The kind of fine-tuning that such rows are for."""
-        return "unsupervised" if self.format == TEXT else "instruction"
+        return {TEXT: "unsupervised", LABELS: "supervised"}.get(self.format, "instruction")
 
     def __str__(self) -> str:
         return f"{self.format} ({self.certainty}): {self.fitting:,} of {self.rows:,} rows have {self.reads}"
@@ -86,11 +90,12 @@ def format_rows(
     prompt: str | None = None,
     completion: str | None = None,
     text: str | None = None,
+    label: str | None = None,
     group_by: str | None = None,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
-    `prompt` and `completion`, or `text`, are columns or templates over columns that the user names.
+    `prompt` and `completion`, or `text`, are columns or templates over columns that the user names; `label` a column.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
@@ -98,7 +103,9 @@ def format_rows(
         _need_columns(rows, [group_by], "data.group_by")
     if prompt is not None or completion is not None:
         format = "columns"
-    if text is not None:
+    if label is not None:
+        text, detection = _label_columns(rows, text, label)
+    elif text is not None:
         detection = _text_column(rows, text)
     elif format == "columns":
         convert, detection = _columns(rows, prompt, completion)
@@ -110,6 +117,9 @@ def format_rows(
         result: Record | list[Problem]
         if detection.format == TEXT:
             result = _to_document(row, as_template(text or TEXT), group_by, tally)
+        elif detection.format == LABELS:
+            pair = (as_template(text), label) if text and label else _label_pair(row.fields)
+            result = _to_labelled(row, pair, group_by, tally)
         else:
             result = _to_conversation(row, convert, group_by, tally)
         if isinstance(result, list):
@@ -142,7 +152,10 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
     name = named[0]
     pair = _pair(first[name].fields)
     sure = pair == PAIRS[0] if name == "prompt_completion" else name != TEXT or set(first[name].fields) <= TEXT_ONLY
-    reads = f"`{pair[0]}` and `{pair[1]}`" if name == "prompt_completion" and pair else _FITS[name][0]
+    if name == LABELS:
+        pair = _label_pair(first[name].fields)
+        sure = pair == (TEXT_COLUMNS[0], LABEL_COLUMNS[0])
+    reads = f"`{pair[0]}` and `{pair[1]}`" if name in ("prompt_completion", LABELS) and pair else _FITS[name][0]
     return _CONVERT.get(name, _from_pair), Detection(
         name, counts[name], len(rows), "certain" if sure else "likely", reads
     )
@@ -180,6 +193,7 @@ _FITS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "sharegpt": ("`conversations`", lambda f: "conversations" in f or "conversation" in f),
     "alpaca": ("`instruction` and `output`", lambda f: "instruction" in f and "output" in f),
     "prompt_completion": ("a prompt and a completion", lambda f: _pair(f) is not None),
+    LABELS: ("a text and a label", lambda f: _label_pair(f) is not None),
     TEXT: ("`text`", lambda f: TEXT in f),
 }
 
@@ -299,6 +313,77 @@ def _to_document(row: Row, template: str, group_by: str | None, tally: _Tally) -
         return [Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row")]
     tally.unused.update(set(row.fields) - {*template_columns(template), group_by})
     return Document(row.where, content, group)
+
+
+def _label_pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    text = next((name for name in TEXT_COLUMNS if name in fields), None)
+    label = next((name for name in LABEL_COLUMNS if name in fields), None)
+    return (text, label) if text and label else None
+
+
+def _label_columns(rows: Sequence[Row], text: str | None, label: str) -> tuple[str, Detection]:
+    known = {name: None for row in rows for name in row.fields}
+    found = text or next((name for name in TEXT_COLUMNS if name in known and name != label), None)
+    if found is None:
+        cure = f'-s data.text="{{column}}"; the columns are {", ".join(known)}'
+        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
+    needed = [*template_columns(as_template(found)), label]
+    _need_columns(rows, needed, "data.text, data.label")
+    fitting = sum(all(name in row.fields for name in needed) for row in rows)
+    return found, Detection(LABELS, fitting, len(rows), "given", " and ".join(f"`{name}`" for name in needed))
+
+
+def _to_labelled(
+    row: Row, pair: tuple[str, str] | None, group_by: str | None, tally: _Tally
+) -> Labelled | list[Problem]:
+    if pair is None:
+        what = f"no text and label; the row has {sorted(row.fields)}"
+        return [Problem("row.field_missing", what, str(row.where), "add them, or delete the row")]
+    template, name = as_template(pair[0]), pair[1]
+    try:
+        text = _fill(template, row)
+        _check_encodable(text, str(row.where))
+        label = _label(row.fields.get(name), row.where.field(name))
+        group = _group(row, group_by)
+    except _RowError as error:
+        return error.problems
+    if not text.strip():
+        return [Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row")]
+    tally.unused.update(set(row.fields) - {*template_columns(template), name, group_by})
+    return Labelled(row.where, text, label, group)
+
+
+def take_texts(rows: Sequence[Row], text: str | None = None) -> tuple[list[Labelled], list[Problem]]:
+    """Return the texts of rows that are to be labelled, and what is wrong with the others.
+
+    `text` is a column or a template over columns; else the first of TEXT_COLUMNS that a row has. Raises DataError where
+    no row has one.
+    """
+    fields = {name: None for row in rows for name in row.fields}
+    found = text or next((name for name in TEXT_COLUMNS if name in fields), None)
+    if found is None:
+        cure = f'-s data.text="{{column}}"; the columns are {", ".join(fields)}'
+        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
+    texts: list[Labelled] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            content = _fill(as_template(found), row)
+            _check_encodable(content, str(row.where))
+            texts.append(Labelled(row.where, content, ""))
+        except _RowError as error:
+            problems += error.problems
+    return texts, problems
+
+
+def _label(value: Any, place: str) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _RowError(Problem("row.field_missing", "no label", place, "fill it in, or delete the row"))
+    if isinstance(value, (float, list, dict)):
+        what = f"the label is {value!r:.40}" if isinstance(value, float) else f"the label is a {type(value).__name__}"
+        raise _RowError(Problem("row.label", what, place, "one class a row, as text or a whole number"))
+    _check_encodable(str(value), place)
+    return str(value)
 
 
 def _group(row: Row, group_by: str | None) -> str | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from headstart.data.read import HUB_PREFIX, KINDS, SourceFile
+from headstart.data.read import HUB_PREFIX, KINDS, TEXTS, SourceFile
 from headstart.errors import DataError, Problem
 from headstart.machine import offline
 
@@ -87,7 +87,8 @@ def choose_files(paths: list[str], split: str, *, asked: bool = True) -> list[st
     A lone file is taken for the split where the user `asked` for none and its name holds no other split's.
     """
     word = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
-    for ending in (".parquet", *(e for e in KINDS if e != ".parquet")):
+    # A repository's texts describe it.
+    for ending in (".parquet", *(e for e in KINDS if e != ".parquet" and e not in TEXTS)):
         files = sorted(p for p in paths if ending in PurePosixPath(p).suffixes)
         named = [p for p in files if word.search(p)]
         if named:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from headstart.config import DataSettings
 from headstart.data.documents import Fit, measure_fit, segment_documents
+from headstart.data.encode import Encoder
 from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
 from headstart.data.formats import Detection, Formatted, format_rows
+from headstart.data.labels import find_classes, label_notes, segment_labelled
 from headstart.data.read import Note, Row, SourceFile, find_files, read
-from headstart.data.records import Conversation, Document, Record
+from headstart.data.records import Conversation, Document, Labelled, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
 from headstart.errors import DataError, Problem
@@ -54,6 +56,7 @@ class Prepared:
     proof: Segmented
     problems: list[Problem]
     fit: Fit | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -111,6 +114,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") 
             prompt=settings.prompt,
             completion=settings.completion,
             text=settings.text,
+            label=settings.label,
             group_by=settings.group_by,
         )
     except DataError as error:
@@ -124,7 +128,11 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") 
 def _other_kind(formatted: Formatted, kind: str, first: Row) -> Problem:
     what = f"the rows are {formatted.detection.format}, which is for {formatted.detection.kind} fine-tuning, not {kind}"
     columns = ", ".join(first.fields)
-    named = '-s data.text="{column}"' if kind == "unsupervised" else '-s data.prompt="{a}" -s data.completion="{b}"'
+    named = {
+        "unsupervised": '-s data.text="{column}"',
+        "supervised": '-s data.text="{column}" -s data.label=COLUMN',
+        "instruction": '-s data.prompt="{a}" -s data.completion="{b}"',
+    }[kind]
     return Problem("format.kind", what, str(first.where), f"name what is read: {named}; the columns are {columns}")
 
 
@@ -169,7 +177,7 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
 
 
 def prepare(
-    sides: Sides, settings: DataSettings, renderer: Renderer, max_length: int, *, watch: bool = True
+    sides: Sides, settings: DataSettings, renderer: Encoder, max_length: int, *, watch: bool = True
 ) -> Prepared:
     """Split, render and encode all data of a run.
 
@@ -179,9 +187,17 @@ def prepare(
     problems = [problem for part in sides.formed for problem in part.formatted.problems]
     if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
         raise DataError(problems)
-    parts = split_parts(train, evaluation, settings, watch=watch)
+    try:
+        parts = split_parts(train, evaluation, settings, watch=watch)
+    except DataError as error:  # most likely for want of the rows that can't be used
+        raise DataError([*problems, *error.problems]) from None
+    labelled = [record for record in parts.train if isinstance(record, Labelled)]
+    classes = find_classes(labelled) if labelled else ()
+    if labelled:
+        held = [record for record in (*parts.watch, *parts.proof) if isinstance(record, Labelled)]
+        train.notes += label_notes(labelled, held)
     to_train, to_watch, to_prove = (
-        segment(part, settings, renderer, max_length, whole=part is not parts.train)
+        segment(part, settings, renderer, max_length, whole=part is not parts.train, classes=classes)
         for part in (parts.train, parts.watch, parts.proof)
     )
     segmented = (to_train, to_watch, to_prove)
@@ -194,23 +210,36 @@ def prepare(
         )
     documents = [record for record in parts.train if isinstance(record, Document)]
     fit = measure_fit(documents, renderer) if documents else None
-    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit)
+    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, classes)
 
 
 def segment(
-    records: Sequence[Record], settings: DataSettings, renderer: Renderer, max_length: int, *, whole: bool
+    records: Sequence[Record],
+    settings: DataSettings,
+    renderer: Encoder,
+    max_length: int,
+    *,
+    whole: bool,
+    classes: Sequence[str] = (),
 ) -> Segmented:
-    """Encode records of one kind. Of documents to score on, all pieces stay together (`whole`)."""
+    """Encode records of one kind, which `renderer` is for. Of documents to score on, all pieces stay together (`whole`)."""
     over_length = settings.over_length
-    conversations = [record for record in records if isinstance(record, Conversation)]
-    if conversations:
+    if records and not isinstance(records[0], Document):
         if over_length == "split":
             cure = "-s data.over_length=drop or cut"
-            raise DataError(Problem("format.kind", "conversations can't be split", "data.over_length", cure))
+            raise DataError(Problem("format.kind", "only documents can be split", "data.over_length", cure))
         over_length = "drop" if over_length == "auto" else over_length
+    labelled = [record for record in records if isinstance(record, Labelled)]
+    if labelled:
+        return segment_labelled(labelled, renderer, classes, max_length=max_length, over_length=over_length)
+    conversations = [record for record in records if isinstance(record, Conversation)]
+    if conversations and isinstance(renderer, Renderer):
         return segment_rows(conversations, renderer, max_length=max_length, over_length=over_length)
+    documents = [record for record in records if isinstance(record, Document)]
+    if not documents or not isinstance(renderer, Renderer):
+        return Segmented()
     return segment_documents(
-        [record for record in records if isinstance(record, Document)],
+        documents,
         renderer,
         max_length=max_length,
         over_length="split" if over_length == "auto" else over_length,

@@ -1,4 +1,4 @@
-"""What a row can be: a conversation to answer in, or a document to continue. Each knows where it stands."""
+"""What a row can be: a conversation to answer in, a document to continue, a text with a label. Each knows its place."""
 
 from __future__ import annotations
 
@@ -57,4 +57,24 @@ class Document:
         return [self.content]
 
 
-Record = Conversation | Document
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text with its class."""
+
+    where: Where
+    text: str
+    label: str
+    group: str | None = None
+
+    @property
+    def content(self) -> str:
+        """All that the row asks; rows that differ in their label only are the same question."""
+        return self.text
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that people wrote."""
+        return [self.text]
+
+
+Record = Conversation | Document | Labelled

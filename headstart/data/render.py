@@ -48,7 +48,7 @@ class Renderer(Encoder):
         if not self._plain and not tokenizer.chat_template:
             cure = "tune its chat model, or say that the answer follows the prompt directly: -s data.template=plain"
             raise ModelError(Problem("model.template", "the model has no chat template", "", cure))
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
+        self.stop_ids = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
         self._stop_id = self._find_stop()
         self._stop_text = next((text for text, (id_, _) in self._control.items() if id_ == self._stop_id), "")
 

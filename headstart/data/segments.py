@@ -41,11 +41,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as the engine sees it: its segments (one, or one an answer), and what was cut away from its context."""
+    """A row as the engine sees it: its segments (one, or one an answer), and what was cut away from its context.
+
+    `label` is the number of its class, -1 where it has none.
+    """
 
     where: Where
     segments: tuple[Segment, ...]
     cut: str = ""
+    label: int = -1
 
     @property
     def token_count(self) -> int:

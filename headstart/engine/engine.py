@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headstart.data.forest import Pack
-from headstart.engine.forward import PackReader
+from headstart.engine.forward import Reader
 from headstart.engine.optim import build_adamw
 from headstart.errors import DivergedError, Problem
 from headstart.objectives.tokens import Total
@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        reader: PackReader,
+        reader: Reader,
         trainable: Mapping[str, torch.nn.Parameter],
         objective: Objective,
         *,
@@ -68,7 +68,7 @@ class Engine:
     def forward_backward(self, pack: Pack) -> Sums:
         """Add the gradient of a pack's loss SUM to that of the step, and return the pack's sums."""
         self.reader.model.train()
-        total = self._objective(self.reader.logprobs(pack), torch.from_numpy(pack.weights).to(self.reader.device))
+        total = self._objective(self.reader.outputs(pack), self.reader.targets(pack))
         torch.autograd.backward(total.loss)
         sums = Sums(float(total.loss.detach()), float(total.count), len(pack), pack.row_tokens)
         self._sums += sums

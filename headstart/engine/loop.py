@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from headstart.data.feed import Feed
-from headstart.data.forest import build_packs
 from headstart.data.segments import Example
 from headstart.engine.engine import Engine, Sums
 from headstart.engine.optim import Schedule
@@ -114,7 +113,7 @@ def take_step(
     Raises DivergedError, with the weights untouched, where its numbers are not finite; it names the rows.
     """
     begun = time.perf_counter()
-    packs = build_packs(examples, plan.tokens_per_pack, one_row=not engine.reader.packs)
+    packs = engine.reader.build_packs(examples, plan.tokens_per_pack)
     sums = Sums()
     for pack in packs:
         sums += engine.forward_backward(pack)

@@ -16,12 +16,12 @@ from headstart.data.feed import Feed
 from headstart.data.forest import Pack, build_packs
 from headstart.data.segments import Example
 from headstart.engine.engine import Engine
+from headstart.engine.forward import Reader
 
 PROBE_TOKENS = 64
 FORWARD_COST = 0.4  # of a token forward, against forward and backward
 STEPS_LAID_OUT = 64
 MEMORY_SHARE = 0.9
-LOGITS_COPIES = 4
 STATES_PER_WEIGHT = 3  # gradient and AdamW's two moments
 
 
@@ -63,7 +63,7 @@ class Estimate:
         return {**asdict(self), "total_s": self.total_s}
 
 
-def lay_out(examples: Sequence[Example], feed: Feed, tokens_per_pack: int, *, one_row: bool) -> Layout:
+def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_pack: int) -> Layout:
     """Lay out the first steps of a run as they will be taken, and count up to all of them."""
     trial = Feed(feed.rows, feed.batch_size, feed.total, feed.seed)
     packs: list[Pack] = []
@@ -71,9 +71,9 @@ def lay_out(examples: Sequence[Example], feed: Feed, tokens_per_pack: int, *, on
     for _ in range(min(STEPS_LAID_OUT, trial.steps)):
         chosen = trial.next_rows()
         rows += len(chosen)
-        packs += build_packs([examples[row] for row in chosen], tokens_per_pack, one_row=one_row)
+        packs += reader.build_packs([examples[row] for row in chosen], tokens_per_pack)
     longest = max(examples, key=lambda example: max(map(len, example.segments)))
-    packs_of_longest = build_packs([longest], tokens_per_pack, one_row=one_row)
+    packs_of_longest = reader.build_packs([longest], tokens_per_pack)
     scale = feed.total / rows
     return Layout(
         steps=feed.steps,
@@ -130,9 +130,8 @@ def estimate_memory(engine: Engine, kept: Kept, tokens: int) -> int:
     """Return the most memory that training on packs of `tokens` will fill, with what is filled already."""
     reader = engine.reader
     trained = sum(p.numel() * p.element_size() for p in engine.trainable.values())
-    logits = reader.head.rows_at_once * reader.head.vocabulary * 4 * LOGITS_COPIES
     used = machine.device_used_bytes(reader.device.type)
-    return int(used + trained * STATES_PER_WEIGHT + kept.always + kept.per_token * tokens + logits)
+    return int(used + trained * STATES_PER_WEIGHT + kept.always + kept.per_token * tokens + reader.head_bytes)
 
 
 def rehearse(engine: Engine, layout: Layout) -> float:

@@ -15,6 +15,7 @@ LEVEL = 0.95
 MIN_ROWS = 8
 
 Floats = NDArray[np.float64]
+Draws = NDArray[np.int64]
 
 
 def _as_it_is(ratio: Any) -> Any:
@@ -32,6 +33,52 @@ class Metric:
     weights: Floats
     lower_is_better: bool = False
     transform: Callable[[Any], Any] = _as_it_is
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def over(self, draws: Draws) -> Floats:
+        """Return the metric over each draw of rows, [B, N] -> [B]."""
+        found: Floats = self.transform(self.values[draws].sum(1) / self.weights[draws].sum(1))
+        return found
+
+
+@dataclass(frozen=True)
+class MacroF1:
+    """The mean over classes of their F1 scores, as scikit-learn's `f1_score(average="macro")` defines it.
+
+    `truth`, `found` [N]: the number of each row's class, and of the one that was told, of `classes`.
+    """
+
+    truth: Draws
+    found: Draws
+    classes: int
+    lower_is_better: bool = False
+
+    @staticmethod
+    def of(truth: Sequence[str], found: Sequence[str]) -> MacroF1:
+        """Number the classes by name."""
+        names = {name: number for number, name in enumerate(sorted({*truth, *found}))}
+        return MacroF1(np.array([names[t] for t in truth]), np.array([names[f] for f in found]), len(names))
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def over(self, draws: Draws) -> Floats:
+        """Return the metric over each draw of rows, [B, N] -> [B]; classes that a draw doesn't meet don't count."""
+        truth, found = self.truth[draws], self.found[draws]
+        hits = self._count(truth, truth == found)
+        both = self._count(truth, None) + self._count(found, None)
+        met = both > 0
+        f1 = np.divide(2 * hits, both, out=np.zeros_like(hits), where=met)
+        scores: Floats = f1.sum(1) / met.sum(1)
+        return scores
+
+    def _count(self, numbers: Draws, kept: NDArray[np.bool_] | None) -> Floats:
+        """Count each class in each draw, [B, N] -> [B, C]."""
+        flat = numbers + np.arange(len(numbers))[:, None] * self.classes
+        counted = np.bincount(flat[kept] if kept is not None else flat.ravel(), minlength=len(numbers) * self.classes)
+        return counted.reshape(len(numbers), self.classes).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -68,26 +115,26 @@ class Compared:
         return -sign if self.lower_is_better else sign
 
 
-def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared:
+def compare(name: str, before: Metric | MacroF1, after: Metric | MacroF1, seed: int = 0) -> Compared:
     """Compare two metrics over the same rows in the same order, by the percentile bootstrap (Efron, 1979).
 
     Rows are drawn with both of their scores, so that the pairing counts. Raises ValueError where the rows differ in
     number.
     """
-    if len(before.values) != len(after.values):
-        raise ValueError(f"{name}: {len(before.values)} rows before and {len(after.values)} after")
+    if len(before) != len(after):
+        raise ValueError(f"{name}: {len(before)} rows before and {len(after)} after")
     first, second = _resample([before, after], seed)
     return Compared(
         name,
-        _interval(_ratio(before), first),
-        _interval(_ratio(after), second),
-        _interval(_ratio(after) - _ratio(before), second - first),
+        _interval(_whole(before), first),
+        _interval(_whole(after), second),
+        _interval(_whole(after) - _whole(before), second - first),
         before.lower_is_better,
-        len(before.values),
+        len(before),
     )
 
 
-def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
+def compare_all(before: Mapping[str, Metric | MacroF1], after: Mapping[str, Metric | MacroF1]) -> list[Compared]:
     """Compare the metrics that both have."""
     return [compare(name, metric, after[name]) for name, metric in before.items() if name in after]
 
@@ -125,18 +172,18 @@ def _interval(value: float, samples: Floats) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _ratio(metric: Metric) -> float:
-    return float(metric.transform(metric.values.sum() / metric.weights.sum()))
+def _whole(metric: Metric | MacroF1) -> float:
+    return float(metric.over(np.arange(len(metric))[None])[0])
 
 
-def _resample(metrics: Sequence[Metric], seed: int) -> list[Floats]:
+def _resample(metrics: Sequence[Metric | MacroF1], seed: int) -> list[Floats]:
     """Return the metrics over `RESAMPLES` draws of rows, each draw the same for all of them."""
-    rows = len(metrics[0].values)
+    rows = len(metrics[0])
     generator = np.random.default_rng(seed)
     samples: list[list[Floats]] = [[] for _ in metrics]
     at_once = max(1, DRAWS_AT_ONCE // rows)
     for start in range(0, RESAMPLES, at_once):
         draws = generator.integers(0, rows, (min(at_once, RESAMPLES - start), rows))
         for metric, found in zip(metrics, samples, strict=True):
-            found.append(metric.transform(metric.values[draws].sum(1) / metric.weights[draws].sum(1)))
+            found.append(metric.over(draws))
     return [np.concatenate(found) for found in samples]

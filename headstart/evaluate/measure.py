@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
-from headstart.data.records import Conversation, Document, Record
+from headstart.data.records import Conversation, Document, Labelled, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
-from headstart.engine.forward import PackReader
-from headstart.evaluate.compare import Metric
+from headstart.engine.forward import LabelReader, Reader
+from headstart.evaluate.compare import MacroF1, Metric
 from headstart.evaluate.generate import generate
 from headstart.evaluate.metrics import chrf, exact_match, rouge_l
-from headstart.evaluate.score import RowScores, score_rows
+from headstart.evaluate.score import Floats, RowScores, classify_rows, score_rows
 from headstart.models.load import model_length
 
-PRIMARY = {"instruction": "nll", "unsupervised": "bits_per_byte"}
+PRIMARY = {"instruction": "nll", "unsupervised": "bits_per_byte", "supervised": "accuracy"}
 PER_TOKEN = ("nll", "perplexity")
 LABELS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "cross_entropy": "loss per row",
     "nll": "loss per predicted token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -41,7 +46,8 @@ OnProgress = Callable[[str, int, int], None]
 class RowResult:
     """One row: its summed nll over `targets` tokens and, if it was answered, the answer beside its reference.
 
-    Of a document, `bytes` are those of the text that was predicted.
+    Of a document, `bytes` are those of the text that was predicted; of a labelled row, `answer` and `reference` are
+    classes, and `probability` that of the answer.
     """
 
     where: str
@@ -52,6 +58,7 @@ class RowResult:
     answer: str | None = None
     stopped: bool = False
     bytes: int = 0
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,20 @@ class Measured:
         """Read what `to_json` gave."""
         return Measured([RowResult(**row) for row in rows])
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, Metric | MacroF1]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
         nll = np.array([row.nll for row in self.rows])
         targets = np.array([row.targets for row in self.rows])
-        found = {"nll": Metric(nll, targets, lower_is_better=True)}
+        found: dict[str, Metric | MacroF1] = {}
+        if all(row.probability is not None for row in self.rows):
+            found["accuracy"] = _mean([float(row.answer == row.reference) for row in self.rows])
+            found["macro_f1"] = MacroF1.of(
+                [row.reference for row in self.rows], [row.answer or "" for row in self.rows]
+            )
+            if targets.all():
+                found["cross_entropy"] = Metric(nll, targets, lower_is_better=True)
+            return found
+        found["nll"] = Metric(nll, targets, lower_is_better=True)
         if all(row.bytes for row in self.rows):
             found["perplexity"] = Metric(nll, targets, lower_is_better=True, transform=np.exp)
             sizes = np.array([float(row.bytes) for row in self.rows])
@@ -87,27 +103,34 @@ class Measured:
 
 
 def measure(
-    reader: PackReader,
-    renderer: Renderer,
+    reader: Reader,
+    renderer: Encoder,
     records: Sequence[Record],
     examples: Sequence[Example],
     *,
     tokens_per_pack: int,
     answers: int,
+    classes: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Measured:
     """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
-    `records` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
+    `classes` are those that a classifier tells apart. `records` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:
         return (lambda done, total: on_progress(what, done, total)) if on_progress else None
 
+    labelled = [record for record in records if isinstance(record, Labelled)]
+    if labelled and isinstance(reader, LabelReader):
+        probabilities = classify_rows(reader, examples, tokens_per_pack, told("scoring"))
+        return Measured(_of_labels(labelled, examples, probabilities, classes))
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
     if documents:
         return Measured(_of_documents(documents, examples, scores, renderer))
+    if not isinstance(renderer, Renderer):
+        raise TypeError("conversations are rendered by a Renderer")
     conversations = [record for record in records if isinstance(record, Conversation)]
     by_hash = sorted(range(len(conversations)), key=lambda index: content_hash(conversations[index]))
     chosen = sorted(by_hash[:answers])
@@ -133,8 +156,30 @@ def measure(
     return Measured(results)
 
 
+def _of_labels(
+    records: Sequence[Labelled], examples: Sequence[Example], probabilities: Floats, classes: Sequence[str]
+) -> list[RowResult]:
+    results = []
+    for record, example, values in zip(records, examples, probabilities, strict=True):
+        best = int(values.argmax())
+        known = example.label >= 0
+        results.append(
+            RowResult(
+                where=str(record.where),
+                nll=-math.log(max(float(values[example.label]), 1e-300)) if known else 0.0,
+                targets=float(known),
+                asked=record.text[:EXCERPT],
+                reference=record.label,
+                answer=classes[best],
+                stopped=True,
+                probability=float(values[best]),
+            )
+        )
+    return results
+
+
 def _of_documents(
-    documents: Sequence[Document], examples: Sequence[Example], scores: RowScores, renderer: Renderer
+    documents: Sequence[Document], examples: Sequence[Example], scores: RowScores, renderer: Encoder
 ) -> list[RowResult]:
     results = []
     for document, example, nll, targets in zip(documents, examples, scores.nll, scores.targets, strict=True):

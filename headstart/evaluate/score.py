@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.forest import build_packs
 from headstart.data.segments import Example
-from headstart.engine.forward import PackReader
+from headstart.engine.forward import LabelReader, Reader
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +31,7 @@ class RowScores:
 
 
 def score_rows(
-    reader: PackReader,
+    reader: Reader,
     examples: Sequence[Example],
     tokens_per_pack: int,
     on_pack: Callable[[int, int], None] | None = None,
@@ -40,11 +39,28 @@ def score_rows(
     """Score `examples`, packed as in training; `on_pack(done, total)` is called after each pack."""
     nll = np.zeros(len(examples))
     targets = np.zeros(len(examples))
-    packs = build_packs(examples, tokens_per_pack, one_row=not reader.packs)
+    packs = reader.build_packs(examples, tokens_per_pack)
     for done, pack in enumerate(packs, 1):
-        logprobs = reader.forward(pack).double().numpy()
-        np.add.at(nll, pack.target_rows, -logprobs * pack.weights)
-        np.add.at(targets, pack.target_rows, pack.weights)
+        losses, weights, rows = reader.row_losses(pack)
+        np.add.at(nll, rows, losses * weights)
+        np.add.at(targets, rows, weights)
         if on_pack:
             on_pack(done, len(packs))
     return RowScores(nll, targets)
+
+
+def classify_rows(
+    reader: LabelReader,
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    on_pack: Callable[[int, int], None] | None = None,
+) -> Floats:
+    """Return the probability of each class for each row, [N, C]."""
+    found: list[Floats | None] = [None] * len(examples)
+    packs = reader.build_packs(examples, tokens_per_pack)
+    for done, pack in enumerate(packs, 1):
+        for row, values in zip(pack.segment_rows, reader.forward(pack).double().softmax(-1).numpy(), strict=True):
+            found[row] = values
+        if on_pack:
+            on_pack(done, len(packs))
+    return np.array(found)

@@ -38,10 +38,11 @@ class Adapted:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def adapt(model: Any, lora: Lora | None, seed: int) -> Adapted:
+def adapt(model: Any, lora: Lora | None, seed: int, task: str = "CAUSAL_LM") -> Adapted:
     """Make every parameter of `model` train, or put a LoRA adapter in and make that train alone.
 
-    At the start the adapter adds nothing. `seed` sets its first matrices.
+    At the start the adapter adds nothing. `seed` sets its first matrices. `task` is what PEFT calls it; with `SEQ_CLS`
+    the head of a classifier trains whole.
 
     Raises ModelError where a target of the adapter isn't found in the model.
     """
@@ -65,7 +66,7 @@ def adapt(model: Any, lora: Lora | None, seed: int) -> Adapted:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type=task,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights so
     )
     with warnings.catch_warnings():

@@ -40,6 +40,8 @@ class Forest:
         """
         self.windows.add(window)
         if not causal:
+            if window:
+                raise ValueError("a window that looks both ways is not known here")
             return None
         if (node, window) not in self._masks:
             self._masks[node, window] = self._build_mask(node, window)
@@ -131,10 +133,10 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, forest_attention)
 
 
-def can_pack(model: Any) -> bool:
+def can_pack(model: Any, *, share: bool = True) -> bool:
     """Tell whether `model` computes the same for rows in a forest as for each alone: tried on rows that share a prefix.
 
-    False for architectures that don't pass the forest on to their attention, and for those that mix the tokens of a
+    Without `share` each row is a root of its own, which models that look both ways can read. False for architectures that don't pass the forest on to their attention, and for those that mix the tokens of a
     row elsewhere (recurrence, convolution, attention in chunks).
     """
     config = model.config.get_text_config()
@@ -142,15 +144,20 @@ def can_pack(model: Any) -> bool:
     if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
         return False
     ids = [(7 * i + 3) % config.vocab_size for i in range(16)]
-    # A root of 3 tokens with children of 4 and 5, and a root of 4.
-    rows = [ids[:7], ids[:3] + ids[7:12], ids[12:]]
-    places = [[*range(7)], [0, 1, 2, *range(7, 12)], [*range(12, 16)]]
-    positions = torch.tensor([*range(7), *range(3, 8), *range(4)], device=model.device)
+    if share:  # a root of 3 tokens with children of 4 and 5, and a root of 4
+        rows = [ids[:7], ids[:3] + ids[7:12], ids[12:]]
+        places = [[*range(7)], [0, 1, 2, *range(7, 12)], [*range(12, 16)]]
+        lengths, parents, depths = [3, 4, 5, 4], [-1, 0, 0, -1], [*range(7), *range(3, 8), *range(4)]
+    else:
+        rows = [ids[:7], ids[7:12], ids[12:]]
+        places = [[*range(7)], [*range(7, 12)], [*range(12, 16)]]
+        lengths, parents, depths = [7, 5, 4], [-1, -1, -1], [*range(7), *range(5), *range(4)]
+    positions = torch.tensor(depths, device=model.device)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            forest = Forest([3, 4, 5, 4], [-1, 0, 0, -1], positions)
+            forest = Forest(lengths, parents, positions)
             packed = run_decoder(model, torch.tensor(ids, device=model.device), positions, forest)
             # The rows of the trial are shorter than any real window, so only its coming along shows that it is kept.
             if _has_window(config, kinds) and forest.windows == {0}:
@@ -175,7 +182,7 @@ def _has_window(config: Any, kinds: set[str]) -> bool:
 
 
 def run_decoder(model: Any, ids: Tensor, positions: Tensor, forest: Forest | None) -> Tensor:
-    """Run the layers of a causal language model on a pack, or on one plain row where `forest` is None.
+    """Run the layers of a model on a pack, or on one plain row where `forest` is None.
 
     `ids` and `positions` [T] -> hidden states [T, D], after the last norm and before the head.
 

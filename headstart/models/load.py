@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,29 @@ def load_config(source: Source) -> Any:
         raise _load_error(source, error, "model.kind") from None
 
 
-def load_model(source: Source, device: str, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load a causal language model, and the adapter on it where the folder is one.
+def load_model(
+    source: Source, device: str, dtype: torch.dtype = torch.float32, classes: Sequence[str] | None = None
+) -> Loaded:
+    """Load a causal language model, and the adapter on it where the folder is one; with `classes` a classifier of them.
 
     Raises ModelError where the folder holds another kind of model, or one that needs code of its own.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    auto, extra = AutoModelForCausalLM, {}
+    if classes is not None:
+        names = dict(enumerate(classes))
+        auto = AutoModelForSequenceClassification
+        extra = {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: number for number, name in names.items()},
+        }
     quiet()
     register()
     base = find_base(source) if source.is_adapter else source
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        model = auto.from_pretrained(base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
     _mend_generation_config(model)
@@ -85,12 +95,31 @@ def _mend_generation_config(model: Any) -> None:
     """Drop the sampling settings of a model where they contradict each other: transformers refuses to save them."""
     from transformers import GenerationConfig
 
-    found = model.generation_config
+    found = getattr(model, "generation_config", None)
+    if found is None:
+        return
     try:
         found.validate(strict=True)
     except ValueError:
         ids = {name: getattr(found, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**ids)
+
+
+def find_classes(source: Source) -> tuple[str, ...] | None:
+    """Return the classes of a classifier; None where the model is none."""
+    config = load_config(source)
+    if source.is_adapter or not any("ForSequenceClassification" in name for name in config.architectures or ()):
+        return None
+    return tuple(config.id2label[number] for number in range(len(config.id2label)))
+
+
+def need_classes(source: Source) -> tuple[str, ...]:
+    """Return the classes of a classifier. Raises ModelError where the model is none."""
+    classes = find_classes(source)
+    if classes is None:
+        cure = "tune one first: headstart tune DATA --kind supervised"
+        raise ModelError(Problem("model.kind", "the model is no classifier", source.name, cure))
+    return classes
 
 
 def find_base(source: Source) -> Source:

@@ -24,6 +24,13 @@ model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {rest}```
 """
+CLASSIFIER = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{model}", dtype="{dtype}")
+print(classify("..."))
+```
+"""
 CHAT = """messages = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 """
@@ -42,7 +49,8 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         f"| {name} | {before} | {after} | {difference} |" for name, before, after, difference, _ in score_table(result)
     ]
     rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
-    snippet = (LORA if result["method"] == "lora" else FULL).format(
+    shape = CLASSIFIER if result["kind"] == "supervised" else LORA if result["method"] == "lora" else FULL
+    snippet = shape.format(
         model=folder / "model",
         base=model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"],
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
@@ -74,8 +82,9 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
 
 
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    lines = ["tags: [headstart]", "pipeline_tag: text-generation"]
-    lines.append(f"library_name: {'peft' if result['method'] == 'lora' else 'transformers'}")
+    labels = result["kind"] == "supervised"
+    lines = ["tags: [headstart]", f"pipeline_tag: text-{'classification' if labels else 'generation'}"]
+    lines.append(f"library_name: {'peft' if result['method'] == 'lora' and not labels else 'transformers'}")
     if model["kind"] == "hub":
         lines.append(f"base_model: {model['name'].partition('@')[0]}")
     if model["license"]:

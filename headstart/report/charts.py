@@ -26,7 +26,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, height: int =
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
     if not points:
         return ""
-    left, right, top, bottom = 52, 12, 12, 34
+    left, right, top, bottom = 64, 12, 12, 34
     xs, ys = [x for x, _ in points], [y for _, y in points]
     y_ticks = nice_ticks(min(ys), max(ys))
     x_low, x_high = min(xs), max(*xs, min(xs) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import PurePath
@@ -16,6 +17,12 @@ from headstart.report.charts import Change, Series, change_chart, line_chart
 from headstart.report.words import VERDICTS, data_facts, score_table, sentence
 
 TEXT_MAX = 4_000
+CLASSES, CONFUSED = 30, 15  # shown at most
+SAMPLES = {
+    "instruction": "Answers before and after",
+    "unsupervised": "Texts before and after",
+    "supervised": "Rows before and after",
+}
 STYLES = {"better": "good", "worse": "bad"}
 
 
@@ -33,7 +40,8 @@ def report_page(
     body = [
         _first_screen(name, result),
         _section("Scores", _scores(result)),
-        _section("Answers before and after", _samples(before, after)),
+        _section(SAMPLES[result["kind"]], _samples(before, after)),
+        *([_section("Classes", _classes(before, after))] if result["kind"] == "supervised" else []),
         _section("Training", _curves(metrics)),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
         _section("Plan and what happened", _plan_and_actual(result)),
@@ -79,9 +87,10 @@ def _scores(result: Mapping[str, Any]) -> str:
         [_cell(name), _cell(before), _cell(after), _cell(difference), _cell(clear, STYLES.get(clear, "flat"))]
         for name, before, after, difference, clear in score_table(result)
     ]
+    answered = f"; of the answers, over the {result['answered']:,} rows that were answered"
     note = (
-        f"<p>Loss over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training; "
-        f"the other scores over the {result['answered']:,} of them that were answered. In brackets the 95% interval of "
+        f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
+        f"{answered if result['kind'] == 'instruction' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows). What was not measured: what the model knew before (guard).</p>"
     )
     return _table(["", "before", "after", "difference", ""], rows) + note
@@ -102,12 +111,35 @@ def _samples(before: Measured, after: Measured) -> str:
     return "".join(_sample(title, *pair, is_open=number == 0) for number, (title, pair) in enumerate(chosen))
 
 
+def _classes(before: Measured, after: Measured) -> str:
+    """Return what each class gained, the weakest first, and which are taken for which."""
+    counts = [Counter(row.reference for row in side.rows) for side in (before, after)]
+    told = [Counter(row.answer for row in side.rows) for side in (before, after)]
+    right = [Counter(row.reference for row in side.rows if row.answer == row.reference) for side in (before, after)]
+
+    def f1(side: int, name: str) -> float:
+        return 2 * right[side][name] / max(1, counts[side][name] + told[side][name])
+
+    rows = [
+        [_cell(name), _cell(f"{count:,}"), *(_cell(f"{value:.3f}") for value in values)]
+        for name, count in sorted(counts[1].items(), key=lambda item: (f1(1, item[0]), item[0]))
+        for precision in [right[1][name] / max(1, told[1][name])]
+        for values in [(f1(0, name), f1(1, name), precision, right[1][name] / count)]
+    ]
+    wrong = Counter((row.reference, row.answer or "") for row in after.rows if row.answer != row.reference)
+    mixed = [[_cell(a), _cell(b), _cell(f"{count:,}")] for (a, b), count in wrong.most_common(CONFUSED)]
+    table = _table(["class", "rows", "F1 before", "F1 after", "precision", "recall"], rows[:CLASSES])
+    more = f"<p>and {len(rows) - CLASSES:,} more classes with a higher F1.</p>" if len(rows) > CLASSES else ""
+    confused = _table(["class", "taken for", "rows"], mixed) if mixed else "<p>No row was taken for another class.</p>"
+    return f"{table}{more}<h3>Taken for another</h3>{confused}"
+
+
 def _gain(before: RowResult, after: RowResult) -> float:
     return (before.nll - after.nll) / max(1.0, after.targets)
 
 
 def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -> str:
-    loss = f"loss per token {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
+    loss = f"loss {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
     head = f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
     if after.answer is None:
         return f'{head}<pre class="asked">{_text(after.asked)}</pre></details>'

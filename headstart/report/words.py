@@ -57,7 +57,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             "steps",
             f"{plan['steps']:,} of {plan['batch_size']} rows ({plan['epochs']:g} epochs), lr {plan['lr']:g} {plan['schedule']}",
         ),
-        ("tokens", f"{plan['row_tokens']:,}, {plan['targets']:,} trained{saved}"),
+        ("tokens", f"{plan['row_tokens']:,}" + f", {plan['targets']:,} trained" * bool(plan["targets"]) + saved),
         ("packs", packs),
         ("memory", f"{in_bytes(plan['memory_bytes'])} of {in_bytes(plan['memory_free_bytes'])} free"),
         (
@@ -106,10 +106,14 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts += [("format", f"{found['format']} ({found['certainty']}), {found['reads']}") for found in data["formats"]]
     names = {"train": "trained on", "watch": "watched", "proof": "kept for the proof"}
     facts += [
-        (label, f"{rows[name]:,} rows, {tokens[name]:,} tokens, {targets[name]:,} of them predicted")
+        (
+            label,
+            f"{rows[name]:,} rows, {tokens[name]:,} tokens"
+            + f", {targets[name]:,} of them predicted" * bool(targets[name]),
+        )
         for name, label in names.items()
     ]
-    if data["fit"]:
+    if data.get("fit"):
         words, split = data["fit"]["tokens_per_word"], data["fit"]["split_frac"]
         facts.append(("tokenizer fit", f"{words:.2f} tokens a word, {split:.1%} of words in more than three pieces"))
     if data["duplicates"]:

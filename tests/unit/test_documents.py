@@ -45,7 +45,7 @@ def form(*rows: dict[str, Any], **how: Any) -> Any:
     ("row", "how", "certainty"),
     [
         ({"text": TEXT, "id": 3}, {}, "certain"),
-        ({"text": TEXT, "label": "x"}, {}, "likely"),
+        ({"text": TEXT, "pages": 3}, {}, "likely"),
         ({"body": TEXT, "id": 3}, {"text": "body"}, "given"),
         ({"body": TEXT[:4], "rest": TEXT[4:]}, {"text": "{body}{rest}"}, "given"),
     ],

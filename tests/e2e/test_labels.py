@@ -1,0 +1,106 @@
+"""Labels from the outside: found, trained, proven by accuracy and macro F1, predicted, reloaded by plain transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headstart
+from tests.e2e.test_commands import as_json, call
+
+KINDS = {"plan": ["What is the plan?", "The plan is short."], "throat": ["a sore throat", "The throat is sore."]}
+QUICK = ["-s", "steps=30", "-s", "batch_size=8", "-s", "eval.every=10", "-s", "optim.lr=5e-3", "-s", "data.held_out=20"]
+
+
+@pytest.fixture
+def labels(tiny_home: Path) -> Path:
+    """Return a table of eighty texts of two classes."""
+    lines = ["text,label"]
+    for n in range(40):
+        lines += [f"{texts[n % 2]} {n},{label}" for label, texts in KINDS.items()]
+    path = tiny_home / "labels.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_labels_in_and_a_classifier_out(labels: Path, method: str) -> None:
+    result = call("tune", "labels.csv", "--method", method, "-o", "runs/labels", *QUICK)
+    assert result.exit_code == 0, result.output
+    for said in ("labels (certain): 80 of 80 rows", "2 classes", "accuracy", "macro F1", "better"):
+        assert said in result.stdout
+    run = headstart.Run(Path("runs/labels"))
+    assert (run.result["kind"], run.result["difference"]["metric"]) == ("supervised", "accuracy")
+    assert run.result["classes"] == ["plan", "throat"]
+    assert run.model.config.id2label == {0: "plan", 1: "throat"}
+    report = run.report.read_text()
+    assert "Taken for another" in report
+    # What headstart predicts is what the card's lines give, without headstart.
+    assert as_json("predict", "runs/labels", "labels.csv", "-o", "found.jsonl")[0] == 0
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    assert len(found) == 80
+    assert sum(row["prediction"] == row["label"] for row in found) > 70
+    (snippet,) = re.findall(r"```python\n(.*?)```", Path("runs/labels/README.md").read_text(), re.DOTALL)
+    code = snippet.replace('"..."', repr(found[3]["text"]))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.modules['headstart'] = None\n{code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout.replace("'", '"'))
+    assert told["label"] == found[3]["prediction"]
+    assert told["score"] == pytest.approx(found[3]["probability"], abs=1e-3)
+
+
+def test_eval_compare_and_check_know_labels(labels: Path) -> None:
+    assert call("check", "labels.csv", "--show", "1").stdout.count("label plan") == 1
+    assert call("tune", "labels.csv", "-o", "runs/labels", *QUICK).exit_code == 0
+    code, found = as_json("eval", "runs/labels", "labels.csv")
+    assert code == 0
+    right = sum(row["answer"] == row["reference"] for row in found["rows"])
+    assert found["metrics"]["accuracy"]["value"] == pytest.approx(right / 80)
+    code, versus = as_json("compare", "runs/labels", "runs/labels/model", "labels.csv")
+    assert (code, versus["differences"]["accuracy"]["value"]) == (0, 0)
+    result = call("eval", "smollm2-135m", "labels.csv")
+    assert result.exit_code == 1
+    assert "no classifier" in result.stderr
+
+
+def test_bad_labels_are_named(labels: Path) -> None:
+    labels.write_text(labels.read_text() + "a text without,\n", encoding="utf-8")
+    code, found = as_json("check", "labels.csv")
+    assert code == 3
+    assert [problem["where"] for problem in found["problems"]] == ["labels.csv:82:label"]
+    Path("numbers.jsonl").write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n' * 9)
+    code, found = as_json("check", "numbers.jsonl")
+    assert code == 3
+    # The other rows are all alike, so they can't be split either; what is wrong with rows comes first.
+    assert [problem["code"] for problem in found["problems"]] == ["row.label"] * 9 + ["split.too_small"]
+    Path("one.csv").write_text("text,label\n" + "".join(f"text {n},same\n" for n in range(20)))
+    result = call("check", "one.csv")
+    assert result.exit_code == 3
+    assert "every row to train on has the label 'same'" in result.stderr
+    # A class that training never sees is named, counts as wrong, and breaks nothing.
+    Path("held.csv").write_text(
+        "text,label\n" + "".join(f"What? {n},{'new' if n < 3 else 'plan'}\n" for n in range(30))
+    )
+    labels.write_text("\n".join(labels.read_text().splitlines()[:-1]) + "\n", encoding="utf-8")
+    result = call("tune", "labels.csv", "--eval-data", "held.csv", "-o", "runs/unseen", *QUICK[:-2])
+    assert result.exit_code == 0, result.output
+    assert "3 rows to score on have labels that training never sees, and count as wrong: 'new'" in result.stdout
+
+
+def test_predict_writes_nothing_where_a_row_has_no_text(labels: Path) -> None:
+    assert call("tune", "labels.csv", "-o", "runs/labels", *QUICK, "-s", "steps=1").exit_code == 0
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    result = call("predict", "runs/labels", "bad.jsonl", "-o", "found.jsonl")
+    assert result.exit_code == 3
+    assert "bad.jsonl:2:text" in result.stderr
+    assert not list(Path().glob("*found*"))
