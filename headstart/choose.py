@@ -90,7 +90,7 @@ def _epochs(rows: int) -> tuple[float, str]:
 
 def _learning_rate(method: str, hidden_size: int) -> tuple[float, str]:
     # An adapter wants about ten times the rate of a full fine-tuning, and wider models a lower one: 5e-4 at a width of
-    # 2,000, falling with its root ("LoRA Without Regret", Thinking Machines, 2025; checked on widths 576 in docs/log.md).
+    # 2,000, falling with its root ("LoRA Without Regret", Thinking Machines, 2025; tried at a width of 576: docs/log.md).
     rate = 5e-4 * math.sqrt(2000 / hidden_size)
     rate = rate if method == "lora" else rate / 10
     return float(f"{rate:.1e}"), f"for {method} at a model width of {hidden_size:,}"

@@ -53,6 +53,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny BERT and its tokenizer of words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "text", *map(str, range(50))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    frame = {"single": "[CLS] $A [SEP]", "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
+    backend.post_processor = processors.TemplateProcessing(**frame)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names, model_max_length=64)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_data(tmp_path: Path) -> Path:
     """Return a file of forty small questions with answers that follow a rule."""
@@ -89,13 +111,14 @@ def conversation(*turns: str, line: int = 1, system: str | None = None, group: s
 
 
 @pytest.fixture
-def tiny_home(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the tiny model stand where the built-in one is cached, and work in an empty folder; return that folder."""
+def tiny_home(tmp_path: Path, tiny_model: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let tiny models stand where the built-in ones are cached, and work in an empty folder; return that folder."""
     home = tmp_path / "home"
-    cache = home / "models" / "smollm2-135m"
-    shutil.copytree(tiny_model, cache)
-    record = {"name": "smollm2-135m", "sha256": "0" * 64, "license": "Apache-2.0", "origin": {}}
-    (cache / "headstart.json").write_text(json.dumps(record), encoding="utf-8")
+    for name, folder in (("smollm2-135m", tiny_model), ("minilm", tiny_encoder)):
+        cache = home / "models" / name
+        shutil.copytree(folder, cache)
+        record = {"name": name, "sha256": "0" * 64, "license": "Apache-2.0", "origin": {}}
+        (cache / "headstart.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setenv("HEADSTART_HOME", str(home))
     monkeypatch.setenv("HEADSTART_OFFLINE", "1")
     work = tmp_path / "work"

@@ -175,6 +175,9 @@ def test_the_readme_does_what_it_says(data: Path) -> None:
     Path("notes").mkdir()
     for n in range(40):
         Path(f"notes/{n}.txt").write_text(f"The doctor should write a short report. {n}\n", encoding="utf-8")
+    Path("requests.csv").write_text(
+        "text,label\n" + "".join(f"text {n},{n % 2}\n" for n in range(40)), encoding="utf-8"
+    )
     lines = [line for block in readme("sh") for line in block.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("make ")] == ["make demo", "make test"]
     commands = [line for line in lines if line.startswith("headstart ")]
