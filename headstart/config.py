@@ -52,6 +52,7 @@ class DataSettings(Section):
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
     text: str | None = Field(None, description="A column, or a template over columns: text to continue or to label.")
     label: str | None = Field(None, description="The column that holds the class of a text.")
+    train_on: Literal["all", "last"] = Field("all", description="Answers of a conversation that are trained.")
     template: Literal["model", "plain"] = Field(
         "model", description="The model's own chat template, or plain: the answer follows the prompt."
     )
@@ -355,6 +356,7 @@ def _without_effect(config: Config) -> list[Problem]:
         ("data.held_out", bool(settings.data.eval), "`data.eval` is given too"),
         ("data.text", settings.kind == "instruction", "`kind` is instruction"),
         ("data.text", settings.data.prompt is not None, "`data.prompt` is given too"),
+        ("data.train_on", settings.kind in ("unsupervised", "supervised"), f"`kind` is {settings.kind}"),
         ("data.prompt", settings.kind in ("unsupervised", "supervised"), f"`kind` is {settings.kind}"),
         ("data.label", settings.kind in ("unsupervised", "instruction"), f"`kind` is {settings.kind}"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),

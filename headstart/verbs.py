@@ -47,6 +47,7 @@ READING = (
     "completion",
     "text",
     "label",
+    "train_on",
     "template",
     "over_length",
     "max_length",

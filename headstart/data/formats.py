@@ -91,11 +91,13 @@ def format_rows(
     completion: str | None = None,
     text: str | None = None,
     label: str | None = None,
+    train_on: str = "all",
     group_by: str | None = None,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
     `prompt` and `completion`, or `text`, are columns or templates over columns that the user names; `label` a column.
+    With `train_on` `last`, only the last answer of a conversation is trained.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
@@ -113,15 +115,17 @@ def format_rows(
         convert, detection = _detect(rows, format)
     tally = _Tally()
     formatted = Formatted(detection)
-    for row in rows:
-        result: Record | list[Problem]
+
+    def to_record(row: Row) -> Record | list[Problem]:
         if detection.format == TEXT:
-            result = _to_document(row, as_template(text or TEXT), group_by, tally)
-        elif detection.format == LABELS:
-            pair = (as_template(text), label) if text and label else _label_pair(row.fields)
-            result = _to_labelled(row, pair, group_by, tally)
-        else:
-            result = _to_conversation(row, convert, group_by, tally)
+            return _to_document(row, as_template(text or TEXT), group_by, tally)
+        if detection.format == LABELS:
+            pair = (text, label) if text and label else _label_pair(row.fields)
+            return _to_labelled(row, pair, group_by, tally)
+        return _to_conversation(row, convert, group_by, tally, train_on)
+
+    for row in rows:
+        result = to_record(row)
         if isinstance(result, list):
             formatted.problems += result
         else:
@@ -463,7 +467,9 @@ class _Tally:
         return said
 
 
-def _to_conversation(row: Row, convert: _Convert, group_by: str | None, tally: _Tally) -> Conversation | list[Problem]:
+def _to_conversation(
+    row: Row, convert: _Convert, group_by: str | None, tally: _Tally, train_on: str
+) -> Conversation | list[Problem]:
     try:
         draft = convert(row)
         problems: list[Problem] = []
@@ -481,7 +487,9 @@ def _to_conversation(row: Row, convert: _Convert, group_by: str | None, tally: _
         problems += _check_turns(kept, row.where)
     if problems:
         return problems
-    last = max(index for index, message in enumerate(kept) if message.role == "assistant")
+    last = max(i for i, m in enumerate(kept) if (m.trained if train_on == "last" else m.role == "assistant"))
+    if train_on == "last":
+        kept = [replace(message, trained=index == last) for index, message in enumerate(kept)]
     tally.trailing += last + 1 < len(kept)
     tally.opening += kept[0].role == "assistant"
     tally.repeated += any(a.role == b.role != "tool" for a, b in zip(kept, kept[1:], strict=False))

@@ -115,6 +115,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") 
             completion=settings.completion,
             text=settings.text,
             label=settings.label,
+            train_on=settings.train_on,
             group_by=settings.group_by,
         )
     except DataError as error:

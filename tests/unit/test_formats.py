@@ -221,3 +221,13 @@ def test_what_would_be_lost_or_break_later_is_a_problem_of_its_row(row: dict[str
 def test_a_row_without_turns_among_others_is_named() -> None:
     formatted = form({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"id": 1})
     assert [problem.where for problem in formatted.problems] == ["f:2:conversations"]
+
+
+def test_only_the_last_answer_is_trained_where_that_is_asked() -> None:
+    turns_of_two = [*MESSAGES, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+    formatted = form({"messages": turns_of_two}, train_on="last")
+    assert [trained for _, _, trained in turns(formatted)] == [False, False, False, True]
+    # What follows the last answer that may be trained is of no use.
+    turns_of_two[-1] = {**turns_of_two[-1], "weight": 0}
+    formatted = form({"messages": turns_of_two}, train_on="last")
+    assert turns(formatted) == [ASKED, ANSWERED]
