@@ -11,8 +11,9 @@ import torch
 from headstart.data.records import Message
 from headstart.data.render import Renderer
 from headstart.display import Display
+from headstart.errors import Problem, UsageError
 from headstart.models.attention import use_attention
-from headstart.models.load import load_tokenizer, stop_ids
+from headstart.models.load import load_tokenizer, model_length, stop_ids
 from headstart.models.source import find_model
 from headstart.run import find_run
 from headstart.verbs import load_here
@@ -42,6 +43,7 @@ class Chat:
         self._renderer = Renderer(tokenizer, stop_ids(source, tokenizer), template)
         self._model = load_here(source).model
         self._max_tokens = max_tokens
+        self._length = model_length(self._model.config)
         self._temperature = temperature
         self.messages = [Message("system", system)] if system else []
 
@@ -50,6 +52,9 @@ class Chat:
         self.messages.append(Message("user", text))
         # Without a template a prompt is one text, so a new question begins anew.
         prompt = self._renderer.prompt(self.messages[-1:] if self._plain else self.messages)
+        if len(prompt) >= self._length:
+            what = f"the conversation has {len(prompt):,} tokens, and the model can place {self._length:,}"
+            raise UsageError(Problem("usage.flag", what, "chat", "begin a new conversation"))
         ids: list[int] = []
         shown = ""
         stopped = False
@@ -74,7 +79,7 @@ class Chat:
         use_attention(self._model, packed=False)
         ids = torch.tensor([prompt], device=self._model.device)
         past = None
-        for _ in range(self._max_tokens):
+        for _ in range(min(self._max_tokens, self._length - len(prompt))):
             with torch.no_grad():
                 output = self._model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = output.past_key_values

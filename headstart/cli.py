@@ -323,7 +323,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @config_app.command()
-def schema() -> None:
+def schema(as_json: Json = True) -> None:  # noqa: ARG001 (a schema is JSON, with the flag and without)
     """Print the JSON schema of the settings."""
     from headstart.config import Settings
 

@@ -223,7 +223,10 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
 
 def build_reader(model: Any, kind: str, *, bfloat16: bool) -> Reader:
     """Return a model as the reader of packs of a kind."""
-    return (LabelReader if kind == "supervised" else PackReader)(model, bfloat16=bfloat16)
+    try:
+        return (LabelReader if kind == "supervised" else PackReader)(model, bfloat16=bfloat16)
+    except ValueError as error:
+        raise ModelError(Problem("model.kind", str(error), type(model).__name__, "use another model")) from None
 
 
 def _choose_method(source: Source, kind: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,16 @@ def load_model(
     quiet()
     register()
     base = find_base(source) if source.is_adapter else source
+    if classes is None and find_classes(source) is not None:
+        cure = "label rows with it: headstart predict MODEL DATA -o FILE"
+        raise ModelError(Problem("model.kind", "the model is a classifier and writes no text", source.name, cure))
     try:
-        model = auto.from_pretrained(base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **extra)
+        model, info = auto.from_pretrained(
+            base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **extra
+        )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
+    _check_whole(model, info["missing_keys"], source, new_head=classes is not None)
     _mend_generation_config(model)
     model.to(device)
     adapted = model
@@ -89,6 +95,16 @@ def load_model(
         model = adapted.get_base_model()
     model.eval()
     return Loaded(model, adapted, source, base)
+
+
+def _check_whole(model: Any, missing: Collection[str], source: Source, *, new_head: bool) -> None:
+    """Raise ModelError where weights would begin at random that the folder should hold: then it is of another kind."""
+    body = f"{model.base_model_prefix}."
+    lost = sorted(key for key in missing if not new_head or (key.startswith(body) and ".pooler." not in f".{key}"))
+    if lost:
+        what = f"it holds no weights for {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}"
+        cure = "give a model that writes text; a classifier is for `headstart predict`, an encoder for labels"
+        raise ModelError(Problem("model.kind", what, source.name, cure))
 
 
 def _mend_generation_config(model: Any) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import headstart
+from headstart.errors import ModelError
+from headstart.models.load import load_model
+from headstart.models.source import find_model
 from tests.e2e.test_commands import as_json, call
 
 KINDS = {"plan": ["What is the plan?", "The plan is short."], "throat": ["a sore throat", "The throat is sore."]}
@@ -104,3 +107,14 @@ def test_predict_writes_nothing_where_a_row_has_no_text(labels: Path) -> None:
     assert result.exit_code == 3
     assert "bad.jsonl:2:text" in result.stderr
     assert not list(Path().glob("*found*"))
+
+
+def test_a_model_is_not_taken_for_one_of_another_kind(labels: Path) -> None:
+    assert call("tune", "labels.csv", "-o", "runs/labels", *QUICK, "-s", "steps=1").exit_code == 0
+    for model, said in (("runs/labels", "is a classifier"), ("minilm", "no chat template")):
+        result = call("chat", model, "--ask", "hello")
+        assert result.exit_code == 1
+        assert said in result.stderr
+    assert call("predict", "smollm2-135m", "labels.csv", "-o", "found.jsonl").exit_code == 1
+    with pytest.raises(ModelError, match="holds no weights for"):
+        load_model(find_model("minilm"), "cpu")
