@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
@@ -22,29 +22,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     The temporary file lies beside its target, since a rename is atomic only within one file system. The file gets
     the permissions that any new file would get.
     """
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[TextIO]:
-    """Give a temporary text file that becomes `path` when the block ends well, and vanishes when it doesn't."""
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file that becomes `path` when the block ends well, and vanishes when it doesn't."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -211,7 +211,7 @@ def predict(
                     "probabilities": {name: round(float(v), 6) for name, v in zip(classes, values, strict=True)},
                     **({"cut": True} if example.cut else {}),
                 }
-                file.write(json.dumps(found, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(found, ensure_ascii=False, default=str).encode() + b"\n")
             done += len(rows)
             if on_progress:
                 on_progress("labelling", done, done)

@@ -17,7 +17,7 @@ from headstart.data.encode import Encoder, Tokens
 from headstart.data.records import Document
 from headstart.data.render import Renderer
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
-from headstart.errors import DataError, Problem
+from headstart.errors import Problem
 
 WORD = re.compile(r"\S+")
 FIT_CHARACTERS = 2_000_000
@@ -72,12 +72,8 @@ def segment_documents(
             groups = [tuple(pieces)] if whole else [(piece,) for piece in pieces]
             result.examples += [Example(document.where, group, cut) for group in groups]
             result.kept += [document] * len(groups)
-    if result.dropped and over_length == "error":
-        cure = "raise data.max_length, or choose -s data.over_length=split, drop or cut"
-        raise DataError(
-            Problem("row.too_long", f"{length:,} tokens, over {max_length:,}", str(where), cure)
-            for where, length in result.dropped
-        )
+    if over_length == "error":
+        result.reject_dropped(max_length, "split, drop or cut")
     return result
 
 

@@ -81,10 +81,6 @@ def segment_labelled(
             cut = encoder.decode(inner[room:]) if len(inner) > room else ""
             result.examples.append(Example(record.where, (segment,), cut, numbers.get(record.label, -1)))
             result.kept.append(record)
-    if result.dropped and over_length == "error":
-        cure = "raise data.max_length, or choose -s data.over_length=drop or cut"
-        raise DataError(
-            Problem("row.too_long", f"{length:,} tokens, over {max_length:,}", str(where), cure)
-            for where, length in result.dropped
-        )
+    if over_length == "error":
+        result.reject_dropped(max_length, "drop or cut")
     return result

@@ -71,6 +71,15 @@ class Segmented:
     dropped: list[tuple[Where, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    def reject_dropped(self, max_length: int, choices: str) -> None:
+        """Raise DataError with every row that is over the length."""
+        cure = f"raise data.max_length, or choose -s data.over_length={choices}"
+        if self.dropped:
+            raise DataError(
+                Problem("row.too_long", f"{length:,} tokens, over {max_length:,}", str(where), cure)
+                for where, length in self.dropped
+            )
+
     @property
     def cut(self) -> int:
         """How many examples lost context."""
@@ -99,12 +108,8 @@ def segment_rows(
             segments = tuple(map(_segment, fitting.tokens))
             result.examples.append(Example(row.conversation.where, segments, fitting.cut))
             result.kept.append(fitting.conversation)
-    if result.dropped and over_length == "error":
-        cure = "raise data.max_length, or choose -s data.over_length=drop or cut"
-        raise DataError(
-            Problem("row.too_long", f"{length:,} tokens, over {max_length:,}", str(where), cure)
-            for where, length in result.dropped
-        )
+    if over_length == "error":
+        result.reject_dropped(max_length, "drop or cut")
     return result
 
 

@@ -207,17 +207,21 @@ def test_the_examples_run(data: Path) -> None:
     )
 
 
-def test_the_card_loads_the_model_without_headstart(run: Path) -> None:
-    """What the model card shows gives, with plain transformers and peft, the very answer that headstart chat gives."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    code = snippet.replace('"content": "..."', '"content": "3 three days?"').replace(
-        "max_new_tokens=512", "max_new_tokens=20"
-    )
+def run_card(run: Path, asked: str) -> str:
+    """Run the lines of a run's model card, with some texts changed and without headstart; return what they print."""
+    (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for old, new in {'"..."': asked, "max_new_tokens=512": "max_new_tokens=20"}.items():
+        code = code.replace(old, new)
     blocked = f"import sys; sys.modules['headstart'] = None\n{code}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_card_loads_the_model_without_headstart(run: Path) -> None:
+    """What the model card shows gives, with plain transformers and peft, the very answer that headstart chat gives."""
     _, said = as_json("chat", str(run), "--ask", "3 three days?", "--max-tokens", "20")
-    assert done.stdout.rstrip("\n") == said["answer"].rstrip("\n")
+    assert run_card(run, '"3 three days?"').rstrip("\n") == said["answer"].rstrip("\n")
 
 
 def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import headstart
 from headstart.errors import ModelError
 from headstart.models.load import load_model
 from headstart.models.source import find_model
-from tests.e2e.test_commands import as_json, call
+from tests.e2e.test_commands import as_json, call, run_card
 
 KINDS = {"plan": ["What is the plan?", "The plan is short."], "throat": ["a sore throat", "The throat is sore."]}
 QUICK = ["-s", "steps=30", "-s", "batch_size=8", "-s", "eval.every=10", "-s", "optim.lr=5e-3", "-s", "data.held_out=20"]
@@ -48,16 +45,8 @@ def test_labels_in_and_a_classifier_out(labels: Path, method: str) -> None:
     found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
     assert len(found) == 80
     assert sum(row["prediction"] == row["label"] for row in found) > 70
-    (snippet,) = re.findall(r"```python\n(.*?)```", Path("runs/labels/README.md").read_text(), re.DOTALL)
-    code = snippet.replace('"..."', repr(found[3]["text"]))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.modules['headstart'] = None\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (told,) = json.loads(done.stdout.replace("'", '"'))
+    printed = run_card(run.path, repr(found[3]["text"]))
+    (told,) = json.loads(printed.replace("'", '"'))
     assert told["label"] == found[3]["prediction"]
     assert told["score"] == pytest.approx(found[3]["probability"], abs=1e-3)
 

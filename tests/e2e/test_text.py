@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import headstart
 from headstart.files import read_json
-from tests.e2e.test_commands import as_json, call
+from tests.e2e.test_commands import as_json, call, run_card
 
 WORDS = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
 QUICK = [
@@ -58,15 +56,7 @@ def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
     report = Path("runs/text/report.html").read_text()
     assert "Gained most" in report
     assert "bits per byte" in report
-    (snippet,) = re.findall(r"```python\n(.*?)```", Path("runs/text/README.md").read_text(), re.DOTALL)
-    code = snippet.replace('"..."', '"The plan"').replace("max_new_tokens=512", "max_new_tokens=4")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.modules['headstart'] = None\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_card(Path("runs/text"), '"The plan"')
 
 
 def test_the_other_verbs_read_text_too(texts: Path) -> None:
