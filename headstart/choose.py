@@ -52,7 +52,7 @@ def choose(config: Config, facts: Facts) -> Config:
         steps = math.ceil(round(epochs * rows) / batch_size)
     else:
         steps = settings.steps
-    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size))
+    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size, labels))
     decide("optim.warmup", 0.05, "a twentieth of the steps")
     packed = max(PACK_TOKENS[facts.device], facts.longest)
     decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
@@ -81,19 +81,20 @@ def _label_batch_size(rows: int) -> tuple[int, str]:
 
 
 def _label_epochs(rows: int) -> tuple[float, str]:
-    return (20.0 if rows < 1_000 else 10.0 if rows < 5_000 else 5.0), f"for {rows:,} labelled rows"
+    return (20.0 if rows < 1_000 else 10.0 if rows < 5_000 else 4.0), f"for {rows:,} labelled rows"
 
 
 def _epochs(rows: int) -> tuple[float, str]:
     return (3.0 if rows < 1_000 else 2.0 if rows < 5_000 else 1.0), f"for {rows:,} rows"
 
 
-def _learning_rate(method: str, hidden_size: int) -> tuple[float, str]:
+def _learning_rate(method: str, hidden_size: int, labels: bool) -> tuple[float, str]:
     # An adapter wants about ten times the rate of a full fine-tuning, and wider models a lower one: 5e-4 at a width of
     # 2,000, falling with its root ("LoRA Without Regret", Thinking Machines, 2025; tried at a width of 576: docs/log.md).
     rate = 5e-4 * math.sqrt(2000 / hidden_size)
-    rate = rate if method == "lora" else rate / 10
-    return float(f"{rate:.1e}"), f"for {method} at a model width of {hidden_size:,}"
+    # The head of a classifier begins at random, so a classifier that trains whole takes twice the rate (docs/log.md).
+    rate = rate if method == "lora" else rate / (5 if labels else 10)
+    return float(f"{rate:.1e}"), f"for {method} at a model width of {hidden_size:,}{', with labels' if labels else ''}"
 
 
 def _eval_every(facts: Facts, steps: int, batch_size: int) -> tuple[int, str]:
