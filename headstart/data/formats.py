@@ -7,7 +7,7 @@
 | alpaca            | `instruction`, `input` (may be empty or absent), `output`; `system`             |
 | prompt_completion | `prompt`, `completion`: text, or lists of messages; other pairs of names in PAIRS |
 | columns           | any columns: the user names the two, or gives templates over columns           |
-| labels            | a text and its class: names in TEXTS and LABELS, or the columns that the user names |
+| labels            | a text and its class: TEXT_COLUMNS and LABEL_COLUMNS, or the columns that the user names |
 | text              | `text`, a document; or the column that the user names                           |
 
 The first five are conversations to learn answers from; labels are classes to tell; text is to be continued.
