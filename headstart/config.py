@@ -206,9 +206,8 @@ class Config:
         dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
         text = dumped.removesuffix("\n").removesuffix("\n...")
         if "\n" in text:  # read back line by line, so each value stands on one
-            text = yaml.safe_dump(value, default_flow_style=True, default_style='"', allow_unicode=True, width=10**6)[
-                :-1
-            ]
+            quoted = yaml.safe_dump(value, default_flow_style=True, default_style='"', allow_unicode=True, width=10**6)
+            text = quoted.removesuffix("\n")
         source = self.source(key)
         if value is None and source == "default":
             source = "auto: decided when the run starts"

@@ -133,10 +133,9 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if config.settings.kind == "auto":
         decided["kind"] = (sides.kind, f"the rows are {sides.train.detection.format}")
     renderer = build_renderer(source, tokenizer, sides.kind, settings.template, today)
-    limit, why = settings.max_length or text_length(source, tokenizer), "the model's own limit"
-    if sides.kind == "unsupervised" and settings.max_length is None and limit > DOCUMENT_TOKENS:
-        limit, why = DOCUMENT_TOKENS, "pieces of documents: longer ones cost more and teach little more"
+    limit = settings.max_length or row_length(sides.kind, source, tokenizer)
     if settings.max_length is None:
+        why = "pieces of documents" if sides.kind == "unsupervised" else "the model's own limit"
         decided["data.max_length"] = (limit, why)
     if settings.over_length == "auto":
         decided["data.over_length"] = ("split" if sides.kind == "unsupervised" else "drop", f"{sides.kind} rows")
@@ -149,9 +148,14 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     return Data(config, source, tokenizer, renderer, prepared)
 
 
-def text_length(source: Source, tokenizer: Any) -> int:
-    """Return the most tokens of a row: what the model can place and, where that is less, what its tokenizer allows."""
-    return min(model_length(load_config(source)), int(min(tokenizer.model_max_length, 1 << 20)))
+def row_length(kind: str, source: Source, tokenizer: Any) -> int:
+    """Return the most tokens of a row where the user named none.
+
+    What the model can place and, where that is less, what its tokenizer allows; of documents, pieces of
+    `DOCUMENT_TOKENS`: longer ones cost more and teach little more.
+    """
+    length = min(model_length(load_config(source)), int(min(tokenizer.model_max_length, 1 << 20)))
+    return min(length, DOCUMENT_TOKENS) if kind == "unsupervised" else length
 
 
 def _check_positions(prepared: Prepared, length: int) -> None:

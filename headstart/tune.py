@@ -106,7 +106,7 @@ def resume(path: Path, display: Display) -> Run:
         _tell_versions(record, display)
         date = datetime.date.fromisoformat(record["date"])
         job = _set_up(folder.read_config().fixed(), date, display)
-        _check_same(record, _describe_data(job.data, date))
+        _check_same(record, job.data)
         return _Session(job, folder, display, stop).carry_out()
 
 
@@ -408,15 +408,19 @@ def _tell_versions(record: Mapping[str, Any], display: Display) -> None:
         display.warn(f"other versions than when the run began ({', '.join(other)}): it goes on, not bit for bit")
 
 
-def _check_same(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise DataError where a run would go on with other files or another model than it began with."""
-    was, found = ({(f["path"], f["sha256"]) for f in side["files"]} for side in (record, now))
+def _check_same(record: Mapping[str, Any], data: Data) -> None:
+    """Raise DataError where a run would go on with other files, or another model, than it began with.
+
+    That the files it began with are as they were is known by now (`_check_unchanged`).
+    """
+    was = {file["path"] for file in record["files"]}
+    found = {str(file.path.resolve()) for formed in data.prepared.formed for file in formed.files}
     cure = "put back what was there, or begin a new run"
     problems = [
-        Problem("data.changed", "the file is new" if item in found else "the file is gone", item[0], cure)
-        for item in sorted(was ^ found)
+        Problem("data.changed", "the file is new" if path in found else "the file is not read any more", path, cure)
+        for path in sorted(was ^ found)
     ]
-    if any(record["model"][key] != now["model"][key] for key in ("sha256", "revision")):
+    if (record["model"]["sha256"], record["model"]["revision"]) != (_weights_hash(data.source), data.source.revision):
         problems.append(Problem("data.changed", "the model is not what it was", record["model"]["name"], cure))
     if problems:
         raise DataError(problems)

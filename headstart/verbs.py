@@ -15,7 +15,7 @@ from headstart.config import Config, Override, as_names, build_config
 from headstart.data.check import Findings, find
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
-from headstart.data.formats import take_texts
+from headstart.data.formats import find_text_column, take_texts
 from headstart.data.labels import segment_labelled
 from headstart.data.prepare import form_rows, reject_bad_rows, segment
 from headstart.data.read import Item, Row, find_files, read
@@ -27,14 +27,12 @@ from headstart.evaluate.compare import Compared, compare_all, to_json
 from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
 from headstart.evaluate.score import classify_rows
 from headstart.files import new_file
-from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, text_length
+from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
 from headstart.models.load import (
     Loaded,
     find_classes,
-    load_config,
     load_model,
     load_tokenizer,
-    model_length,
     need_classes,
 )
 from headstart.models.source import Source, find_model
@@ -189,14 +187,16 @@ def predict(
     source = find_model(model)
     classes = need_classes(source)
     tokenizer = load_tokenizer(source)
-    encoder, length = Encoder(tokenizer), text_length(source, tokenizer)
+    encoder, length = Encoder(tokenizer), row_length("supervised", source, tokenizer)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
     reader = LabelReader(load_here(source, classes).model)
+    text = config.settings.data.text
     problems: list[Problem] = []
     done = 0
     with new_file(Path(out)) as file:
         for rows in _in_parts(read(find_files(config.settings.data.train)), problems):
-            texts, bad = take_texts(rows, config.settings.data.text)
+            text = text or find_text_column(rows)
+            texts, bad = take_texts(rows, text)
             problems += bad
             if problems:
                 continue
@@ -275,9 +275,9 @@ def _read(model: str, config: Config) -> _Reading:
     source = find_model(model)
     settings = config.settings.data
     formed = form_rows(settings.train, settings, config.settings.kind)
-    renderer = build_renderer(source, load_tokenizer(source), formed.detection.kind, settings.template)
-    max_length = settings.max_length or model_length(load_config(source))
-    kind = formed.detection.kind
+    kind, tokenizer = formed.detection.kind, load_tokenizer(source)
+    renderer = build_renderer(source, tokenizer, kind, settings.template)
+    max_length = settings.max_length or row_length(kind, source, tokenizer)
     classes = need_classes(source) if kind == "supervised" else ()
     rows = segment(formed.formatted.examples, settings, renderer, max_length, whole=True, classes=classes)
     problems = [*formed.formatted.problems, *rows.problems]
@@ -291,7 +291,7 @@ def _read(model: str, config: Config) -> _Reading:
             f"{len(rows.dropped):,} rows dropped whole, over {max_length:,} tokens; first {rows.dropped[0][0]}"
         )
     if rows.cut:
-        notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens: the end of their longest context")
+        notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
     return _Reading(source, kind, classes, renderer, rows, notes)

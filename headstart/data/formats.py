@@ -105,6 +105,7 @@ def format_rows(
         _need_columns(rows, [group_by], "data.group_by")
     if prompt is not None or completion is not None:
         format = "columns"
+    convert: _Convert | None = None
     if label is not None:
         text, detection = _label_columns(rows, text, label)
     elif text is not None:
@@ -112,7 +113,7 @@ def format_rows(
     elif format == "columns":
         convert, detection = _columns(rows, prompt, completion)
     else:
-        convert, detection = _detect(rows, format)
+        detection = _detect(rows, format)
     tally = _Tally()
     formatted = Formatted(detection)
 
@@ -122,7 +123,7 @@ def format_rows(
         if detection.format == LABELS:
             pair = (text, label) if text and label else _label_pair(row.fields)
             return _to_labelled(row, pair, group_by, tally)
-        return _to_conversation(row, convert, group_by, tally, train_on)
+        return _to_conversation(row, convert or _CONVERT[detection.format], group_by, tally, train_on)
 
     for row in rows:
         result = to_record(row)
@@ -137,11 +138,11 @@ def format_rows(
 # --- which format ---
 
 
-def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
+def _detect(rows: Sequence[Row], format: str) -> Detection:
     if format != "auto":
         reads, fits = _FITS[format]
         fitting = sum(fits(row.fields) for row in rows)
-        return _CONVERT.get(format, _from_pair), Detection(format, fitting, len(rows), "given", reads)
+        return Detection(format, fitting, len(rows), "given", reads)
     counts: Counter[str] = Counter()
     first: dict[str, Row] = {}
     for row in rows:
@@ -160,9 +161,7 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[_Convert, Detection]:
         pair = _label_pair(first[name].fields)
         sure = pair == (TEXT_COLUMNS[0], LABEL_COLUMNS[0])
     reads = f"`{pair[0]}` and `{pair[1]}`" if name in ("prompt_completion", LABELS) and pair else _FITS[name][0]
-    return _CONVERT.get(name, _from_pair), Detection(
-        name, counts[name], len(rows), "certain" if sure else "likely", reads
-    )
+    return Detection(name, counts[name], len(rows), "certain" if sure else "likely", reads)
 
 
 def _unknown(row: Row) -> Problem:
@@ -308,13 +307,10 @@ def _text_column(rows: Sequence[Row], text: str) -> Detection:
 
 def _to_document(row: Row, template: str, group_by: str | None, tally: _Tally) -> Document | list[Problem]:
     try:
-        content = _fill(template, row)
-        _check_encodable(content, str(row.where))
+        content = _text(row, template)
         group = _group(row, group_by)
     except _RowError as error:
         return error.problems
-    if not content.strip():
-        return [Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row")]
     tally.unused.update(set(row.fields) - {*template_columns(template), group_by})
     return Document(row.where, content, group)
 
@@ -326,11 +322,7 @@ def _label_pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _label_columns(rows: Sequence[Row], text: str | None, label: str) -> tuple[str, Detection]:
-    known = {name: None for row in rows for name in row.fields}
-    found = text or next((name for name in TEXT_COLUMNS if name in known and name != label), None)
-    if found is None:
-        cure = f'-s data.text="{{column}}"; the columns are {", ".join(known)}'
-        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
+    found = text or find_text_column(rows, label)
     needed = [*template_columns(as_template(found)), label]
     _need_columns(rows, needed, "data.text, data.label")
     fitting = sum(all(name in row.fields for name in needed) for row in rows)
@@ -345,39 +337,46 @@ def _to_labelled(
         return [Problem("row.field_missing", what, str(row.where), "add them, or delete the row")]
     template, name = as_template(pair[0]), pair[1]
     try:
-        text = _fill(template, row)
-        _check_encodable(text, str(row.where))
+        text = _text(row, template)
         label = _label(row.fields.get(name), row.where.field(name))
         group = _group(row, group_by)
     except _RowError as error:
         return error.problems
-    if not text.strip():
-        return [Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row")]
     tally.unused.update(set(row.fields) - {*template_columns(template), name, group_by})
     return Labelled(row.where, text, label, group)
 
 
-def take_texts(rows: Sequence[Row], text: str | None = None) -> tuple[list[Labelled], list[Problem]]:
+def find_text_column(rows: Sequence[Row], label: str | None = None) -> str:
+    """Return the first of TEXT_COLUMNS, but the label's, that a row has. Raises DataError where no row has one."""
+    known = {name: None for row in rows for name in row.fields}
+    found = next((name for name in TEXT_COLUMNS if name in known and name != label), None)
+    if found is None:
+        cure = f'-s data.text="{{column}}"; the columns are {", ".join(known)}'
+        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
+    return found
+
+
+def take_texts(rows: Sequence[Row], text: str) -> tuple[list[Labelled], list[Problem]]:
     """Return the texts of rows that are to be labelled, and what is wrong with the others.
 
-    `text` is a column or a template over columns; else the first of TEXT_COLUMNS that a row has. Raises DataError where
-    no row has one.
+    `text` is a column or a template over columns.
     """
-    fields = {name: None for row in rows for name in row.fields}
-    found = text or next((name for name in TEXT_COLUMNS if name in fields), None)
-    if found is None:
-        cure = f'-s data.text="{{column}}"; the columns are {", ".join(fields)}'
-        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
     texts: list[Labelled] = []
     problems: list[Problem] = []
     for row in rows:
         try:
-            content = _fill(as_template(found), row)
-            _check_encodable(content, str(row.where))
-            texts.append(Labelled(row.where, content, ""))
+            texts.append(Labelled(row.where, _text(row, as_template(text)), ""))
         except _RowError as error:
             problems += error.problems
     return texts, problems
+
+
+def _text(row: Row, template: str) -> str:
+    content = _fill(template, row)
+    _check_encodable(content, str(row.where))
+    if not content.strip():
+        raise _RowError(Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row"))
+    return content
 
 
 def _label(value: Any, place: str) -> str:

@@ -224,26 +224,24 @@ def segment(
     classes: Sequence[str] = (),
 ) -> Segmented:
     """Encode records of one kind, which `renderer` is for. Of documents to score on, all pieces stay together (`whole`)."""
+    if not records:
+        return Segmented()
     over_length = settings.over_length
-    if records and not isinstance(records[0], Document):
-        if over_length == "split":
-            cure = "-s data.over_length=drop or cut"
-            raise DataError(Problem("format.kind", "only documents can be split", "data.over_length", cure))
-        over_length = "drop" if over_length == "auto" else over_length
+    documents = [record for record in records if isinstance(record, Document)]
+    if over_length == "auto":
+        over_length = "split" if documents else "drop"
+    if over_length == "split" and not documents:
+        cure = "-s data.over_length=drop or cut"
+        raise DataError(Problem("format.kind", "only documents can be split", "data.over_length", cure))
     labelled = [record for record in records if isinstance(record, Labelled)]
     if labelled:
         return segment_labelled(labelled, renderer, classes, max_length=max_length, over_length=over_length)
+    if not isinstance(renderer, Renderer):
+        raise TypeError("conversations and documents are rendered by a Renderer")
+    if documents:
+        positions = settings.positions
+        return segment_documents(
+            documents, renderer, max_length=max_length, over_length=over_length, positions=positions, whole=whole
+        )
     conversations = [record for record in records if isinstance(record, Conversation)]
-    if conversations and isinstance(renderer, Renderer):
-        return segment_rows(conversations, renderer, max_length=max_length, over_length=over_length)
-    documents = [record for record in records if isinstance(record, Document)]
-    if not documents or not isinstance(renderer, Renderer):
-        return Segmented()
-    return segment_documents(
-        documents,
-        renderer,
-        max_length=max_length,
-        over_length="split" if over_length == "auto" else over_length,
-        positions=settings.positions,
-        whole=whole,
-    )
+    return segment_rows(conversations, renderer, max_length=max_length, over_length=over_length)

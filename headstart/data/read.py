@@ -1,7 +1,8 @@
 """Files -> rows, each with where it stands.
 
-jsonl, json, csv, tsv, parquet, txt and md, plain or gzip; one file, many, a folder, or a data set of the hub. A reader yields
-rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in silence.
+jsonl, json, csv, tsv, parquet, txt and md, plain or gzip; one file, many, a folder, or a data set of the hub. A reader
+yields rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in
+silence.
 """
 
 from __future__ import annotations

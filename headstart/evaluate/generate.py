@@ -32,7 +32,8 @@ def generate(
 ) -> list[Answer]:
     """Answer `prompts` (token ids) with the likeliest token at each place, up to a stop token or each one's limit.
 
-    Prompt and answer together stay within `length`, the most tokens that the model can place. Prompts of like limit and length go through together; `on_batch(done, total)` is called after each batch.
+    Prompt and answer together stay within `length`, the most tokens that the model can place. Prompts of like limit and
+    length go through together; `on_batch(done, total)` is called after each batch.
     """
     model.eval()
     use_attention(model, packed=False)

@@ -115,7 +115,8 @@ def measure(
 ) -> Measured:
     """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
-    `classes` are those that a classifier tells apart. `records` and `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
+    `classes` are those that a classifier tells apart. `records` and `examples` are the same rows. The answer that is
+    compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:

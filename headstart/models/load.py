@@ -123,8 +123,10 @@ def _mend_generation_config(model: Any) -> None:
 
 def find_classes(source: Source) -> tuple[str, ...] | None:
     """Return the classes of a classifier; None where the model is none."""
+    if source.is_adapter:
+        return None
     config = load_config(source)
-    if source.is_adapter or not any("ForSequenceClassification" in name for name in config.architectures or ()):
+    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
         return None
     return tuple(config.id2label[number] for number in range(len(config.id2label)))
 

@@ -120,12 +120,11 @@ def _classes(before: Measured, after: Measured) -> str:
     def f1(side: int, name: str) -> float:
         return 2 * right[side][name] / max(1, counts[side][name] + told[side][name])
 
-    rows = [
-        [_cell(name), _cell(f"{count:,}"), *(_cell(f"{value:.3f}") for value in values)]
-        for name, count in sorted(counts[1].items(), key=lambda item: (f1(1, item[0]), item[0]))
-        for precision in [right[1][name] / max(1, told[1][name])]
-        for values in [(f1(0, name), f1(1, name), precision, right[1][name] / count)]
-    ]
+    rows = []
+    for name, count in sorted(counts[1].items(), key=lambda item: (f1(1, item[0]), item[0])):
+        precision, recall = right[1][name] / max(1, told[1][name]), right[1][name] / count
+        shown = [f"{value:.3f}" for value in (f1(0, name), f1(1, name), precision, recall)]
+        rows.append([_cell(text) for text in (name, f"{count:,}", *shown)])
     wrong = Counter((row.reference, row.answer or "") for row in after.rows if row.answer != row.reference)
     mixed = [[_cell(a), _cell(b), _cell(f"{count:,}")] for (a, b), count in wrong.most_common(CONFUSED)]
     table = _table(["class", "rows", "F1 before", "F1 after", "precision", "recall"], rows[:CLASSES])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS
 
@@ -85,7 +86,7 @@ def data_lines(prepared: Any) -> list[str]:
             longest = max(length for _, length in part.dropped)
             lines.append(f"{len(part.dropped):,} rows to {name} dropped whole: too long (up to {longest:,} tokens)")
         if part.cut:
-            lines.append(f"{part.cut:,} rows to {name} lost the end of their longest context turn")
+            lines.append(f"{part.cut:,} rows to {name} were cut to the length")
     if prepared.fit:
         lines.append(f"the tokenizer on this text: {prepared.fit}")
     if prepared.problems:
@@ -114,8 +115,7 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, label in names.items()
     ]
     if data.get("fit"):
-        words, split = data["fit"]["tokens_per_word"], data["fit"]["split_frac"]
-        facts.append(("tokenizer fit", f"{words:.2f} tokens a word, {split:.1%} of words in more than three pieces"))
+        facts.append(("tokenizer fit", str(Fit(**data["fit"]))))
     if data["duplicates"]:
         facts.append(("duplicates", f"{data['duplicates']:,} rows stand more than once"))
     if data["dropped"]["in_both"]:
