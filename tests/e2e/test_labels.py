@@ -95,6 +95,10 @@ def test_predict_writes_nothing_where_a_row_has_no_text(labels: Path) -> None:
     result = call("predict", "runs/labels", "bad.jsonl", "-o", "found.jsonl")
     assert result.exit_code == 3
     assert "bad.jsonl:2:text" in result.stderr
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": " "}\n')
+    result = call("predict", "runs/labels", "bad.jsonl", "-o", "found.jsonl")
+    assert result.exit_code == 3
+    assert "bad.jsonl:2: the text is empty" in result.stderr
     assert not list(Path().glob("*found*"))
 
 

@@ -78,3 +78,24 @@ def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:
     assert "which is for unsupervised fine-tuning, not instruction" in result.stderr
     assert call("tune", "texts.jsonl", "-s", "kind=instruction", "-s", "data.text=text").exit_code == 2
     assert call("tune", "texts.jsonl", "-s", "data.positions=continue", *QUICK, "-s", "steps=1").exit_code == 0
+
+
+def test_a_run_and_eval_cut_documents_alike(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.job.DOCUMENT_TOKENS", 12)
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("train.jsonl").write_text("".join(lines[:40]), encoding="utf-8")
+    Path("held.jsonl").write_text("".join(lines[40:]), encoding="utf-8")
+    settings = [*QUICK[:-2], "-s", "steps=1", "-s", "eval.every=0"]
+    code, result = as_json("tune", "train.jsonl", "--eval-data", "held.jsonl", "-o", "runs/text", *settings)
+    assert code == 0
+    found = as_json("eval", "runs/text", "held.jsonl")[1]["metrics"]["bits_per_byte"]["value"]
+    assert found == pytest.approx(result["after"]["bits_per_byte"]["value"], rel=1e-5)
+
+
+def test_positions_that_the_model_does_not_have_are_refused(tiny_home: Path) -> None:
+    rows = [{"text": f"{n} " + "The plan is short. " * 200} for n in range(20)]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = call("check", "long.jsonl", "-s", "data.positions=continue")
+    assert result.exit_code == 3
+    assert "the model has 512 positions" in result.stderr
+    assert call("check", "long.jsonl").exit_code == 0

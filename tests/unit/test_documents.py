@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from headstart.config import DataSettings
 from headstart.data.documents import measure_fit, segment_documents, split_tokens
-from headstart.data.encode import Tokens
+from headstart.data.encode import Encoder, Tokens
 from headstart.data.forest import build_packs
 from headstart.data.formats import format_rows
+from headstart.data.prepare import segment
 from headstart.data.read import Row, Where, find_files, read
 from headstart.data.records import Document
 from headstart.data.render import Renderer
@@ -167,3 +169,12 @@ def test_the_fit_counts_tokens_of_words_as_they_stand_in_a_text() -> None:
     lengths = [len(own.tokenizer(f" {word}")["input_ids"]) for word in ("patient", "zzzzzz")]
     assert fit.tokens_per_word == pytest.approx((2 * lengths[0] + lengths[1]) / 3)
     assert fit.split_frac == pytest.approx(1 / 3)
+
+
+def test_conversations_are_never_split() -> None:
+    row = Row(Where("f", 1), {"prompt": "a", "completion": "b"})
+    records = format_rows([row]).examples
+    with pytest.raises(DataError, match="only documents can be split"):
+        segment(records, DataSettings(over_length="split"), renderer(), 10, whole=False)
+    with pytest.raises(TypeError, match="rendered by a Renderer"):
+        segment(records, DataSettings(), Encoder(renderer().tokenizer), 10, whole=False)

@@ -1,0 +1,88 @@
+"""What keeps a run from going on in silence: memory, signals, numbers, adapters without targets, uneven labels."""
+
+from __future__ import annotations
+
+import errno
+import math
+import signal
+
+import pytest
+import torch
+
+from headstart.data.labels import label_notes
+from headstart.data.read import Where
+from headstart.data.records import Labelled
+from headstart.engine.loop import Progress, _judge
+from headstart.errors import DivergedError, ModelError, ResourceError
+from headstart.machine import resources
+from headstart.models.adapt import Lora, adapt
+from headstart.models.attention import Forest
+from headstart.stop import StopRequest
+from tests.twins import twin
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "memory.exhausted"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory.exhausted"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "memory.exhausted"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk.full"),
+    ],
+)
+def test_what_runs_out_is_named(error: Exception, code: str) -> None:
+    with pytest.raises(ResourceError) as found, resources():
+        raise error
+    assert found.value.problems[0].code == code
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), NotImplementedError("op"), OSError(errno.EACCES, "no")]
+)
+def test_other_faults_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)), resources():
+        raise error
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_watched_loss_that_is_no_number_is_never_the_best(value: float) -> None:
+    progress = Progress(step=3)
+    with pytest.raises(DivergedError, match="step 3"):
+        _judge(progress, value, hooks=None)  # type: ignore[arg-type]
+    assert progress.best_step is None
+
+
+def test_a_target_that_is_no_linear_module_is_told_with_those_that_are() -> None:
+    with pytest.raises(ModelError) as error:
+        adapt(twin("llama", torch.float32), Lora(4, 8.0, 0.0, ("mlp",)), 0)
+    assert "down_proj" in error.value.problems[0].cure
+
+
+def test_a_window_that_looks_both_ways_is_refused() -> None:
+    forest = Forest([3], [-1], torch.arange(3))
+    assert forest.mask(0, 0, causal=False) is None
+    with pytest.raises(ValueError, match="looks both ways"):
+        forest.mask(0, 2, causal=False)
+
+
+def test_classes_that_are_uneven_or_have_one_row_are_told() -> None:
+    def rows(**counts: int) -> list[Labelled]:
+        return [Labelled(Where("f", 1), "text", label) for label, count in counts.items() for _ in range(count)]
+
+    told = "\n".join(label_notes(rows(a=30, b=1), []))
+    assert "2 classes, of 1 ('b') to 30 ('a') rows" in told
+    assert "look at macro F1" in told
+    assert "1 classes have one row to train on: 'b'" in told
+    assert "macro F1" not in "\n".join(label_notes(rows(a=20, b=2), []))
