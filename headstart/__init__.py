@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headstart.errors import HeadstartError
+    from headstart.label import predict
     from headstart.run import Run
-    from headstart.tune import tune
-    from headstart.verbs import check, compare, evaluate, load, plan, predict
+    from headstart.tuning import tune
+    from headstart.verbs import check, compare, evaluate, load, plan
 
 __version__ = "0.1.0"
 __all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "predict", "tune"]
@@ -23,13 +24,13 @@ __all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "pla
 _HOMES = {
     "HeadstartError": "headstart.errors",
     "Run": "headstart.run",
-    "tune": "headstart.tune",
+    "tune": "headstart.tuning",
     "check": "headstart.verbs",
     "compare": "headstart.verbs",
     "evaluate": "headstart.verbs",
     "load": "headstart.verbs",
     "plan": "headstart.verbs",
-    "predict": "headstart.verbs",
+    "predict": "headstart.label",
 }
 
 

@@ -41,7 +41,7 @@ class Chat:
         template = "plain" if self._plain else "model"
         tokenizer = load_tokenizer(source)
         self._renderer = Renderer(tokenizer, stop_ids(source, tokenizer), template)
-        self._model = load_here(source).model
+        self._model = load_here(source, "chat").model
         self._max_tokens = max_tokens
         self._length = model_length(self._model.config)
         self._temperature = temperature

@@ -27,7 +27,7 @@ class Facts:
     train_tokens: int
     watch_tokens: int
     longest: int
-    kind: str
+    task: str
     held_out: float | None
 
 
@@ -45,14 +45,15 @@ def choose(config: Config, facts: Facts) -> Config:
         return value
 
     rows = facts.train_rows
-    labels = facts.kind == "supervised"
+    labels = facts.task not in ("chat", "causal", "masked")
     batch_size = decide("batch_size", *(_label_batch_size(rows) if labels else _batch_size(rows)))
     if settings.steps is None:
         epochs = decide("epochs", *(_label_epochs(rows) if labels else _epochs(rows)))
         steps = math.ceil(round(epochs * rows) / batch_size)
     else:
         steps = settings.steps
-    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size, labels))
+    new_head = facts.task not in ("chat", "causal")
+    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size, new_head))
     decide("optim.warmup", 0.05, "a twentieth of the steps")
     packed = max(PACK_TOKENS[facts.device], facts.longest)
     decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
@@ -60,7 +61,7 @@ def choose(config: Config, facts: Facts) -> Config:
         decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
     every, why = _eval_every(facts, steps, batch_size)
     every = decide("eval.every", every, why)
-    if facts.kind == "instruction":
+    if facts.task == "chat":
         decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
     else:
         decide("eval.generate", 0, "such rows ask for no answer")
@@ -88,13 +89,15 @@ def _epochs(rows: int) -> tuple[float, str]:
     return (3.0 if rows < 1_000 else 2.0 if rows < 5_000 else 1.0), f"for {rows:,} rows"
 
 
-def _learning_rate(method: str, hidden_size: int, labels: bool) -> tuple[float, str]:
+def _learning_rate(method: str, hidden_size: int, new_head: bool) -> tuple[float, str]:
     # An adapter wants about ten times the rate of a full fine-tuning, and wider models a lower one: 5e-4 at a width of
     # 2,000, falling with its root ("LoRA Without Regret", Thinking Machines, 2025; tried at a width of 576: docs/log.md).
     rate = 5e-4 * math.sqrt(2000 / hidden_size)
-    # The head of a classifier begins at random, so a classifier that trains whole takes twice the rate (docs/log.md).
-    rate = rate if method == "lora" else rate / (5 if labels else 10)
-    return float(f"{rate:.1e}"), f"for {method} at a model width of {hidden_size:,}{', with labels' if labels else ''}"
+    # A head that begins at random takes twice the rate where the model trains whole (docs/log.md).
+    rate = rate if method == "lora" else rate / (5 if new_head else 10)
+    return float(
+        f"{rate:.1e}"
+    ), f"for {method} at a model width of {hidden_size:,}{', with a new head' if new_head else ''}"
 
 
 def _eval_every(facts: Facts, steps: int, batch_size: int) -> tuple[int, str]:

@@ -67,7 +67,7 @@ def tune(
     """Fine-tune on DATA and prove the gain."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.tune import start
+        from headstart.tuning import start
 
         flags = {
             "data.train": data,
@@ -162,7 +162,7 @@ def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json
     """Go on with a run that was stopped or killed."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.tune import resume as resume_run
+        from headstart.tuning import resume as resume_run
 
         finished = resume_run(run, display)
         return {"run": str(finished.path), **finished.result}
@@ -202,7 +202,7 @@ def predict(
     """Label the rows of DATA."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.verbs import predict as predict_rows
+        from headstart.label import predict as predict_rows
 
         rows = predict_rows(model, data, out, settings=read_sets(sets), on_progress=display.progress)
         display.end_progress()
@@ -367,7 +367,7 @@ def _parse_sets(sets: list[str] | None) -> list[Override]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(Problem("usage.flag", f"no value in {text!r}", "-s", "-s key=value"))
-        if key.strip() in ("data.prompt", "data.completion"):
+        if key.strip() in ("data.prompt", "data.completion", "data.text", "data.text_pair"):
             value = value.replace("\\n", "\n")  # in a template typed on a command line it means a line break
         overrides.append(Override(key.strip(), value, f"-s {key.strip()}"))
     return overrides

@@ -18,6 +18,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from headstart.errors import Problem, UsageError
 
 DEFAULT_MODEL = "smollm2-135m"
+# What can be learned, and which kind of fine-tuning that is.
+TASKS = {
+    "chat": "instruction",
+    "causal": "unsupervised",
+    "masked": "unsupervised",
+    "classification": "supervised",
+    "multilabel": "supervised",
+    "regression": "supervised",
+    "tagging": "supervised",
+    "embedding": "supervised",
+    "images": "supervised",
+}
 
 
 def _split_commas(value: Any) -> Any:
@@ -45,13 +57,28 @@ class DataSettings(Section):
 
     train: Names = Field((), description="Files, folders or hub:owner/name to train on.")
     eval: Names = Field((), description="Files to score on; else a part of the training data.")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "columns", "text", "labels"] = Field(
-        "auto", description="How rows are laid out; auto detects it and says so."
-    )
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "columns",
+        "labels",
+        "tags",
+        "related",
+        "images",
+        "text",
+    ] = Field("auto", description="How rows are laid out; auto detects it and says so.")
     prompt: str | None = Field(None, description="A column, or a template over columns: 'Summarize: {text}'.")
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
     text: str | None = Field(None, description="A column, or a template over columns: text to continue or to label.")
-    label: str | None = Field(None, description="The column that holds the class of a text.")
+    text_pair: str | None = Field(None, description="A column, or a template: the second text of a pair.")
+    label: Names = Field((), description="The column of the label (class, list of classes, number, tags), or several.")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="What a row of a class weighs: all the same, or rare classes more."
+    )
+    whole_words: bool = Field(False, description="Mask whole words, not pieces of them.")
     train_on: Literal["all", "last"] = Field("all", description="Answers of a conversation that are trained.")
     template: Literal["model", "plain"] = Field(
         "model", description="The model's own chat template, or plain: the answer follows the prompt."
@@ -133,6 +160,12 @@ class Settings(Section):
     model: str = Field(DEFAULT_MODEL, description="A built-in name, a folder, a .gguf file, a hub id or a run.")
     kind: Literal["auto", "unsupervised", "supervised", "instruction"] = Field(
         "auto", description="Text to continue, labels to tell, or answers to learn; auto sees it from the data."
+    )
+    task: Literal[("auto", *TASKS)] = Field(  # type: ignore[valid-type]
+        "auto", description="What exactly is learned; auto sees it from the data and the model."
+    )
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="Where the model begins; random is for seeing what the head start is worth."
     )
     method: Literal["lora", "full"] | None = Field(None, description="Train an adapter, or every weight.")
     out: str | None = Field(None, description="The run folder.")

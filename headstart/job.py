@@ -11,14 +11,16 @@ import torch
 
 from headstart import machine
 from headstart.choose import Facts, choose
-from headstart.config import Config
+from headstart.config import Config, Settings
 from headstart.data.encode import Encoder
 from headstart.data.feed import Feed
+from headstart.data.images import Look, vary_image
+from headstart.data.labels import Labels
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.engine.engine import Engine, Objective
-from headstart.engine.forward import LabelReader, PackReader, Reader
+from headstart.engine.forward import EmbeddingReader, ImageReader, LabelReader, PackReader, Reader, TokenReader
 from headstart.engine.plan import (
     FORWARD_COST,
     MEMORY_SHARE,
@@ -31,18 +33,37 @@ from headstart.engine.plan import (
     probe_memory,
     rehearse,
 )
-from headstart.errors import DataError, ModelError, Problem, ResourceError
+from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.generate import PROMPTS_AT_ONCE
 from headstart.evaluate.measure import answer_limit
+from headstart.files import read_json
 from headstart.models.adapt import Adapted, Lora, adapt
-from headstart.models.load import find_base, load_config, load_model, load_tokenizer, model_length, stop_ids
+from headstart.models.load import (
+    find_base,
+    is_encoder,
+    load_config,
+    load_look,
+    load_model,
+    load_tokenizer,
+    model_length,
+    stop_ids,
+)
 from headstart.models.source import Source, find_model
-from headstart.objectives.labels import cross_entropy
+from headstart.objectives.embeddings import embedding_loss
+from headstart.objectives.labels import class_losses, number_losses, several_losses, summed
 from headstart.objectives.tokens import nll
 
 DOCUMENT_TOKENS = 2048
+PROBE_ROWS = 1024
+IMAGE_MODEL = "efficientnet-lite0"
+WRITES = ("chat", "causal")  # tasks of models that write text; their adapters are kept as adapters
 SMALL_MODEL_BYTES = 250_000_000
-OBJECTIVES: dict[str, Objective] = {"instruction": nll, "unsupervised": nll, "supervised": cross_entropy}
+ROW_LOSSES = {
+    "classification": class_losses,
+    "multilabel": several_losses,
+    "regression": number_losses,
+    "images": class_losses,
+}
 
 
 @dataclass
@@ -52,8 +73,13 @@ class Data:
     config: Config
     source: Source
     tokenizer: Any
-    renderer: Encoder
+    renderer: Encoder | Look
     prepared: Prepared
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.renderer.stop_ids if isinstance(self.renderer, Encoder) else ()
 
     @property
     def acceptable(self) -> bool:
@@ -89,7 +115,7 @@ class Job:
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
-        return build_feed(self.config, len(self.data.prepared.train.examples))
+        return build_feed(self.config, self.data.prepared)
 
     def plan(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -125,37 +151,54 @@ class Job:
 
 def build_data(config: Config, today: datetime.date | None = None) -> Data:
     """Find the model's tokenizer and read, split and render the data. Raises DataError, ModelError."""
-    source = find_model(config.settings.model)
-    tokenizer = load_tokenizer(source)
-    settings = config.settings.data
-    sides = form_sides(settings, config.settings.kind)
+    settings = config.settings
+    sides = form_sides(settings.data, settings.kind, settings.task)
     decided: dict[str, tuple[Any, str]] = {}
-    if config.settings.kind == "auto":
-        decided["kind"] = (sides.kind, f"the rows are {sides.train.detection.format}")
-    renderer = build_renderer(source, tokenizer, sides.kind, settings.template, today)
-    limit = settings.max_length or row_length(sides.kind, source, tokenizer)
-    if settings.max_length is None:
-        why = "pieces of documents" if sides.kind == "unsupervised" else "the model's own limit"
-        decided["data.max_length"] = (limit, why)
-    if settings.over_length == "auto":
-        decided["data.over_length"] = ("split" if sides.kind == "unsupervised" else "drop", f"{sides.kind} rows")
-    if config.settings.method is None:
-        decided["method"] = _choose_method(source, sides.kind)
+    found = sides.train.detection
+    if config.source("model") == "default" and found.format == "images":
+        decided["model"] = (IMAGE_MODEL, "the rows are images")
+    source = find_model(decided.get("model", (settings.model,))[0])
+    task = sides.task
+    if settings.task == "auto" and task == "causal" and is_encoder(source):
+        task = "masked"
+    for key, value, why in (("kind", sides.kind, found.format), ("task", task, f"{found.format} and this model")):
+        if getattr(settings, key) == "auto":
+            decided[key] = (value, f"the rows are {why}")
+    tokenizer = None if task == "images" else load_tokenizer(source)
+    renderer = build_renderer(source, tokenizer, task, settings.data.template, today)
+    limit = settings.data.max_length or row_length(task, source, tokenizer)
+    split = task in ("causal", "masked")
+    if settings.data.max_length is None:
+        decided["data.max_length"] = (limit, "pieces of documents" if split else "the model's own limit")
+    if settings.data.over_length == "auto":
+        decided["data.over_length"] = ("split" if split else "drop", f"the task is {task}")
+    if settings.method is None:
+        decided["method"] = _choose_method(source, task)
     config = config.decide(decided)
-    prepared = prepare(sides, config.settings.data, renderer, limit, watch=config.settings.eval.every != 0)
-    if config.settings.data.positions == "continue":
+    settings = config.settings
+    if settings.weights == "random" and settings.method == "lora":
+        cure = "--method full, or leave out -s weights=random"
+        raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
+    if settings.data.class_weights != "none" and task not in ("classification", "images"):
+        cure = "leave out data.class_weights"
+        raise UsageError(Problem("config.no_effect", f"the task is {task}", "data.class_weights", cure))
+    watch = settings.eval.every != 0
+    prepared = prepare(sides, settings.data, renderer, limit, task=task, seed=settings.seed, watch=watch)
+    if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared)
 
 
-def row_length(kind: str, source: Source, tokenizer: Any) -> int:
+def row_length(task: str, source: Source, tokenizer: Any) -> int:
     """Return the most tokens of a row where the user named none.
 
     What the model can place and, where that is less, what its tokenizer allows; of documents, pieces of
     `DOCUMENT_TOKENS`: longer ones cost more and teach little more.
     """
+    if task == "images":
+        return load_look(source).patches
     length = min(model_length(load_config(source)), int(min(tokenizer.model_max_length, 1 << 20)))
-    return min(length, DOCUMENT_TOKENS) if kind == "unsupervised" else length
+    return min(length, DOCUMENT_TOKENS) if task in ("causal", "masked") else length
 
 
 def _check_positions(prepared: Prepared, length: int) -> None:
@@ -172,12 +215,14 @@ def _check_positions(prepared: Prepared, length: int) -> None:
 
 
 def build_renderer(
-    source: Source, tokenizer: Any, kind: str, template: str = "model", today: datetime.date | None = None
-) -> Encoder:
-    """Return what turns rows of a kind into tokens: a Renderer for conversations and, without template, documents."""
-    if kind == "supervised":
+    source: Source, tokenizer: Any, task: str, template: str = "model", today: datetime.date | None = None
+) -> Encoder | Look:
+    """Return what turns rows of a task into tokens: a Renderer for what is to be continued or answered."""
+    if task == "images":
+        return load_look(source)
+    if task not in ("chat", "causal"):
         return Encoder(tokenizer)
-    return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if kind == "unsupervised" else template, today)
+    return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if task == "causal" else template, today)
 
 
 def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
@@ -196,19 +241,24 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     bfloat16 = config.settings.engine.precision == "bfloat16"
     lora = config.settings.lora if config.settings.method == "lora" else None
     dtype = torch.bfloat16 if bfloat16 and lora else torch.float32
-    classes = data.prepared.classes or None
-    torch.manual_seed(config.settings.seed)  # the head of a classifier begins at random
-    loaded = load_model(data.source, device, dtype, classes)
-    if classes and loaded.model.config.pad_token_id is None:
+    task, labels = config.settings.task, data.prepared.labels
+    random = config.settings.weights == "random"
+    torch.manual_seed(config.settings.seed)  # the head for labels begins at random
+    loaded = load_model(data.source, device, dtype, task, labels, random=random)
+    if task in ROW_LOSSES and data.tokenizer is not None and loaded.model.config.pad_token_id is None:
         loaded.model.config.pad_token_id = data.tokenizer.pad_token_id or data.tokenizer.eos_token_id
-    _check_vocabulary(data, loaded.model)
+    if data.tokenizer is not None:
+        _check_vocabulary(data, loaded.model)
     adapted = adapt(
         loaded.model,
         Lora(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora else None,
         config.settings.seed,
-        "SEQ_CLS" if classes else "CAUSAL_LM",
+        loaded.fresh,
+        task="CAUSAL_LM" if task in WRITES else None,
     )
-    reader = build_reader(adapted.model, config.settings.kind, bfloat16=bfloat16)
+    reader = build_reader(adapted.model, task, data.renderer, bfloat16=bfloat16)
+    if random and isinstance(reader, ImageReader):
+        reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
     config = choose(config, _facts(data, device, adapted.model))
@@ -216,27 +266,68 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     engine = Engine(
         reader,
         adapted.trainable(),
-        OBJECTIVES[settings.kind],
+        _objective(settings, labels),
         weight_decay=settings.optim.weight_decay,
         clip=settings.optim.clip,
+        joint=task == "embedding",
     )
     config, layout, memory_bytes = _fit_memory(config, data, engine)
     estimate = _estimate(config, data, engine, layout, memory_bytes)
     return Job(data, config, adapted, engine, layout, estimate)
 
 
-def build_reader(model: Any, kind: str, *, bfloat16: bool) -> Reader:
-    """Return a model as the reader of packs of a kind."""
+def build_reader(model: Any, task: str, renderer: Encoder | Look, *, bfloat16: bool) -> Reader:
+    """Return a model as the reader of packs of a task."""
     try:
-        return (LabelReader if kind == "supervised" else PackReader)(model, bfloat16=bfloat16)
+        if isinstance(renderer, Look):
+            return ImageReader(model, look=renderer, bfloat16=bfloat16)
+        if task in ROW_LOSSES:
+            return LabelReader(model, ROW_LOSSES[task], bfloat16=bfloat16)
+        if task in ("masked", "tagging"):
+            return TokenReader(model, bfloat16=bfloat16)
+        return (EmbeddingReader if task == "embedding" else PackReader)(model, bfloat16=bfloat16)
     except ValueError as error:
         raise ModelError(Problem("model.kind", str(error), type(model).__name__, "use another model")) from None
 
 
-def _choose_method(source: Source, kind: str) -> tuple[str, str]:
+def beside(source: Source, renderer: Encoder | Look, reader: Reader) -> dict[str, Any]:
+    """Return the files of JSON that a result needs beside its weights: how it sees, or how its embeddings are pooled."""
+    if isinstance(renderer, Look):
+        file = source.path / "preprocessor_config.json"
+        return {file.name: read_json(file) if file.exists() else renderer.to_json()}
+    if not isinstance(reader, EmbeddingReader):
+        return {}
+    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
+    return {
+        "modules.json": [
+            {"idx": int(number), "name": number, "path": path, "type": f"sentence_transformers.models.{name}"}
+            for number, path, name in modules
+        ],
+        "sentence_bert_config.json": {"do_lower_case": False},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": _hidden_size(reader.model.config),
+            "pooling_mode_mean_tokens": reader.pooling == "mean",
+            "pooling_mode_lasttoken": reader.pooling == "lasttoken",
+        },
+    }
+
+
+def _objective(settings: Settings, labels: Labels | None) -> Objective:
+    if settings.task == "embedding":
+        return embedding_loss
+    if settings.task not in ROW_LOSSES:
+        return nll
+    weighted = labels is not None and settings.data.class_weights == "balanced"
+    weights = torch.tensor(labels.class_weights()) if labels and weighted else None
+    return summed(ROW_LOSSES[settings.task], weights)
+
+
+def _choose_method(source: Source, task: str) -> tuple[str, str]:
     size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    if kind == "supervised" and size < SMALL_MODEL_BYTES:
+    if task not in WRITES and size < SMALL_MODEL_BYTES:
         return "full", "a small model trains whole in the time of an adapter"
+    if task == "images":
+        return "full", "an adapter has no place in convolutions"
     return "lora", "an adapter: less memory, nearly the same gain"
 
 
@@ -251,12 +342,15 @@ def _check_vocabulary(data: Data, model: Any) -> None:
         raise ModelError(Problem("model.vocabulary", what, data.source.name, cure))
 
 
-def build_feed(config: Config, rows: int) -> Feed:
-    """Return the order of rows that the settings ask for."""
+def build_feed(config: Config, prepared: Prepared) -> Feed:
+    """Return the order of rows that the settings ask for, and how a row varies from time to time."""
     settings = config.settings
-    batch_size = settings.batch_size or 1
+    rows, batch_size = len(prepared.train.examples), settings.batch_size or 1
     total = settings.steps * batch_size if settings.steps else round((settings.epochs or 1) * rows)
-    return Feed(rows, batch_size, max(1, total), settings.seed)
+    vary = prepared.masking.vary if prepared.masking else None
+    if settings.task == "images":
+        vary = vary_image(settings.seed)
+    return Feed(rows, batch_size, max(1, total), settings.seed, vary=vary)
 
 
 def _decide_machine(config: Config, device: str) -> Config:
@@ -273,16 +367,23 @@ def _facts(data: Data, device: str, model: Any) -> Facts:
     prepared = data.prepared
     return Facts(
         device=device,
-        hidden_size=int(model.config.get_text_config().hidden_size),
+        hidden_size=_hidden_size(model.config),
         train_rows=len(prepared.train.examples),
         watch_rows=len(prepared.watch.examples),
         proof_rows=len(prepared.proof.examples),
         train_tokens=_tokens(prepared.train.examples),
         watch_tokens=_tokens(prepared.watch.examples),
         longest=prepared.longest,
-        kind=data.config.settings.kind,
+        task=data.config.settings.task,
         held_out=prepared.parts.held_out,
     )
+
+
+def _hidden_size(config: Any) -> int:
+    """Return the width of a model; of convolutions, that of the last."""
+    text = config.get_text_config()
+    sizes = getattr(text, "hidden_sizes", None) or [getattr(text, "hidden_size", None) or 768]
+    return int(sizes[-1])
 
 
 def _tokens(examples: list[Example]) -> int:
@@ -295,7 +396,7 @@ def _fit_memory(config: Config, data: Data, engine: Engine) -> tuple[Config, Lay
     Raises ResourceError where nothing fits, or where what would fit was ruled out by the user.
     """
     examples = data.prepared.train.examples
-    feed = build_feed(config, len(examples))
+    feed = build_feed(config, data.prepared)
     device = engine.reader.device.type
     total = machine.device_used_bytes(device) + machine.device_free_bytes(device)
     checkpointing = config.settings.engine.checkpointing
@@ -308,7 +409,7 @@ def _fit_memory(config: Config, data: Data, engine: Engine) -> tuple[Config, Lay
         if mode == "on" and not _recompute(engine, wanted=checkpointing == "on"):
             continue
         layout = lay_out(engine.reader, examples, feed, tokens)
-        needed = estimate_memory(engine, probe_memory(engine, examples), len(layout.worst))
+        needed = estimate_memory(engine, probe_memory(engine, feed.varied(examples[:PROBE_ROWS])), len(layout.worst))
         if needed <= total * MEMORY_SHARE:
             why = "it fits into the memory" if mode == "off" else "needed to fit into the memory"
             decided: dict[str, tuple[Any, str]] = {}

@@ -165,12 +165,13 @@ class Run:
         import torch
 
         from headstart.machine import pick_device
-        from headstart.models.load import find_classes, load_model
+        from headstart.models.load import find_labels, load_model
         from headstart.models.source import find_model
 
         dtype = getattr(torch, self.result["dtype"])
         source = find_model(str(self.path))
-        return load_model(source, pick_device(), dtype, find_classes(source)).adapted
+        task = self.result["task"]
+        return load_model(source, pick_device(), dtype, task, find_labels(source)).adapted
 
     def __repr__(self) -> str:
         difference = self.result["difference"]

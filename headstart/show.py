@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from headstart.data.encode import Encoder
+from headstart.data.records import Labelled, Picture
 from headstart.display import Display, safe
 from headstart.evaluate.measure import LABELS
+from headstart.evaluate.metrics import as_text
 from headstart.files import read_json
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
@@ -70,14 +73,17 @@ def say_rows(display: Display, data: Data, count: int) -> None:
             f"{example.where}: {example.token_count:,} tokens, {_aim(example, data)}",
             "bold",
         )
-        display.markup("".join(_marked(s.text, s.kind, display) for s in show_tokens(example, data.renderer)))
+        if isinstance(data.renderer, Encoder):
+            display.markup("".join(_marked(s.text, s.kind, display) for s in show_tokens(example, data.renderer)))
     for where, length in prepared.train.dropped[:count]:
         display.line(f"{where}: dropped whole, {length:,} tokens", "red")
 
 
 def _aim(example: Example, data: Data) -> str:
-    classes = data.prepared.classes
-    return f"label {classes[example.label]}" if classes else f"{example.target_count:,} trained"
+    record = next((r for r in data.prepared.train.kept if r.where == example.where), None)
+    if isinstance(record, Labelled | Picture):
+        return f"label {as_text(record.label if isinstance(record.label, tuple) else [record.label])}"
+    return f"{example.target_count:,} trained"
 
 
 def _marked(text: str, kind: str, display: Display) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,23 @@ from headstart.config import Config, Override, as_names, build_config
 from headstart.data.check import Findings, find
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
-from headstart.data.formats import find_text_column, take_texts
-from headstart.data.labels import segment_labelled
-from headstart.data.prepare import form_rows, reject_bad_rows, segment
-from headstart.data.read import Item, Row, find_files, read
-from headstart.data.segments import ROWS_AT_ONCE, Segmented
+from headstart.data.images import Look
+from headstart.data.labels import Labels
+from headstart.data.masking import find_masking
+from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
+from headstart.data.segments import Segmented
 from headstart.display import Display
-from headstart.engine.forward import LabelReader
 from headstart.errors import DataError, Problem
 from headstart.evaluate.compare import Compared, compare_all, to_json
 from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
-from headstart.evaluate.score import classify_rows
-from headstart.files import new_file
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
 from headstart.models.load import (
     Loaded,
-    find_classes,
+    find_labels,
+    is_encoder,
     load_model,
     load_tokenizer,
-    need_classes,
+    need_labels,
 )
 from headstart.models.source import Source, find_model
 from headstart.run import find_run
@@ -44,7 +41,9 @@ READING = (
     "prompt",
     "completion",
     "text",
+    "text_pair",
     "label",
+    "whole_words",
     "train_on",
     "template",
     "over_length",
@@ -136,7 +135,7 @@ def evaluate(
 
     For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
     """
-    config = _reading_config(model, data, settings)
+    config = reading_config(model, data, settings)
     return _measure(_read(model, config), config, answers, on_progress)
 
 
@@ -153,7 +152,7 @@ def compare(
 
     Rows that one of the models can't read whole are left out for both. Raises DataError where none is left.
     """
-    config = _reading_config(b, data, settings)
+    config = reading_config(b, data, settings)
     readings = [_read(name, config) for name in (a, b)]
     common = set(readings[0].keys()) & set(readings[1].keys())
     if not common:
@@ -166,85 +165,19 @@ def compare(
     return Versus(first, second, compare_all(before, after))
 
 
-def predict(
-    model: str,
-    data: Names,
-    out: str | Path,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    on_progress: OnProgress | None = None,
-) -> int:
-    """Label every row of `data`; write it to `out` as a line of JSON with `prediction`, `probability`, `probabilities`.
-
-    Rows go through in parts, so memory doesn't grow with the file. Which column is the text comes from the run that the
-    model is the result of, where `settings` don't say otherwise; longer texts are cut to what the model can read, and
-    such rows say `"cut": true`. Returns the number of rows.
-
-    Raises ModelError where the model is no classifier, and DataError with the rows that can't be read or have no text;
-    then nothing is written.
-    """
-    config = _reading_config(model, data, settings)
-    source = find_model(model)
-    classes = need_classes(source)
-    tokenizer = load_tokenizer(source)
-    encoder, length = Encoder(tokenizer), row_length("supervised", source, tokenizer)
-    torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
-    reader = LabelReader(load_here(source, classes).model)
-    text = config.settings.data.text
-    problems: list[Problem] = []
-    done = 0
-    with new_file(Path(out)) as file:
-        for rows in _in_parts(read(find_files(config.settings.data.train)), problems):
-            text = text or find_text_column(rows)
-            texts, bad = take_texts(rows, text)
-            problems += bad
-            if problems:
-                continue
-            segmented = segment_labelled(texts, encoder, classes, max_length=length, over_length="cut")
-            probabilities = classify_rows(reader, segmented.examples, PACK_TOKENS)
-            for row, example, values in zip(rows, segmented.examples, probabilities, strict=True):
-                best = int(values.argmax())
-                found = {
-                    **row.fields,
-                    "prediction": classes[best],
-                    "probability": round(float(values[best]), 6),
-                    "probabilities": {name: round(float(v), 6) for name, v in zip(classes, values, strict=True)},
-                    **({"cut": True} if example.cut else {}),
-                }
-                file.write(json.dumps(found, ensure_ascii=False, default=str).encode() + b"\n")
-            done += len(rows)
-            if on_progress:
-                on_progress("labelling", done, done)
-        if problems:
-            raise DataError(problems)
-    return done
-
-
-def _in_parts(items: Iterable[Item], problems: list[Problem]) -> Iterator[list[Row]]:
-    """Yield the rows of a file in parts; problems are collected."""
-    part: list[Row] = []
-    for item in items:
-        if isinstance(item, Row):
-            part.append(item)
-        elif isinstance(item, Problem):
-            problems.append(item)
-        if len(part) == ROWS_AT_ONCE:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
 def load(model: str) -> tuple[Any, Any]:
-    """Return a model (a transformers or PEFT model in evaluation mode) and its tokenizer."""
+    """Return a model (a transformers or PEFT model in evaluation mode) and its tokenizer (of images: None)."""
     source = find_model(model)
-    return load_model(source, machine.pick_device(), classes=find_classes(source)).adapted, load_tokenizer(source)
+    labels = find_labels(source)
+    task = labels.task if labels else _task_of_run(model) or "causal"
+    tokenizer = None if task == "images" else load_tokenizer(source)
+    return load_model(source, machine.pick_device(), task=task, labels=labels).adapted, tokenizer
 
 
-def load_here(source: Source, classes: Sequence[str] | None = None) -> Loaded:
-    """Load a model (with `classes`: a classifier) on this machine's device, in the numbers that suit it."""
+def load_here(source: Source, task: str, labels: Labels | None = None) -> Loaded:
+    """Load a model for a task on this machine's device, in the numbers that suit it."""
     device = machine.pick_device()
-    return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32, classes)
+    return load_model(source, device, torch.bfloat16 if device == "cuda" else torch.float32, task, labels)
 
 
 @dataclass(frozen=True)
@@ -252,9 +185,9 @@ class _Reading:
     """Rows as one model reads them."""
 
     source: Source
-    kind: str
-    classes: Sequence[str]
-    renderer: Encoder
+    task: str
+    labels: Labels | None
+    renderer: Encoder | Look
     rows: Segmented
     notes: Sequence[str]
 
@@ -274,12 +207,22 @@ class _Reading:
 def _read(model: str, config: Config) -> _Reading:
     source = find_model(model)
     settings = config.settings.data
-    formed = form_rows(settings.train, settings, config.settings.kind)
-    kind, tokenizer = formed.detection.kind, load_tokenizer(source)
-    renderer = build_renderer(source, tokenizer, kind, settings.template)
-    max_length = settings.max_length or row_length(kind, source, tokenizer)
-    classes = need_classes(source) if kind == "supervised" else ()
-    rows = segment(formed.formatted.examples, settings, renderer, max_length, whole=True, classes=classes)
+    labels = find_labels(source)
+    task = config.settings.task if config.settings.task != "auto" else labels.task if labels else "auto"
+    formed = form_rows(settings.train, settings, config.settings.kind, task)
+    task = formed.detection.task if task == "auto" else task
+    if task == "causal" and config.settings.task == "auto" and is_encoder(source):
+        task = "masked"
+    if task in LABELLED and labels is None:
+        labels = need_labels(source)
+    tokenizer = None if task == "images" else load_tokenizer(source)
+    renderer = build_renderer(source, tokenizer, task, settings.template)
+    max_length = settings.max_length or row_length(task, source, tokenizer)
+    masking = None
+    if task == "masked" and isinstance(renderer, Encoder):
+        masking = find_masking(renderer, 0, whole_words=settings.whole_words)
+    coding = Coding(task, labels, masking, formed.formatted.examples)
+    rows = segment(formed.formatted.examples, settings, renderer, max_length, coding, whole=True)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
     if not rows.examples:
@@ -294,20 +237,21 @@ def _read(model: str, config: Config) -> _Reading:
         notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
-    return _Reading(source, kind, classes, renderer, rows, notes)
+    return _Reading(source, task, labels, renderer, rows, notes)
 
 
 def _measure(reading: _Reading, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
-    model = load_here(reading.source, reading.classes or None).model
+    model = load_here(reading.source, reading.task, reading.labels).model
     measured = measure(
-        build_reader(model, reading.kind, bfloat16=model.device.type == "cuda"),
+        build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda"),
         reading.renderer,
         reading.rows.kept,
         reading.rows.examples,
+        task=reading.task,
         tokens_per_pack=PACK_TOKENS,
         answers=min(answers, len(reading.rows.kept)),
-        classes=reading.classes,
+        labels=reading.labels,
         on_progress=on_progress,
     )
     metrics = measured.metrics()
@@ -321,7 +265,7 @@ def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) 
     return build_config(None, [Override(key, value, "argument") for key, value in named.items()])
 
 
-def _reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) -> Config:
+def reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) -> Config:
     """Return settings for reading `data`: the user's, over those of the run that the model comes from, if it does."""
     known: dict[str, Any] = {}
     if folder := find_run(model):
@@ -329,4 +273,12 @@ def _reading_config(model: str, data: Names, settings: Mapping[str, Any] | None)
         known = {
             f"data.{name}": getattr(of_run.settings.data, name) for name in READING if of_run.given(f"data.{name}")
         }
+        if (task := _task_of_run(model)) == "embedding":
+            known["task"] = task
     return _config(data, None, {**known, **(settings or {})})
+
+
+def _task_of_run(model: str) -> str | None:
+    """Return the task of the run that a model is the result of, if it is of one."""
+    folder = find_run(model)
+    return folder.read_config().settings.task if folder else None

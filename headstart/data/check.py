@@ -11,6 +11,7 @@ import numpy as np
 
 from headstart.data.documents import Fit
 from headstart.data.encode import Encoder
+from headstart.data.images import Look
 from headstart.data.prepare import Prepared
 from headstart.data.segments import Example
 from headstart.errors import Problem
@@ -51,13 +52,14 @@ class Stretch(NamedTuple):
     kind: str
 
 
-def find(prepared: Prepared, renderer: Encoder) -> Findings:
+def find(prepared: Prepared, renderer: Encoder | Look) -> Findings:
     """Look through prepared data."""
     parts = (prepared.train, prepared.watch, prepared.proof)
     examples = [example for part in parts for example in part.examples]
     kept = [record for part in parts for record in part.kept]
     lengths = np.array([example.token_count for example in examples])
-    spelled = [str(record.where) for record in kept if any(map(renderer.spells_control, record.texts))]
+    spells = renderer.spells_control if isinstance(renderer, Encoder) else bool
+    spelled = [str(record.where) for record in kept if any(map(spells, record.texts))]
     return Findings(
         formats=[str(formed.detection) for formed in prepared.formed],
         rows=sum(formed.rows for formed in prepared.formed),

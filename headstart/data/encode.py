@@ -91,16 +91,61 @@ class Encoder:
         """Encode whole texts, without what a model puts around them."""
         return self._encode_texts([(text, True) for text in texts])
 
+    def encode_split(self, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Encode rows of words, each word by itself, as words of a text that are parted by spaces.
+
+        A word of which a tokenizer keeps nothing (a lone joiner, say) becomes the unknown token, where there is one.
+        """
+        nothing = [] if self._unknown[0] is None else [int(self._unknown[0])]
+        texts = [(f" {word}" if place else word, not place) for words in rows for place, word in enumerate(words)]
+        encoded = iter(self._encode_texts(texts))
+        return [[next(encoded) or nothing for _ in words] for words in rows]
+
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens that the tokenizer puts before and behind a text."""
-        (inner,) = self.encode_texts(["a"])
-        whole = [int(id_) for id_ in self.tokenizer("a")["input_ids"]]
-        for start in range(len(whole) - len(inner) + 1):
-            if whole[start : start + len(inner)] == inner:
-                return whole[:start], whole[start + len(inner) :]
-        problem = Problem("model.tokenizer", "it can't be seen what the tokenizer puts around a text")
-        raise ModelError(problem)
+        (before, behind), _ = self._find_frame("a")
+        return before, behind
+
+    @cached_property
+    def _pair_frame(self) -> tuple[list[list[int]], list[list[int]]]:
+        """What the tokenizer puts before, between and behind two texts, and the types of these parts and of the texts."""
+        (before, middle, behind), types = self._find_frame("a", "b")
+        if not middle:  # a model of plain text, which knows no pairs: a new line parts them
+            middle, types[2] = self._newline, [0] * len(self._newline)
+        return [before, middle, behind], types
+
+    def frame_length(self, texts: int) -> int:
+        """Return how many tokens stand around one text, or around and between two."""
+        return sum(map(len, self.frame if texts == 1 else self._pair_frame[0]))
+
+    def frame_texts(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """Return one or two encoded texts as the model reads them: token ids, and which text each token is of."""
+        if len(texts) == 1:
+            before, behind = self.frame
+            ids = [*before, *texts[0], *behind]
+            return ids, [0] * len(ids)
+        (before, middle, behind), types = self._pair_frame
+        ids = [*before, *texts[0], *middle, *texts[1], *behind]
+        first, second = ([kind[0]] * len(text) for kind, text in zip((types[1], types[3]), texts, strict=True))
+        return ids, [*types[0], *first, *types[2], *second, *types[4]]
+
+    def _find_frame(self, *texts: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Return what stands around texts, and the types of all parts: around, text, around, ..."""
+        encoded = self.tokenizer(*texts)
+        whole = [int(id_) for id_ in encoded["input_ids"]]
+        kinds = list(encoded.get("token_type_ids", [0] * len(whole)))
+        around, types, place = [], [], 0
+        for inner in self.encode_texts(texts):
+            starts = range(place, len(whole) - len(inner) + 1)
+            start = next((s for s in starts if whole[s : s + len(inner)] == inner), None)
+            if start is None:
+                problem = Problem("model.tokenizer", "it can't be seen what the tokenizer puts around a text")
+                raise ModelError(problem)
+            around.append(whole[place:start])
+            types += [kinds[place:start], kinds[start : start + len(inner)]]
+            place = start + len(inner)
+        return [*around, whole[place:]], [*types, kinds[place:]]
 
     def begin(self) -> list[int]:
         """Return the token with which the tokenizer begins a text, if it does."""

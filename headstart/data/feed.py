@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.records import Record
+from headstart.data.segments import Example
 from headstart.errors import DataError, Problem
 
 WATCH_FRAC = 0.25
@@ -72,7 +73,8 @@ def _unit_hash(text: str) -> float:
 class Feed:
     """Rows in steps: a new permutation for each epoch, exactly `batch_size` rows a step, the last step what is left.
 
-    Steps run across the ends of epochs, so that every step but the last has its full size. `seen` is the cursor.
+    Steps run across the ends of epochs, so that every step but the last has its full size. `seen` is the cursor. `vary`
+    changes a row each time that it is seen, by its place in the run: what is masked, how an image is cut.
     """
 
     rows: int
@@ -80,6 +82,7 @@ class Feed:
     total: int
     seed: int
     seen: int = 0
+    vary: Callable[[Example, int], Example] | None = None
     _current: tuple[int, NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -91,6 +94,18 @@ class Feed:
     def epoch(self) -> float:
         """How often each row was seen, on average."""
         return self.seen / self.rows
+
+    def next_examples(self, examples: Sequence[Example]) -> tuple[list[int], list[Example]]:
+        """Return the numbers of the rows of the next step and the rows as they are seen there; move the cursor."""
+        begin = self.seen
+        rows = self.next_rows()
+        return rows, self.varied([examples[row] for row in rows], begin)
+
+    def varied(self, examples: Sequence[Example], begin: int = 0) -> list[Example]:
+        """Return rows as they are seen from a place in the run on."""
+        if self.vary is None:
+            return list(examples)
+        return [self.vary(example, begin + number) for number, example in enumerate(examples)]
 
     def next_rows(self) -> list[int]:
         """Return the numbers of the rows of the next step and move the cursor; empty at the end."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.segments import Example, Segment
+from headstart.data.segments import Example, Image, Segment
 
 BLOCK = 8
 
@@ -25,16 +26,18 @@ Ints = NDArray[np.int64]
 class Pack:
     """The tokens of one micro-batch as nodes of a forest, and what is predicted from which of them.
 
-    `ids`, `positions` [T]: tokens, and the place of each in its row. `start`, `length`, `parent` [N]: the nodes, a
+    `ids`, `positions`, `types` [T]: tokens, the place of each in its row, and which text of a pair it is of. `start`, `length`, `parent` [N]: the nodes, a
     parent before its children, -1 for a root. `sources` [P]: places in [T] from which something is predicted.
     `target_sources`, `target_ids`, `weights`, `target_rows` [L]: for each target its place in `sources`, its token, its
     weight (float32) and the number of its row in the call that built the pack, in the order of `sources`. `begins`,
-    `ends`, `segment_rows`, `labels` [S]: of each segment the places of its first and last token, the number of its row,
-    and its class. `row_tokens`: tokens of the rows, each counted whole; T is less where prefixes are shared.
+    `ends`, `segment_rows`, `segment_numbers`, `labels` [S]: of each segment the places of its first and last token, the
+    number of its row, its number in that row, and what it is held against (its class, or [S, C]); `images` what is seen
+    in place of tokens. `row_tokens`: tokens of the rows, each counted whole; T is less where prefixes are shared.
     """
 
     ids: Ints
     positions: Ints
+    types: Ints
     start: Ints
     length: Ints
     parent: Ints
@@ -46,8 +49,10 @@ class Pack:
     begins: Ints
     ends: Ints
     segment_rows: Ints
-    labels: Ints
+    segment_numbers: Ints
+    labels: NDArray[Any]
     row_tokens: int
+    images: tuple[Image | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,12 +60,16 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A segment on its way into a pack: the number of its row, and its place in the sorted order."""
+    """A segment on its way into a pack: its row, that row's number, its number there, and its place in the sorted order."""
 
+    example: Example
     row: int
-    segment: Segment
+    number: int
     rank: int
-    label: int
+
+    @property
+    def segment(self) -> Segment:
+        return self.example.segments[self.number]
 
 
 def build_packs(
@@ -71,9 +80,10 @@ def build_packs(
     A segment that is longer than the budget gets a pack of its own. `share=False` gives each segment a root of its
     own; `one_row` gives it a pack of its own too, for models that can't read a forest.
     """
-    segments = [(row, segment) for row, example in enumerate(examples) for segment in example.segments]
-    segments.sort(key=lambda item: (item[1].first, item[1].ids.astype(">i4").tobytes()))
-    items = [_Item(row, segment, rank, examples[row].label) for rank, (row, segment) in enumerate(segments)]
+    places = [(row, number) for row, example in enumerate(examples) for number in range(len(example.segments))]
+    keys = {place: examples[place[0]].segments[place[1]] for place in places}
+    places.sort(key=lambda place: (keys[place].first, keys[place].ids.astype(">i4").tobytes()))
+    items = [_Item(examples[row], row, number, rank) for rank, (row, number) in enumerate(places)]
     if one_row:
         return [_lay_out([item], [0]) for item in items]
     common = [0] + [_common(a.segment, b.segment) if share else 0 for a, b in zip(items, items[1:], strict=False)]
@@ -127,6 +137,7 @@ class _Layout:
     def __init__(self) -> None:
         self.ids: list[NDArray[np.int32]] = []
         self.positions: list[Ints] = []
+        self.types: list[NDArray[np.int32]] = []
         self.start: list[int] = []
         self.parent: list[int] = []
         self.tokens = 0
@@ -135,6 +146,7 @@ class _Layout:
         """Append tokens [begin, end) of a segment as a node and return its number."""
         self.ids.append(segment.ids[begin:end])
         self.positions.append(segment.first + np.arange(begin, end, dtype=np.int64))
+        self.types.append(np.zeros(end - begin, np.int32) if segment.types is None else segment.types[begin:end])
         self.start.append(self.tokens)
         self.parent.append(parent)
         self.tokens += end - begin
@@ -178,8 +190,9 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
         begins.append(path[0])
         ends.append(path[len(item.segment) - 1])
         targets = np.flatnonzero(item.segment.weights)
-        places.append(path[targets - 1])
-        ids.append(item.segment.ids[targets].astype(np.int64))
+        here = item.segment.targets
+        places.append(path[targets - 1] if here is None else path[targets])
+        ids.append((item.segment.ids if here is None else here)[targets].astype(np.int64))
         weights.append(item.segment.weights[targets])
         rows.append(np.full(len(targets), item.row, np.int64))
     order = np.argsort(np.concatenate(places), kind="stable")
@@ -187,6 +200,7 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
     return Pack(
         ids=np.concatenate(layout.ids).astype(np.int64),
         positions=np.concatenate(layout.positions),
+        types=np.concatenate(layout.types).astype(np.int64),
         start=np.array(layout.start, np.int64),
         length=np.array([len(part) for part in layout.ids], np.int64),
         parent=np.array(layout.parent, np.int64),
@@ -198,6 +212,8 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
         begins=np.array(begins, np.int64),
         ends=np.array(ends, np.int64),
         segment_rows=np.array([item.row for item in items], np.int64),
-        labels=np.array([item.label for item in items], np.int64),
+        segment_numbers=np.array([item.number for item in items], np.int64),
+        labels=np.array([item.example.label for item in items]),
         row_tokens=sum(len(item.segment) for item in items),
+        images=tuple(item.example.image for item in items),
     )

@@ -7,23 +7,46 @@
 | alpaca            | `instruction`, `input` (may be empty or absent), `output`; `system`             |
 | prompt_completion | `prompt`, `completion`: text, or lists of messages; other pairs of names in PAIRS |
 | columns           | any columns: the user names the two, or gives templates over columns           |
-| labels            | a text and its class: TEXT_COLUMNS and LABEL_COLUMNS, or the columns that the user names |
+| labels            | a text, or a pair of texts, with a class, a list of classes, or numbers        |
+| tags              | `tokens` with as many `tags`: lists, or the lines of a CoNLL file               |
+| related           | `anchor`, `positive` and perhaps `negative`: texts that belong together         |
+| images            | the path of an image and its class, or a folder of images for each class       |
 | text              | `text`, a document; or the column that the user names                           |
 
-The first five are conversations to learn answers from; labels are classes to tell; text is to be continued.
+The first five are conversations to learn answers from; labels, tags, related texts and images are supervised; text is to
+be continued. Names of columns that are known without being told stand in `columns.py`.
 """
 
 from __future__ import annotations
 
 import json
-import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from headstart.config import TASKS
+from headstart.data.columns import (
+    RowError,
+    check_encodable,
+    fill,
+    find_image,
+    find_labelled,
+    find_related,
+    find_tagged,
+    find_text_column,
+    label_task,
+    need_columns,
+    take_group,
+    take_labelled,
+    take_picture,
+    take_related,
+    take_tagged,
+    take_text,
+    template_columns,
+)
 from headstart.data.read import Row, Where
-from headstart.data.records import Conversation, Document, Labelled, Message, Record
+from headstart.data.records import Conversation, Document, Message, Record
 from headstart.errors import DataError, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,28 +69,26 @@ PAIRS = (
     ("input", "output"),
 )
 TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"}
-TEXT = "text"
-LABELS = "labels"
-TEXT_COLUMNS = ("text", "sentence", "utterance", "content", "review", "query", "question", "input")
-LABEL_COLUMNS = ("label", "labels", "intent", "category", "class")
 TEXT_ONLY = {"text", "id", "source", "meta", "metadata", "title", "url", "timestamp", "date", "added", "created"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
+SHOWN = 200  # characters of a row in a message
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Which format the rows have, how many fit it, and how sure that is (`certain`, `likely` or `given`)."""
+    """Which format the rows have, how many fit it, how sure that is (`certain`, `likely` or `given`), and what they are for."""
 
     format: str
     fitting: int
     rows: int
     certainty: str
     reads: str
+    task: str
 
     @property
     def kind(self) -> str:
         """The kind of fine-tuning that such rows are for."""
-        return {TEXT: "unsupervised", LABELS: "supervised"}.get(self.format, "instruction")
+        return "unsupervised" if self.format == "text" else TASKS[self.task]
 
     def __str__(self) -> str:
         return f"{self.format} ({self.certainty}): {self.fitting:,} of {self.rows:,} rows have {self.reads}"
@@ -83,99 +104,142 @@ class Formatted:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Named:
+    """What the user said of the columns: each a column or a template over columns, `label` columns."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: Sequence[str] = ()
+
+
 def format_rows(
     rows: Sequence[Row],
     *,
     format: str = "auto",
-    prompt: str | None = None,
-    completion: str | None = None,
-    text: str | None = None,
-    label: str | None = None,
+    named: Named | None = None,
+    task: str = "auto",
     train_on: str = "all",
     group_by: str | None = None,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
-    `prompt` and `completion`, or `text`, are columns or templates over columns that the user names; `label` a column.
-    With `train_on` `last`, only the last answer of a conversation is trained.
+    `task` is what the rows are to be used for, where that is known. With `train_on` `last`, only the last answer of a
+    conversation is trained.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
     if group_by is not None:
-        _need_columns(rows, [group_by], "data.group_by")
-    if prompt is not None or completion is not None:
-        format = "columns"
-    convert: _Convert | None = None
-    if label is not None:
-        text, detection = _label_columns(rows, text, label)
-    elif text is not None:
-        detection = _text_column(rows, text)
-    elif format == "columns":
-        convert, detection = _columns(rows, prompt, completion)
-    else:
-        detection = _detect(rows, format)
+        need_columns(rows, [group_by], "data.group_by")
     tally = _Tally()
+    detection, take = _find_format(rows, format, named or Named(), task, tally, train_on)
     formatted = Formatted(detection)
-
-    def to_record(row: Row) -> Record | list[Problem]:
-        if detection.format == TEXT:
-            return _to_document(row, as_template(text or TEXT), group_by, tally)
-        if detection.format == LABELS:
-            pair = (text, label) if text and label else _label_pair(row.fields)
-            return _to_labelled(row, pair, group_by, tally)
-        return _to_conversation(row, convert or _CONVERT[detection.format], group_by, tally, train_on)
-
     for row in rows:
-        result = to_record(row)
-        if isinstance(result, list):
-            formatted.problems += result
-        else:
-            formatted.examples.append(result)
-    formatted.notes = tally.notes()
+        try:
+            record = take(row)
+            group = take_group(row, group_by)
+        except RowError as error:
+            formatted.problems += error.problems
+            continue
+        except KeyError as error:
+            what = f"no {error}"
+            cure = f"the row has {sorted(row.fields)}"
+            formatted.problems.append(Problem("row.field_missing", what, str(row.where), cure))
+            continue
+        formatted.examples.append(replace(record, group=group) if group is not None else record)
+        tally.columns.update(row.fields)
+    formatted.notes = tally.notes({group_by})
     return formatted
 
 
 # --- which format ---
 
+_Take = Callable[[Row], Record]
 
-def _detect(rows: Sequence[Row], format: str) -> Detection:
-    if format != "auto":
-        reads, fits = _FITS[format]
+
+def _find_format(
+    rows: Sequence[Row], format: str, named: Named, task: str, tally: _Tally, train_on: str
+) -> tuple[Detection, _Take]:
+    """Return the format of rows, and what makes a record of one."""
+    if named.prompt is not None or named.completion is not None or format == "columns":
+        convert, detection = _columns(rows, named.prompt, named.completion)
+        return detection, lambda row: _to_conversation(row, convert, tally, train_on)
+    name, sure = _detect(rows, _implied(named, task) if format == "auto" else format)
+    given = named.text is not None or bool(named.label)
+    if name in _CONVERT:
+        reads, fits = _FITS[name]
+        pair = next((pair for row in rows if (pair := _pair(row.fields))), None)
+        if name == "prompt_completion" and pair:
+            reads = f"`{pair[0]}` and `{pair[1]}`"
         fitting = sum(fits(row.fields) for row in rows)
-        return Detection(format, fitting, len(rows), "given", reads)
+        detection = Detection(name, fitting, len(rows), sure, reads, "chat")
+        return detection, lambda row: _to_conversation(row, _CONVERT[name], tally, train_on)
+    task, columns, take = _BY_COLUMNS[name](rows, named, task)
+    need_columns(rows, columns, "data.text, data.label")
+    tally.used.update(columns)
+    return replace(_named(name, rows, columns, task), certainty="given" if given else sure), take
+
+
+def _named(name: str, rows: Sequence[Row], columns: Sequence[str], task: str = "chat") -> Detection:
+    fitting = sum(all(column in row.fields for column in columns) for row in rows)
+    reads = " and ".join(f"`{column}`" for column in dict.fromkeys(columns))
+    return Detection(name, fitting, len(rows), "given", reads, task)
+
+
+def _implied(named: Named, task: str) -> str:
+    """Return the format that follows from what the user said, or auto."""
+    if task in ("tagging", "images"):
+        return {"tagging": "tags", "images": "images"}[task]
+    if task == "embedding" and named.text_pair:
+        return "related"
+    if named.label:
+        return "labels"
+    return "text" if named.text is not None else "auto"
+
+
+def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
+    """Return the one format that rows have, and how sure that is."""
+    if format != "auto":
+        return format, "given"
     counts: Counter[str] = Counter()
     first: dict[str, Row] = {}
     for row in rows:
         name = next((name for name, (_, fits) in _FITS.items() if fits(row.fields)), "")
         counts[name] += 1
         first.setdefault(name, row)
-    named = [name for name in counts if name]
-    if not named:
+    found = [name for name in counts if name]
+    if not found:
         raise DataError(_unknown(first[""]))
-    if len(named) > 1:
+    if len(found) > 1:
         raise DataError(_mixed(counts, first))
-    name = named[0]
-    pair = _pair(first[name].fields)
-    sure = pair == PAIRS[0] if name == "prompt_completion" else name != TEXT or set(first[name].fields) <= TEXT_ONLY
-    if name == LABELS:
-        pair = _label_pair(first[name].fields)
-        sure = pair == (TEXT_COLUMNS[0], LABEL_COLUMNS[0])
-    reads = f"`{pair[0]}` and `{pair[1]}`" if name in ("prompt_completion", LABELS) and pair else _FITS[name][0]
-    return Detection(name, counts[name], len(rows), "certain" if sure else "likely", reads)
+    name, fields = found[0], first[found[0]].fields
+    sure = {
+        "prompt_completion": _pair(fields) == PAIRS[0],
+        "labels": {"text", "label"} <= set(fields),
+        "text": set(fields) <= TEXT_ONLY,
+    }.get(name, True)
+    return name, "certain" if sure else "likely"
 
 
 def _unknown(row: Row) -> Problem:
     columns = list(row.fields)
     texts = [name for name, value in row.fields.items() if isinstance(value, str)] or columns
     asked, answered = [*texts, "asked", "answered"][:2] if len(texts) < 2 else texts[-2:]
+    shown = json.dumps(row.fields, ensure_ascii=False, default=str)
+    what = (
+        f"no known format; the columns are {', '.join(map(repr, columns))}; "
+        f"the first row: {shown[:SHOWN]}{'...' * (len(shown) > SHOWN)}"
+    )
     cure = (
-        f"""name them, for example: -s data.prompt="{{{asked}}}" -s data.completion="{{{answered}}}" """
-        f"""(a template over columns: any text with {{names}}), or, for text to continue, -s data.text="{{{answered}}}". """
-        "Known without naming: messages, conversations, instruction + output, prompt + completion, question + answer, text"
+        f"""name them. To answer: -s data.prompt="{{{asked}}}" -s data.completion="{{{answered}}}" """
+        f"""(a template over columns: any text with {{names}}); to tell a class: -s data.text="{{{asked}}}" """
+        f"""-s data.label={answered}; to continue text: -s data.text="{{{answered}}}". Known without naming: messages, """
+        "conversations, instruction + output, prompt + completion, question + answer, text + label, tokens + tags, "
+        "anchor + positive, image + label, text"
     )
-    return Problem(
-        "format.unknown", f"no known format; the columns are {', '.join(map(repr, columns))}", str(row.where), cure
-    )
+    return Problem("format.unknown", what, str(row.where), cure)
 
 
 def _mixed(counts: Counter[str], first: Mapping[str, Row]) -> Problem:
@@ -195,13 +259,69 @@ _FITS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "messages": ("`messages`", lambda f: "messages" in f),
     "sharegpt": ("`conversations`", lambda f: "conversations" in f or "conversation" in f),
     "alpaca": ("`instruction` and `output`", lambda f: "instruction" in f and "output" in f),
+    "tags": ("words and tags", lambda f: (pair := find_tagged(f)) is not None and isinstance(f[pair[0]], list)),
+    "related": ("texts that belong together", lambda f: find_related(f) is not None),
+    "images": ("an image and its class", lambda f: find_image(f) is not None),
     "prompt_completion": ("a prompt and a completion", lambda f: _pair(f) is not None),
-    LABELS: ("a text and a label", lambda f: _label_pair(f) is not None),
-    TEXT: ("`text`", lambda f: TEXT in f),
+    "labels": ("a text and a label", lambda f: find_labelled(f) is not None),
+    "text": ("`text`", lambda f: "text" in f),
 }
 
 
-# --- each format ---
+# --- formats that are columns ---
+
+_Columns = tuple[str, Sequence[str], _Take]
+
+
+def _text(_: Sequence[Row], named: Named, task: str) -> _Columns:
+    text = named.text or "text"
+    return (
+        "causal" if task == "auto" else task,
+        template_columns(text),
+        lambda row: Document(row.where, take_text(row, text)),
+    )
+
+
+def _labels(rows: Sequence[Row], named: Named, task: str) -> _Columns:
+    fields = {name: None for row in rows for name in row.fields}
+    found = find_labelled(fields)
+    label = tuple(named.label) or ((found[2],) if found else ("label",))
+    pair = named.text_pair or (found[1] if found and named.text is None else None)
+    text = named.text or (found[0] if found and pair and not named.text_pair else find_text_column(rows, label))
+    columns = [*template_columns(text), *(template_columns(pair) if pair else ()), *label]
+    if task == "embedding":
+        both = [text, pair or find_text_column(rows, (text, *label))]
+        return task, columns, lambda row: take_related(row, both, label[0])
+    task = label_task(rows, label) if task == "auto" else task
+    return task, columns, lambda row: take_labelled(row, text, pair, label, task)
+
+
+def _tags(rows: Sequence[Row], named: Named, _: str) -> _Columns:
+    found = find_tagged({name: None for row in rows for name in row.fields}) or ("tokens", "tags")
+    words, tags = named.text or found[0], named.label[0] if named.label else found[1]
+    return "tagging", [words, tags], lambda row: take_tagged(row, words, tags)
+
+
+def _related(rows: Sequence[Row], named: Named, _: str) -> _Columns:
+    found = find_related({name: None for row in rows for name in row.fields}) or ("anchor", "positive")
+    texts = [named.text or found[0], named.text_pair or found[1], *found[2:]]
+    return (
+        "embedding",
+        [name for text in texts for name in template_columns(text)],
+        lambda row: take_related(row, texts),
+    )
+
+
+def _images(rows: Sequence[Row], named: Named, _: str) -> _Columns:
+    found = next((pair for row in rows if (pair := find_image(row.fields))), None) or ("image", "label")
+    image, label = named.text or found[0], named.label[0] if named.label else found[1]
+    return "images", [image, label], lambda row: take_picture(row, image, label)
+
+
+_BY_COLUMNS = {"text": _text, "labels": _labels, "tags": _tags, "related": _related, "images": _images}
+
+
+# --- conversations ---
 
 
 @dataclass
@@ -214,11 +334,6 @@ class _Draft:
 
 
 _Convert = Callable[[Row], _Draft]
-
-
-class _RowError(Exception):
-    def __init__(self, *problems: Problem) -> None:
-        self.problems = list(problems)
 
 
 def _from_messages(row: Row) -> _Draft:
@@ -247,7 +362,7 @@ def _from_alpaca(row: Row) -> _Draft:
     asked = fields["instruction"]
     if extra is not None and not isinstance(extra, str):
         what = f"a {type(extra).__name__} where text is expected"
-        raise _RowError(Problem("row.field_type", what, row.where.field("input"), "give it as text"))
+        raise RowError(Problem("row.field_type", what, row.where.field("input"), "give it as text"))
     if isinstance(asked, str) and extra and extra.strip():
         asked = f"{asked}\n\n{extra}"
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields["output"]}]
@@ -259,7 +374,7 @@ def _from_alpaca(row: Row) -> _Draft:
 def _from_pair(row: Row) -> _Draft:
     pair = _pair(row.fields)
     if pair is None:
-        raise _RowError(
+        raise RowError(
             Problem(
                 "row.field_missing", "no prompt and completion", str(row.where), f"the row has {sorted(row.fields)}"
             )
@@ -285,153 +400,15 @@ def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) ->
     if prompt is None or completion is None:
         missing = "data.prompt" if prompt is None else "data.completion"
         raise DataError(Problem("format.column", "both sides must be named", missing, f'-s {missing}="{{column}}"'))
-    templates = {"user": as_template(prompt), "assistant": as_template(completion)}
+    templates = {"user": prompt, "assistant": completion}
     needed = [name for template in templates.values() for name in template_columns(template)]
-    _need_columns(rows, needed, "data.prompt, data.completion")
+    need_columns(rows, needed, "data.prompt, data.completion")
 
     def convert(row: Row) -> _Draft:
-        turns = [{"role": role, "content": _fill(template, row)} for role, template in templates.items()]
+        turns = [{"role": role, "content": fill(template, row)} for role, template in templates.items()]
         return _Draft(list(turns), None, set(needed))
 
-    fitting = sum(all(name in row.fields for name in needed) for row in rows)
-    reads = " and ".join(f"`{name}`" for name in dict.fromkeys(needed))
-    return convert, Detection("columns", fitting, len(rows), "given", reads)
-
-
-def _text_column(rows: Sequence[Row], text: str) -> Detection:
-    needed = template_columns(as_template(text))
-    _need_columns(rows, needed, "data.text")
-    fitting = sum(all(name in row.fields for name in needed) for row in rows)
-    return Detection(TEXT, fitting, len(rows), "given", " and ".join(f"`{name}`" for name in dict.fromkeys(needed)))
-
-
-def _to_document(row: Row, template: str, group_by: str | None, tally: _Tally) -> Document | list[Problem]:
-    try:
-        content = _text(row, template)
-        group = _group(row, group_by)
-    except _RowError as error:
-        return error.problems
-    tally.unused.update(set(row.fields) - {*template_columns(template), group_by})
-    return Document(row.where, content, group)
-
-
-def _label_pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    text = next((name for name in TEXT_COLUMNS if name in fields), None)
-    label = next((name for name in LABEL_COLUMNS if name in fields), None)
-    return (text, label) if text and label else None
-
-
-def _label_columns(rows: Sequence[Row], text: str | None, label: str) -> tuple[str, Detection]:
-    found = text or find_text_column(rows, label)
-    needed = [*template_columns(as_template(found)), label]
-    _need_columns(rows, needed, "data.text, data.label")
-    fitting = sum(all(name in row.fields for name in needed) for row in rows)
-    return found, Detection(LABELS, fitting, len(rows), "given", " and ".join(f"`{name}`" for name in needed))
-
-
-def _to_labelled(
-    row: Row, pair: tuple[str, str] | None, group_by: str | None, tally: _Tally
-) -> Labelled | list[Problem]:
-    if pair is None:
-        what = f"no text and label; the row has {sorted(row.fields)}"
-        return [Problem("row.field_missing", what, str(row.where), "add them, or delete the row")]
-    template, name = as_template(pair[0]), pair[1]
-    try:
-        text = _text(row, template)
-        label = _label(row.fields.get(name), row.where.field(name))
-        group = _group(row, group_by)
-    except _RowError as error:
-        return error.problems
-    tally.unused.update(set(row.fields) - {*template_columns(template), name, group_by})
-    return Labelled(row.where, text, label, group)
-
-
-def find_text_column(rows: Sequence[Row], label: str | None = None) -> str:
-    """Return the first of TEXT_COLUMNS, but the label's, that a row has. Raises DataError where no row has one."""
-    known = {name: None for row in rows for name in row.fields}
-    found = next((name for name in TEXT_COLUMNS if name in known and name != label), None)
-    if found is None:
-        cure = f'-s data.text="{{column}}"; the columns are {", ".join(known)}'
-        raise DataError(Problem("format.column", "it isn't known which column is the text", "data.text", cure))
-    return found
-
-
-def take_texts(rows: Sequence[Row], text: str) -> tuple[list[Labelled], list[Problem]]:
-    """Return the texts of rows that are to be labelled, and what is wrong with the others.
-
-    `text` is a column or a template over columns.
-    """
-    texts: list[Labelled] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            texts.append(Labelled(row.where, _text(row, as_template(text)), ""))
-        except _RowError as error:
-            problems += error.problems
-    return texts, problems
-
-
-def _text(row: Row, template: str) -> str:
-    content = _fill(template, row)
-    _check_encodable(content, str(row.where))
-    if not content.strip():
-        raise _RowError(Problem("row.empty_text", "the text is empty", str(row.where), "fill it in, or delete the row"))
-    return content
-
-
-def _label(value: Any, place: str) -> str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise _RowError(Problem("row.field_missing", "no label", place, "fill it in, or delete the row"))
-    if isinstance(value, (float, list, dict)):
-        what = f"the label is {value!r:.40}" if isinstance(value, float) else f"the label is a {type(value).__name__}"
-        raise _RowError(Problem("row.label", what, place, "one class a row, as text or a whole number"))
-    _check_encodable(str(value), place)
-    return str(value)
-
-
-def _group(row: Row, group_by: str | None) -> str | None:
-    if group_by is None:
-        return None
-    value = row.fields.get(group_by)
-    if value is None:
-        raise _RowError(Problem("row.field_missing", "no value to group by", row.where.field(group_by), "fill it in"))
-    return json.dumps(value, default=str)
-
-
-def as_template(text: str) -> str:
-    """Return `text` as a template: a bare column name stands for its value."""
-    return text if "{" in text else f"{{{text}}}"
-
-
-def template_columns(template: str) -> list[str]:
-    """Return the columns that a template names. Raises DataError where it can't be read."""
-    try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        cure = "write {column}; a brace that is text is doubled: {{ and }}"
-        raise DataError(Problem("format.column", f"no template: {error}", template, cure)) from None
-
-
-def _need_columns(rows: Sequence[Row], names: Iterable[str], setting: str) -> None:
-    known = {name: None for row in rows for name in row.fields}
-    missing = [name for name in dict.fromkeys(names) if name not in known]
-    if missing:
-        what = f"no row has a column {', '.join(map(repr, missing))}"
-        raise DataError(Problem("format.column", what, setting, f"the columns are {', '.join(known)}"))
-
-
-def _fill(template: str, row: Row) -> str:
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
-            value = row.fields.get(name)
-            if value is None or isinstance(value, (list, dict)):
-                code = "row.field_missing" if value is None else "row.field_type"
-                what = "no value" if value is None else f"a {type(value).__name__} where text is expected"
-                raise _RowError(Problem(code, what, row.where.field(name), "fill it in, or delete the row"))
-            parts.append(value if isinstance(value, str) else str(value))
-    return "".join(parts)
+    return convert, _named("columns", rows, needed)
 
 
 # --- the turns of a row ---
@@ -442,16 +419,18 @@ class _Tally:
     """What was handled in many rows and is told once, with counts."""
 
     aliases: Counter[str] = field(default_factory=Counter)
-    unused: Counter[str] = field(default_factory=Counter)
+    columns: Counter[str] = field(default_factory=Counter)
     trailing: int = 0
     opening: int = 0
     keys: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
+    used: set[str] = field(default_factory=set)
 
-    def notes(self) -> list[str]:
+    def notes(self, known: set[str | None]) -> list[str]:
+        """Return what there is to tell; `known` columns are used elsewhere."""
         said = [f"role `{old}` read as `{ALIASES[old]}` in {count:,} turns" for old, count in self.aliases.items()]
-        if self.unused:
-            said.append("columns not used: " + ", ".join(sorted(self.unused)))
+        if unused := sorted(set(self.columns) - self.used - known):
+            said.append("columns not used: " + ", ".join(unused))
         if self.trailing:
             said.append(f"{self.trailing:,} rows end with turns after the last answer; those turns are not used")
         if self.opening:
@@ -466,34 +445,26 @@ class _Tally:
         return said
 
 
-def _to_conversation(
-    row: Row, convert: _Convert, group_by: str | None, tally: _Tally, train_on: str
-) -> Conversation | list[Problem]:
-    try:
-        draft = convert(row)
-        problems: list[Problem] = []
-        messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
-        tools = _tools(draft.tools, row.where)
-        group = _group(row, group_by)
-    except _RowError as error:
-        return error.problems
-    except KeyError as error:
-        return [Problem("row.field_missing", f"no {error}", str(row.where), f"the row has {sorted(row.fields)}")]
+def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) -> Conversation:
+    draft = convert(row)
+    problems: list[Problem] = []
+    messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
+    tools = _tools(draft.tools, row.where)
     kept = [message for message in messages if message is not None]
     if kept and kept[0].role == "assistant":
         kept[0] = replace(kept[0], trained=False)
     if not problems:
         problems += _check_turns(kept, row.where)
     if problems:
-        return problems
+        raise RowError(*problems)
     last = max(i for i, m in enumerate(kept) if (m.trained if train_on == "last" else m.role == "assistant"))
     if train_on == "last":
         kept = [replace(message, trained=index == last) for index, message in enumerate(kept)]
     tally.trailing += last + 1 < len(kept)
     tally.opening += kept[0].role == "assistant"
     tally.repeated += any(a.role == b.role != "tool" for a, b in zip(kept, kept[1:], strict=False))
-    tally.unused.update(set(row.fields) - draft.used - {group_by})
-    return Conversation(row.where, tuple(kept[: last + 1]), tools, group)
+    tally.used |= draft.used
+    return Conversation(row.where, tuple(kept[: last + 1]), tools)
 
 
 def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
@@ -501,10 +472,10 @@ def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
     where = row.where.field(key)
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else f"a {type(value).__name__} where a list of turns is expected"
-        raise _RowError(Problem("row.field_type", what, where, '[{"role": "user", "content": "..."}, ...]'))
+        raise RowError(Problem("row.field_type", what, where, '[{"role": "user", "content": "..."}, ...]'))
     bad = next((i for i, turn in enumerate(value) if not isinstance(turn, dict)), None)
     if bad is not None:
-        raise _RowError(
+        raise RowError(
             Problem("row.field_type", "the turn is no object", f"{where}[{bad}]", '{"role": ..., "content": ...}')
         )
     return value
@@ -529,7 +500,7 @@ def _message(
         legacy = turn.get("function_call")
         calls = _tool_calls([legacy] if legacy else turn.get("tool_calls"), f"{place}.tool_calls")
         content = _content(turn.get("content"), f"{place}.content", optional=bool(calls))
-    except _RowError as error:
+    except RowError as error:
         problems += error.problems
         return None
     if role == "assistant" and not content.strip() and not calls:
@@ -554,7 +525,7 @@ def _content(value: Any, place: str, *, optional: bool) -> str:
         for index, part in enumerate(value):
             kind = part.get("type", "text") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
-                raise _RowError(
+                raise RowError(
                     Problem("row.media", f"a part of type {kind!r}", f"{place}[{index}]", "keep text parts only")
                 )
             parts.append(part["text"])
@@ -562,32 +533,21 @@ def _content(value: Any, place: str, *, optional: bool) -> str:
     if not isinstance(value, str):
         code = "row.field_missing" if value is None else "row.field_type"
         what = "no value" if value is None else f"a {type(value).__name__} where text is expected"
-        raise _RowError(Problem(code, what, place, "give it as text"))
-    _check_encodable(value, place)
+        raise RowError(Problem(code, what, place, "give it as text"))
+    check_encodable(value, place)
     return value
-
-
-def _check_encodable(value: Any, place: str) -> None:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start + 1}"
-        raise _RowError(Problem("row.unencodable", what, place, "write the whole character, or delete it")) from None
 
 
 def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise _RowError(
-            Problem("row.tool_call", f"a {type(value).__name__} where a list is expected", place, "[{...}]")
-        )
+        raise RowError(Problem("row.tool_call", f"a {type(value).__name__} where a list is expected", place, "[{...}]"))
     calls = []
     for index, call in enumerate(value):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _RowError(
+            raise RowError(
                 Problem(
                     "row.tool_call",
                     "no function with a name",
@@ -598,7 +558,7 @@ def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parse_arguments(arguments, f"{place}[{index}].function.arguments")
-        _check_encodable([function["name"], arguments], f"{place}[{index}].function")
+        check_encodable([function["name"], arguments], f"{place}[{index}].function")
         calls.append(
             {
                 "id": str(call.get("id") or ""),
@@ -613,7 +573,7 @@ def _parse_arguments(text: str, place: str) -> Any:
     try:
         return json.loads(text) if text.strip() else {}
     except ValueError as error:
-        raise _RowError(
+        raise RowError(
             Problem("row.tool_call", f"the arguments are no JSON: {error}", place, "an object as JSON")
         ) from None
 
@@ -629,8 +589,8 @@ def _tools(value: Any, where: Where) -> tuple[Mapping[str, Any], ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _RowError(Problem("row.field_type", "no list of tools", where.field("tools"), "a list of JSON schemas"))
-    _check_encodable(value, where.field("tools"))
+        raise RowError(Problem("row.field_type", "no list of tools", where.field("tools"), "a list of JSON schemas"))
+    check_encodable(value, where.field("tools"))
     return tuple(value)
 
 

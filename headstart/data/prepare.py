@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from headstart.config import DataSettings
+from headstart.config import TASKS, DataSettings
 from headstart.data.documents import Fit, measure_fit, segment_documents
 from headstart.data.encode import Encoder
 from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
-from headstart.data.formats import Detection, Formatted, format_rows
-from headstart.data.labels import find_classes, label_notes, segment_labelled
+from headstart.data.formats import Detection, Formatted, Named, format_rows
+from headstart.data.images import Look, segment_pictures
+from headstart.data.labels import Labels, find_labels, label_notes, segment_labelled, segment_tagged
+from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.read import Note, Row, SourceFile, find_files, read
-from headstart.data.records import Conversation, Document, Labelled, Record
+from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
+from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
 from headstart.errors import DataError, Problem
+
+LABELLED = ("classification", "multilabel", "regression", "tagging", "images")
+# Which tasks the rows of a format can be used for.
+FITTING = {
+    "text": ("causal", "masked", "embedding"),
+    "labels": ("classification", "multilabel", "regression", "embedding"),
+    "tags": ("tagging",),
+    "related": ("embedding",),
+    "images": ("images",),
+    **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "columns"), ("chat",)),
+}
+R = TypeVar("R")
 
 
 @dataclass
@@ -56,7 +72,8 @@ class Prepared:
     proof: Segmented
     problems: list[Problem]
     fit: Fit | None = None
-    classes: tuple[str, ...] = ()
+    labels: Labels | None = None
+    masking: Masking | None = None
 
     @property
     def longest(self) -> int:
@@ -82,15 +99,21 @@ class Sides:
         """The kind of fine-tuning that the rows are for."""
         return self.train.detection.kind
 
+    @property
+    def task(self) -> str:
+        """What the rows are to be used for; of documents, `causal` where the user didn't say."""
+        return self.train.detection.task
 
-def form_sides(settings: DataSettings, kind: str = "auto") -> Sides:
+
+def form_sides(settings: DataSettings, kind: str = "auto", task: str = "auto") -> Sides:
     """Read all files of a run. Raises DataError where the two sides are of different kinds, or not of the one asked."""
-    train = form_rows(settings.train, settings, kind)
-    return Sides(train, form_rows(settings.eval, settings, train.detection.kind) if settings.eval else None)
+    train = form_rows(settings.train, settings, kind, task)
+    found = train.detection
+    return Sides(train, form_rows(settings.eval, settings, found.kind, found.task) if settings.eval else None)
 
 
-def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") -> Formed:
-    """Read files and turn rows into records.
+def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", task: str = "auto") -> Formed:
+    """Read files and turn rows into records, for a kind and a task if they are known.
 
     Raises DataError where nothing can be read at all; a bad row among others is a problem of the result.
     """
@@ -111,24 +134,24 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto") 
         formatted = format_rows(
             rows,
             format=settings.format,
-            prompt=settings.prompt,
-            completion=settings.completion,
-            text=settings.text,
-            label=settings.label,
+            named=Named(settings.prompt, settings.completion, settings.text, settings.text_pair, settings.label),
+            task=task,
             train_on=settings.train_on,
             group_by=settings.group_by,
         )
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
     formatted.problems[:0] = problems
-    if kind not in ("auto", formatted.detection.kind):
-        raise DataError(_other_kind(formatted, kind, rows[0]))
+    found = formatted.detection
+    if kind not in ("auto", found.kind) or (task != "auto" and task not in FITTING[found.format]):
+        raise DataError(_other_kind(found, kind if kind not in ("auto", found.kind) else task, rows[0]))
     return Formed(files, len(rows) + len(problems), formatted, [*notes, *formatted.notes])
 
 
-def _other_kind(formatted: Formatted, kind: str, first: Row) -> Problem:
-    what = f"the rows are {formatted.detection.format}, which is for {formatted.detection.kind} fine-tuning, not {kind}"
+def _other_kind(found: Detection, asked: str, first: Row) -> Problem:
+    what = f"the rows are {found.format}, which is for {found.kind} fine-tuning ({found.task}), not {asked}"
     columns = ", ".join(first.fields)
+    kind = TASKS.get(asked, asked)
     named = {
         "unsupervised": '-s data.text="{column}"',
         "supervised": '-s data.text="{column}" -s data.label=COLUMN',
@@ -178,9 +201,16 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
 
 
 def prepare(
-    sides: Sides, settings: DataSettings, renderer: Encoder, max_length: int, *, watch: bool = True
+    sides: Sides,
+    settings: DataSettings,
+    renderer: Encoder | Look,
+    max_length: int,
+    *,
+    task: str,
+    seed: int = 0,
+    watch: bool = True,
 ) -> Prepared:
-    """Split, render and encode all data of a run.
+    """Split, render and encode all data of a run for a task.
 
     Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
     """
@@ -192,14 +222,17 @@ def prepare(
         parts = split_parts(train, evaluation, settings, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
         raise DataError([*problems, *error.problems]) from None
-    labelled = [record for record in parts.train if isinstance(record, Labelled)]
-    classes = find_classes(labelled) if labelled else ()
-    if labelled:
-        held = [record for record in (*parts.watch, *parts.proof) if isinstance(record, Labelled)]
-        train.notes += label_notes(labelled, held)
+    labels = None
+    if task in LABELLED:
+        labels = find_labels(parts.train, task, settings.label)
+        train.notes += label_notes(parts.train, [*parts.watch, *parts.proof], labels)
+    masking = None
+    if task == "masked" and isinstance(renderer, Encoder):
+        masking = find_masking(renderer, seed, whole_words=settings.whole_words)
+    coding = Coding(task, labels, masking, parts.train)
     to_train, to_watch, to_prove = (
-        segment(part, settings, renderer, max_length, whole=part is not parts.train, classes=classes)
-        for part in (parts.train, parts.watch, parts.proof)
+        segment(part, settings, renderer, max_length, coding, whole=whole)
+        for part, whole in ((parts.train, False), (parts.watch, True), (parts.proof, True))
     )
     segmented = (to_train, to_watch, to_prove)
     problems += [problem for part in segmented for problem in part.problems]
@@ -210,38 +243,63 @@ def prepare(
             [Problem("data.empty", what, "", "raise data.max_length, or choose data.over_length=cut"), *problems]
         )
     documents = [record for record in parts.train if isinstance(record, Document)]
-    fit = measure_fit(documents, renderer) if documents else None
-    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, classes)
+    fit = measure_fit(documents, renderer) if documents and isinstance(renderer, Encoder) else None
+    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking)
 
 
-def segment(
+@dataclass(frozen=True)
+class Coding:
+    """How rows of a task become numbers: the labels that are told, how tokens are hidden, and the rows to train on."""
+
+    task: str
+    labels: Labels | None = None
+    masking: Masking | None = None
+    train: Sequence[Record] = ()
+
+
+def segment(  # noqa: PLR0911 (a line for each task)
     records: Sequence[Record],
     settings: DataSettings,
-    renderer: Encoder,
+    renderer: Encoder | Look,
     max_length: int,
+    coding: Coding,
     *,
     whole: bool,
-    classes: Sequence[str] = (),
 ) -> Segmented:
-    """Encode records of one kind, which `renderer` is for. Of documents to score on, all pieces stay together (`whole`)."""
+    """Encode records of one task, which `renderer` is for. Of documents to score on, all pieces stay together (`whole`)."""
     if not records:
         return Segmented()
+    task, labels = coding.task, coding.labels
+    split = task in ("causal", "masked")
     over_length = settings.over_length
-    documents = [record for record in records if isinstance(record, Document)]
     if over_length == "auto":
-        over_length = "split" if documents else "drop"
-    if over_length == "split" and not documents:
+        over_length = "split" if split else "drop"
+    if over_length == "split" and not split:
         cure = "-s data.over_length=drop or cut"
         raise DataError(Problem("format.kind", "only documents can be split", "data.over_length", cure))
-    labelled = [record for record in records if isinstance(record, Labelled)]
-    if labelled:
-        return segment_labelled(labelled, renderer, classes, max_length=max_length, over_length=over_length)
+    limits: dict[str, Any] = {"max_length": max_length, "over_length": over_length}
+    if isinstance(renderer, Look):
+        return segment_pictures(_of(Picture, records), labels, renderer)
+    if task == "tagging" and labels:
+        return segment_tagged(_of(Tagged, records), renderer, labels, **limits)
+    if task == "embedding":
+        related = [as_related(r, halves=whole) if isinstance(r, Document) else r for r in records]
+        known = [record for record in coding.train if isinstance(record, Related)]
+        return segment_related(scale_scores(_of(Related, related), known), renderer, **limits)
+    if task in LABELLED:
+        return segment_labelled(_of(Labelled, records), renderer, labels, **limits)
+    if task == "masked" and coding.masking:
+        return segment_masked(_of(Document, records), renderer, coding.masking, whole=whole, **limits)
     if not isinstance(renderer, Renderer):
-        raise TypeError("conversations and documents are rendered by a Renderer")
-    if documents:
-        positions = settings.positions
-        return segment_documents(
-            documents, renderer, max_length=max_length, over_length=over_length, positions=positions, whole=whole
-        )
-    conversations = [record for record in records if isinstance(record, Conversation)]
-    return segment_rows(conversations, renderer, max_length=max_length, over_length=over_length)
+        raise TypeError("conversations and documents to continue are rendered by a Renderer")
+    if task == "causal":
+        return segment_documents(_of(Document, records), renderer, positions=settings.positions, whole=whole, **limits)
+    return segment_rows(_of(Conversation, records), renderer, **limits)
+
+
+def _of(kind: type[R], records: Sequence[Record]) -> list[R]:
+    """Return records, all of one kind. Raises TypeError where one isn't."""
+    for record in records:
+        if not isinstance(record, kind):
+            raise TypeError(f"{record.where} is a {type(record).__name__} and not a {kind.__name__}")
+    return list(records)  # type: ignore[arg-type]

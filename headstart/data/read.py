@@ -1,6 +1,7 @@
 """Files -> rows, each with where it stands.
 
-jsonl, json, csv, tsv, parquet, txt and md, plain or gzip; one file, many, a folder, or a data set of the hub. A reader
+jsonl, json, csv, tsv, parquet, conll, txt and md, plain or gzip, and images; one file, many, a folder (of images: one for
+each class), or a data set of the hub. A reader
 yields rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in
 silence.
 """
@@ -29,7 +30,10 @@ SNIFF_BYTES = 1 << 16
 HUB_PREFIX = "hub:"
 NOT_WRAPPERS = ("messages", "conversations", "conversation")  # a row of turns, not rows
 TEXTS = {".txt": "text", ".md": "text"}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 KINDS = TEXTS | {
+    **dict.fromkeys(IMAGE_ENDINGS, "image"),
+    **dict.fromkeys((".conll", ".conllu", ".bio", ".iob", ".iob2"), "conll"),
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
@@ -146,10 +150,11 @@ def _expand(path: Path) -> list[Path] | Problem:
         for p in path.rglob("*")
         if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
-    # Beside tables a text file is a README or a licence.
-    tables = [p for p in files if kind_of(p) != "text"]
+    # Beside tables a text file is a README or a licence, and an image is what a table names.
+    tables = [p for p in files if kind_of(p) not in ("text", "image")]
+    images = [p for p in files if kind_of(p) == "image"]
     if files:
-        return tables or files
+        return tables or images or files
     return Problem(
         "data.empty", "the folder holds no data file", str(path), f"known endings: {' '.join(KINDS)} (each also .gz)"
     )
@@ -599,9 +604,50 @@ def _read_text(file: SourceFile, head: bytes) -> Iterator[Item]:
     yield Row(Where(file.name, 1), {"text": "".join(parts)})
 
 
+# --- tagged words ---
+
+
+def _read_conll(file: SourceFile, head: bytes) -> Iterator[Item]:
+    """Read lines of a word and its tag, the last of the columns; an empty line ends a row."""
+    words: list[str] = []
+    tags: list[str] = []
+    begin = 0
+    problem: Problem | None = None
+    for item in itertools.chain(_lines(file, head), [None]):
+        if isinstance(item, Note | Problem):
+            yield item
+            continue
+        text = item.text.strip() if item else ""
+        if item and not item.problem and text and not text.startswith(("-DOCSTART-", "# ")):
+            begin = begin or item.number
+            columns = item.text.strip("\n").split("\t") if "\t" in item.text else text.split()
+            if len(columns) < 2:
+                where = f"{file.name}:{item.number}"
+                problem = problem or Problem(
+                    "row.tags", f"no tag in {text!r:.40}", where, "a word and its tag on each line"
+                )
+            words.append(columns[0].strip())
+            tags.append(columns[-1].strip())
+        elif item and item.problem:
+            begin, problem = begin or item.number, item.problem
+        elif begin:
+            yield problem or Row(Where(file.name, begin), {"tokens": words, "tags": tags})
+            words, tags, begin, problem = [], [], 0, None
+
+
+# --- images ---
+
+
+def _read_image(file: SourceFile, _: bytes) -> Iterator[Item]:
+    """Read an image as one row, whose class is the name of its folder."""
+    yield Row(Where(file.name, 1), {"image": Path(file.name).name, "label": file.path.resolve().parent.name})
+
+
 READERS: dict[str, Callable[[SourceFile, bytes], Iterator[Item]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
     "text": _read_text,
+    "conll": _read_conll,
+    "image": _read_image,
 }

@@ -1,4 +1,6 @@
-"""What a row can be: a conversation to answer in, a document to continue, a text with a label. Each knows its place."""
+"""What a row can be: a conversation, a document, a text with its label, words with tags, texts that belong together, or
+a picture. Each knows its place.
+"""
 
 from __future__ import annotations
 
@@ -57,24 +59,87 @@ class Document:
         return [self.content]
 
 
+Label = str | tuple[str, ...] | tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text with its class."""
+    """A text, or a pair of texts, with its class, its classes or its numbers."""
 
     where: Where
     text: str
-    label: str
+    label: Label
     group: str | None = None
+    pair: str | None = None
 
     @property
     def content(self) -> str:
         """All that the row asks; rows that differ in their label only are the same question."""
-        return self.text
+        return self.text if self.pair is None else json.dumps([self.text, self.pair], ensure_ascii=False)
 
     @property
     def texts(self) -> list[str]:
         """The texts that people wrote."""
-        return [self.text]
+        return [self.text] if self.pair is None else [self.text, self.pair]
 
 
-Record = Conversation | Document | Labelled
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, each with its tag."""
+
+    where: Where
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    group: str | None = None
+
+    @property
+    def content(self) -> str:
+        """All that the row asks."""
+        return json.dumps(self.words, ensure_ascii=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that people wrote."""
+        return list(self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """Texts that belong together: the second fits the first, the third (where there is one) doesn't.
+
+    With a `score`, two texts and how alike they are.
+    """
+
+    where: Where
+    texts: tuple[str, ...]
+    score: float | None = None
+    group: str | None = None
+
+    @property
+    def content(self) -> str:
+        """All that the row says; rows with the same first text may not stand on both sides of a split."""
+        return self.texts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file with its class; `digest` is the hash of its bytes."""
+
+    where: Where
+    path: str
+    label: str
+    digest: str
+    group: str | None = None
+
+    @property
+    def content(self) -> str:
+        """What the file holds: two files with the same bytes are the same picture."""
+        return self.digest
+
+    @property
+    def texts(self) -> list[str]:
+        """No text."""
+        return []
+
+
+Record = Conversation | Document | Labelled | Tagged | Related | Picture

@@ -22,13 +22,18 @@ ROWS_AT_ONCE = 512
 class Segment:
     """Tokens that are read in order. `ids` int32 [n]; `weights` float32 [n], of token i as a target.
 
-    A weight of 0 means that the token is read and not predicted; the first token never is. `first` is the position of
-    the first token.
+    A weight of 0 means that the token is read and not predicted. By itself a token is predicted from the one before it,
+    so the first never is; with `targets` int32 [n] what is told stands at the token itself: its tag, or what a mask hides.
+    `types` int32 [n] tells which text of a pair a token is of. `first` is the position of the first token. `asked` is
+    `weights` with what can't be learned for want of a known target: tags that training never saw.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     first: int = 0
+    targets: NDArray[np.int32] | None = None
+    types: NDArray[np.int32] | None = None
+    asked: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,16 +45,27 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """An image file, the part of it that is seen (left, top, right, bottom, as parts of 1), and whether it is mirrored."""
+
+    path: str
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    mirrored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A row as the engine sees it: its segments (one, or one an answer), and what was cut away from its context.
 
-    `label` is the number of its class, -1 where it has none.
+    `label` is what a row as a whole is held against: the number of its class, -1 where it has none, or float32 [C].
+    `image` is what is seen in place of tokens; its segment then only says how much there is to see.
     """
 
     where: Where
     segments: tuple[Segment, ...]
     cut: str = ""
-    label: int = -1
+    label: int | NDArray[np.float32] = -1
+    image: Image | None = None
 
     @property
     def token_count(self) -> int:

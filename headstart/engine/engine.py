@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Sums:
 class Engine:
     """A model in training: gradients in, updates out.
 
-    `reader` is the model as a reader of packs, `trainable` those of its parameters that are updated.
+    `reader` is the model as a reader of packs, `trainable` those of its parameters that are updated. With `joint` the
+    objective is about all packs of a step at once, as where rows are told apart from each other.
     """
 
     def __init__(
@@ -57,20 +58,73 @@ class Engine:
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        joint: bool = False,
     ) -> None:
         self.reader = reader
         self.trainable = dict(trainable)
         self._objective = objective
         self._clip = clip
+        self._joint = joint
         self._sums = Sums()
         self.optimizer = build_adamw(self.trainable, weight_decay)
 
+    def forward_backward_all(self, packs: Sequence[Pack]) -> Sums:
+        """Add the gradient of the loss SUM of a step's packs, and return their sums."""
+        if self._joint:
+            return self._forward_backward_joint(packs)
+        sums = Sums()
+        for pack in packs:
+            sums += self.forward_backward(pack)
+        return sums
+
+    def _forward_backward_joint(self, packs: Sequence[Pack]) -> Sums:
+        """Add the gradient of a loss over all packs together, with the memory of one (GradCache, Gao et al., 2021).
+
+        The outputs of all packs are made first; then each pack goes through again, with the same dropout, to carry on the
+        gradient that the loss has with respect to its outputs.
+        """
+        self.reader.train()
+        if len(packs) == 1:
+            return self._backward(packs, self._objective(self.reader.outputs(packs[0]), self.reader.targets(packs[0])))
+        states, outputs = [], []
+        with torch.no_grad():
+            for pack in packs:
+                states.append(self._random_state())
+                outputs.append(self.reader.outputs(pack))
+        joined = torch.cat(outputs).requires_grad_(True)
+        total = self._objective(joined, torch.cat([self.reader.targets(pack) for pack in packs]))
+        (gradient,) = torch.autograd.grad(total.loss, joined)
+        after = self._random_state()
+        for pack, state, part in zip(packs, states, torch.split(gradient, [len(o) for o in outputs]), strict=True):
+            self._set_random_state(state)
+            torch.autograd.backward(self.reader.outputs(pack), part)
+        self._set_random_state(after)
+        return self._note(packs, total)
+
+    def _random_state(self) -> tuple[Tensor, ...]:
+        cuda = (torch.cuda.get_rng_state(),) if self.reader.device.type == "cuda" else ()
+        return (torch.get_rng_state(), *cuda)
+
+    @staticmethod
+    def _set_random_state(state: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1:]:
+            torch.cuda.set_rng_state(state[1])
+
     def forward_backward(self, pack: Pack) -> Sums:
         """Add the gradient of a pack's loss SUM to that of the step, and return the pack's sums."""
-        self.reader.model.train()
-        total = self._objective(self.reader.outputs(pack), self.reader.targets(pack))
+        if self._joint:
+            return self._forward_backward_joint([pack])
+        self.reader.train()
+        return self._backward([pack], self._objective(self.reader.outputs(pack), self.reader.targets(pack)))
+
+    def _backward(self, packs: Sequence[Pack], total: Total) -> Sums:
         torch.autograd.backward(total.loss)
-        sums = Sums(float(total.loss.detach()), float(total.count), len(pack), pack.row_tokens)
+        return self._note(packs, total)
+
+    def _note(self, packs: Sequence[Pack], total: Total) -> Sums:
+        tokens, row_tokens = sum(map(len, packs)), sum(pack.row_tokens for pack in packs)
+        sums = Sums(float(total.loss.detach()), float(total.count), tokens, row_tokens)
         self._sums += sums
         return sums
 

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.data.forest import Pack, build_packs
+from headstart.data.images import Look, load_pixels
 from headstart.data.segments import Example
-from headstart.models.attention import Forest, can_pack, run_decoder
-from headstart.models.head import read_head
-from headstart.models.labels import find_packing, label_logits, row_logits
+from headstart.models.attention import Forest, can_pack, run_decoder, use_attention
+from headstart.models.head import OwnHead, read_head
+from headstart.models.labels import body_packing, find_packing, own_logits, row_logits
+from headstart.objectives.labels import RowLosses, class_losses
 
 LOGITS_COPIES = 4
 
@@ -66,6 +68,10 @@ class Reader(ABC):
         enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
         enable({"use_reentrant": False})
 
+    def train(self) -> None:
+        """Make the model ready to learn."""
+        self.model.train()
+
     def forward(self, pack: Pack) -> Tensor:
         """Return `outputs` on the CPU, without gradients or dropout."""
         self.model.eval()
@@ -88,7 +94,11 @@ class Reader(ABC):
         """Return the hidden states of a pack, [T, D]."""
         ids, positions = self.tensors(pack.ids, pack.positions)
         forest = Forest(pack.length.tolist(), pack.parent.tolist(), positions) if self.packs else None
-        return run_decoder(self.model, ids, positions, forest)
+        return run_decoder(self.model, ids, positions, forest, self.types(pack))
+
+    def types(self, pack: Pack) -> Tensor | None:
+        """Return which text of a pair each token is of, [T]; None where there are no pairs."""
+        return self.tensors(pack.types)[0] if pack.types.any() else None
 
     def tensors(self, *arrays: Any) -> list[Tensor]:
         """Return arrays as tensors where the model lies."""
@@ -129,31 +139,160 @@ class PackReader(Reader):
         return -self.forward(pack).double().numpy(), pack.weights.astype(np.float64), pack.target_rows
 
 
-class LabelReader(Reader):
-    """A classifier (`...ForSequenceClassification`): outputs are the logits of a pack's rows, [S, C]; targets their classes."""
+class TokenReader(PackReader):
+    """A model with a head for tokens (`...ForMaskedLM`, `...ForTokenClassification`): what is told of a token is a target."""
 
     def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
-        packing, self._place = find_packing(model)
+        self.head = OwnHead(model)
+        Reader.__init__(self, model, find_packing(model)[0], bfloat16=bfloat16)
+
+    def outputs(self, pack: Pack) -> Tensor:
+        """Return the log-probability of each target."""
+        if self.packs:
+            return super().outputs(pack)
+        sources, ids = self.tensors(pack.target_sources, pack.target_ids)
+        return self.logits(pack).log_softmax(-1)[sources, ids]
+
+    def logits(self, pack: Pack) -> Tensor:
+        """Return the logits of each source, [P, C]."""
+        (sources,) = self.tensors(pack.sources)
+        with self.precision():
+            if self.packs:
+                return self.head.logits(self.hidden(pack)[sources])
+            logits = row_logits(self.model, self.tensors(pack.ids)[0])[0][sources]
+            return logits if logits.dtype == torch.float64 else logits.float()
+
+    def forward_logits(self, pack: Pack) -> Tensor:
+        """Return `logits` on the CPU, without gradients or dropout."""
+        self.model.eval()
+        with torch.no_grad():
+            return self.logits(pack).cpu()
+
+
+class RowReader(Reader):
+    """A model that tells something of a row as a whole: outputs are [S, C], targets what they are held against."""
+
+    def __init__(self, model: Any, packing: str, losses: RowLosses = class_losses, *, bfloat16: bool = False) -> None:
         super().__init__(model, packing, bfloat16=bfloat16)
+        self.losses = losses
+
+    def targets(self, pack: Pack) -> Tensor:
+        """Return the class of each row, [S], or its classes or numbers, [S, C]."""
+        (labels,) = self.tensors(pack.labels)
+        return labels
+
+    def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:
+        """Return the loss of each row, what it weighs (a class that the model doesn't have: nothing), and its number."""
+        outputs = self.forward(pack).double()
+        losses, weights = self.losses(outputs, torch.from_numpy(pack.labels))
+        return losses.numpy(), weights.double().numpy(), pack.segment_rows
+
+
+class LabelReader(RowReader):
+    """A classifier (`...ForSequenceClassification`): outputs are the logits of a pack's rows."""
+
+    def __init__(self, model: Any, losses: RowLosses = class_losses, *, bfloat16: bool = False) -> None:
+        packing, self._place = find_packing(model)
+        super().__init__(model, packing, losses, bfloat16=bfloat16)
 
     def outputs(self, pack: Pack) -> Tensor:
         """Return the logits of each row, in float32 or wider."""
         with self.precision():
             if self.packs:
                 places = pack.begins if self._place == "first" else pack.ends
-                logits = label_logits(self.model, self.hidden(pack)[torch.from_numpy(places).to(self.device)])
+                logits = own_logits(self.model, self.hidden(pack)[self.tensors(places)[0]])
             else:
-                logits = row_logits(self.model, self.tensors(pack.ids)[0])
+                logits = row_logits(self.model, self.tensors(pack.ids)[0], self.types(pack))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def targets(self, pack: Pack) -> Tensor:
-        """Return the class of each row."""
-        (labels,) = self.tensors(pack.labels)
-        return labels
 
-    def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:
-        """Return the negative log-probability of each row's class; a class that the model doesn't have weighs nothing."""
-        logprobs = self.forward(pack).double().log_softmax(-1).numpy()
-        known = pack.labels >= 0
-        losses = -logprobs[np.arange(len(logprobs)), np.maximum(pack.labels, 0)] * known
-        return losses, known.astype(np.float64), pack.segment_rows
+class ImageReader(RowReader):
+    """A classifier of images (`...ForImageClassification`): outputs are the logits of a pack's images.
+
+    Batch norms keep their statistics, so that what an image gives doesn't depend on those beside it.
+    """
+
+    def __init__(self, model: Any, losses: RowLosses = class_losses, *, look: Look, bfloat16: bool = False) -> None:
+        super().__init__(model, "roots", losses, bfloat16=bfloat16)
+        self._look = look
+
+    def train(self) -> None:
+        """Make the model ready to learn, but for the statistics of batch norms."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    def settle_norms(self, examples: Sequence[Example], count: int = 64) -> None:
+        """Set the statistics of batch norms from some rows, for a network whose weights are random."""
+        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        momentum = [norm.momentum for norm in norms]
+        self.model.train()
+        for norm in norms:
+            norm.momentum = None  # a plain mean over all that is seen
+        with torch.no_grad():
+            for start in range(0, min(count, len(examples)), 16):
+                (pack,) = build_packs(examples[start : start + 16], 1 << 30, share=False)
+                self.outputs(pack)
+        for norm, before in zip(norms, momentum, strict=True):
+            norm.momentum = before
+
+    def outputs(self, pack: Pack) -> Tensor:
+        """Return the logits of each image, in float32 or wider."""
+        with self.precision():
+            logits: Tensor = self.model(pixel_values=self.pixels(pack)).logits
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def pixels(self, pack: Pack) -> Tensor:
+        """Return the images of a pack as the model wants them, [S, 3, H, W]."""
+        pixels = np.stack([load_pixels(image, self._look) for image in pack.images if image])
+        return self.tensors(pixels)[0].to(self.model.dtype)
+
+
+class EmbeddingReader(Reader):
+    """An encoder of texts: outputs are the embeddings of a pack's segments, [S, D], of length 1.
+
+    An embedding is the mean over the states of a text's tokens, or the state of its last for models that look back only.
+    """
+
+    def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
+        packing = body_packing(model)
+        self.pooling = "mean" if packing != "forest" else "lasttoken"
+        super().__init__(model, packing, bfloat16=bfloat16)
+
+    def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
+        """Lay out rows as this model can read them; texts that are alike share nothing, since dropout tells them apart."""
+        return build_packs(examples, tokens_per_pack, share=False, one_row=not self.packs)
+
+    def outputs(self, pack: Pack) -> Tensor:
+        """Return the embedding of each segment, in float32 or wider."""
+        with self.precision():
+            if self.packs:
+                hidden = self.hidden(pack)
+            else:
+                use_attention(self.model, packed=False)
+                (ids,) = self.tensors(pack.ids)
+                output = self.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+                hidden = output.last_hidden_state[0]
+        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+        begins, ends = self.tensors(pack.begins, pack.ends)
+        if self.pooling == "lasttoken":
+            pooled = hidden[ends]
+        else:
+            lengths = ends - begins + 1
+            # Segments are roots of their own, so their tokens stand together in the order of their places.
+            order = begins.argsort()
+            owners = torch.repeat_interleave(order, lengths[order])
+            summed = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owners, hidden)
+            pooled = summed / lengths[:, None]
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    def targets(self, pack: Pack) -> Tensor:
+        """Return for each segment its row, its number in the row, and the row's score (NaN where it has none), [S, 3]."""
+        scores = np.asarray(pack.labels, np.float64).reshape(len(pack.begins), -1)[:, 0]
+        (found,) = self.tensors(np.stack([pack.segment_rows, pack.segment_numbers, scores], 1))
+        return found
+
+    def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:  # noqa: ARG002 (the others read it)
+        """Not known of a pack: a text is told apart from all others, so rows are scored together."""
+        raise TypeError("embeddings are scored over all rows at once")

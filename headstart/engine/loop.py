@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from headstart.data.feed import Feed
 from headstart.data.segments import Example
-from headstart.engine.engine import Engine, Sums
+from headstart.engine.engine import Engine
 from headstart.engine.optim import Schedule
 from headstart.errors import DivergedError, Problem
 
@@ -86,8 +86,9 @@ def train(
     engine: Engine, feed: Feed, examples: Sequence[Example], plan: LoopPlan, progress: Progress, hooks: Hooks
 ) -> str:
     """Take steps until the rows are used up (`finished`), nothing gets better (`patience`) or one asks (`stopped`)."""
-    while rows := feed.next_rows():
-        record = take_step(engine, [examples[row] for row in rows], rows, plan, progress.step, feed.epoch)
+    while feed.seen < feed.total:
+        rows, chosen = feed.next_examples(examples)
+        record = take_step(engine, chosen, rows, plan, progress.step, feed.epoch)
         _advance(progress, record, feed)
         hooks.on_step(record)
         last = feed.seen >= feed.total
@@ -114,9 +115,7 @@ def take_step(
     """
     begun = time.perf_counter()
     packs = engine.reader.build_packs(examples, plan.tokens_per_pack)
-    sums = Sums()
-    for pack in packs:
-        sums += engine.forward_backward(pack)
+    sums = engine.forward_backward_all(packs)
     lr = plan.schedule.lr(step)
     try:
         grad_norm = engine.optim_step(lr)

@@ -65,15 +65,15 @@ class Estimate:
 
 def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_pack: int) -> Layout:
     """Lay out the first steps of a run as they will be taken, and count up to all of them."""
-    trial = Feed(feed.rows, feed.batch_size, feed.total, feed.seed)
+    trial = Feed(feed.rows, feed.batch_size, feed.total, feed.seed, vary=feed.vary)
     packs: list[Pack] = []
     rows = 0
     for _ in range(min(STEPS_LAID_OUT, trial.steps)):
-        chosen = trial.next_rows()
-        rows += len(chosen)
-        packs += reader.build_packs([examples[row] for row in chosen], tokens_per_pack)
+        numbers, chosen = trial.next_examples(examples)
+        rows += len(numbers)
+        packs += reader.build_packs(chosen, tokens_per_pack)
     longest = max(examples, key=lambda example: max(map(len, example.segments)))
-    packs_of_longest = reader.build_packs([longest], tokens_per_pack)
+    packs_of_longest = reader.build_packs(feed.varied([longest]), tokens_per_pack)
     scale = feed.total / rows
     return Layout(
         steps=feed.steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,22 +10,62 @@ import numpy as np
 
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
-from headstart.data.records import Conversation, Document, Labelled, Record
+from headstart.data.images import Look
+from headstart.data.labels import OUTSIDE, Labels
+from headstart.data.records import Conversation, Document, Record, Related, Tagged
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
-from headstart.engine.forward import LabelReader, Reader
-from headstart.evaluate.compare import MacroF1, Metric
+from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.evaluate.compare import Metric
+from headstart.evaluate.entities import entities, has_entities
 from headstart.evaluate.generate import generate
-from headstart.evaluate.metrics import chrf, exact_match, rouge_l
-from headstart.evaluate.score import Floats, RowScores, classify_rows, score_rows
+from headstart.evaluate.metrics import as_text, task_metrics, tell
+from headstart.evaluate.score import (
+    Floats,
+    Neighbours,
+    RowScores,
+    compare_rows,
+    output_rows,
+    score_outputs,
+    score_rows,
+    tag_rows,
+)
 from headstart.models.load import model_length
 
-PRIMARY = {"instruction": "nll", "unsupervised": "bits_per_byte", "supervised": "accuracy"}
+# What a verdict rests on: the first of these that was measured.
+PRIMARY = {
+    "chat": ("nll",),
+    "causal": ("bits_per_byte",),
+    "masked": ("bits_per_byte",),
+    "classification": ("accuracy",),
+    "multilabel": ("micro_f1",),
+    "regression": ("r2",),
+    "tagging": ("entity_f1", "tag_accuracy"),
+    "embedding": ("spearman", "recall_at_1"),
+    "images": ("accuracy",),
+}
 PER_TOKEN = ("nll", "perplexity")
 LABELS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "weighted_f1": "weighted F1",
+    "mcc": "Matthews correlation",
+    "auroc": "AUROC",
+    "calibration": "calibration error",
     "cross_entropy": "loss per row",
+    "all_right": "rows with every class right",
+    "r2": "R²",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "spearman": "Spearman",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "tag_accuracy": "tags right",
+    "recall_at_1": "found first (recall@1)",
+    "recall_at_10": "found in ten (recall@10)",
+    "mrr": "mean reciprocal rank",
     "nll": "loss per predicted token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -46,8 +85,9 @@ OnProgress = Callable[[str, int, int], None]
 class RowResult:
     """One row: its summed nll over `targets` tokens and, if it was answered, the answer beside its reference.
 
-    Of a document, `bytes` are those of the text that was predicted; of a labelled row, `answer` and `reference` are
-    classes, and `probability` that of the answer.
+    Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
+    right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
+    `reference` the same as text, and `probability` that of the answer.
     """
 
     where: str
@@ -59,77 +99,67 @@ class RowResult:
     stopped: bool = False
     bytes: int = 0
     probability: float | None = None
+    truth: Sequence[Any] = ()
+    found: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model did on the frozen rows."""
+    """What a model did on the frozen rows of a task."""
 
     rows: Sequence[RowResult]
+    task: str
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as plain values."""
         return [asdict(row) for row in self.rows]
 
     @staticmethod
-    def from_json(rows: Sequence[dict[str, Any]]) -> Measured:
+    def from_json(rows: Sequence[dict[str, Any]], task: str) -> Measured:
         """Read what `to_json` gave."""
-        return Measured([RowResult(**row) for row in rows])
+        return Measured([RowResult(**row) for row in rows], task)
 
-    def metrics(self) -> dict[str, Metric | MacroF1]:
+    def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
-        nll = np.array([row.nll for row in self.rows])
-        targets = np.array([row.targets for row in self.rows])
-        found: dict[str, Metric | MacroF1] = {}
-        if all(row.probability is not None for row in self.rows):
-            found["accuracy"] = _mean([float(row.answer == row.reference) for row in self.rows])
-            found["macro_f1"] = MacroF1.of(
-                [row.reference for row in self.rows], [row.answer or "" for row in self.rows]
-            )
-            if targets.all():
-                found["cross_entropy"] = Metric(nll, targets, lower_is_better=True)
-            return found
-        found["nll"] = Metric(nll, targets, lower_is_better=True)
-        if all(row.bytes for row in self.rows):
-            found["perplexity"] = Metric(nll, targets, lower_is_better=True, transform=np.exp)
-            sizes = np.array([float(row.bytes) for row in self.rows])
-            found["bits_per_byte"] = Metric(nll / np.log(2), sizes, lower_is_better=True)
-        answered = [row for row in self.rows if row.answer is not None]
-        if answered:
-            for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
-                found[name] = _mean([score(row.answer or "", row.reference) for row in answered])
-            found["stop_rate"] = _mean([float(row.stopped) for row in answered])
-        return found
+        return task_metrics(self.task, self.rows)
 
 
 def measure(
     reader: Reader,
-    renderer: Encoder,
+    renderer: Encoder | Look,
     records: Sequence[Record],
     examples: Sequence[Example],
     *,
+    task: str,
     tokens_per_pack: int,
-    answers: int,
-    classes: Sequence[str] = (),
+    answers: int = 0,
+    labels: Labels | None = None,
     on_progress: OnProgress | None = None,
 ) -> Measured:
     """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
-    `classes` are those that a classifier tells apart. `records` and `examples` are the same rows. The answer that is
+    `labels` are what a classifier tells. `records` and `examples` are the same rows. The answer that is
     compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:
         return (lambda done, total: on_progress(what, done, total)) if on_progress else None
 
-    labelled = [record for record in records if isinstance(record, Labelled)]
-    if labelled and isinstance(reader, LabelReader):
-        probabilities = classify_rows(reader, examples, tokens_per_pack, told("scoring"))
-        return Measured(_of_labels(labelled, examples, probabilities, classes))
+    if task in ("classification", "images", "multilabel", "regression") and isinstance(reader, RowReader) and labels:
+        outputs = output_rows(reader, examples, tokens_per_pack, told("scoring"))
+        losses = score_outputs(reader, examples, outputs)
+        return Measured(_of_labels(records, losses, outputs, labels), task)
+    if task == "tagging" and isinstance(reader, TokenReader) and labels:
+        scores = score_rows(reader, examples, tokens_per_pack)
+        tags = tag_rows(reader, examples, tokens_per_pack, told("scoring"))
+        return Measured(_of_tags(records, scores, tags, labels), task)
+    if task == "embedding" and isinstance(reader, EmbeddingReader):
+        near = compare_rows(reader, examples, tokens_per_pack, told("scoring"))
+        return Measured(_of_related(records, near), task)
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
-    if documents:
-        return Measured(_of_documents(documents, examples, scores, renderer))
+    if documents and isinstance(renderer, Encoder):
+        return Measured(_of_documents(documents, examples, scores, renderer), task)
     if not isinstance(renderer, Renderer):
         raise TypeError("conversations are rendered by a Renderer")
     conversations = [record for record in records if isinstance(record, Conversation)]
@@ -154,26 +184,85 @@ def measure(
                 stopped=index in new and new[index].stopped,
             )
         )
-    return Measured(results)
+    return Measured(results, task)
 
 
-def _of_labels(
-    records: Sequence[Labelled], examples: Sequence[Example], probabilities: Floats, classes: Sequence[str]
-) -> list[RowResult]:
+def _of_labels(records: Sequence[Record], losses: RowScores, outputs: Floats, labels: Labels) -> list[RowResult]:
     results = []
-    for record, example, values in zip(records, examples, probabilities, strict=True):
-        best = int(values.argmax())
-        known = example.label >= 0
+    told = tell(outputs, labels)
+    for number, (record, answer) in enumerate(zip(records, told, strict=True)):
+        truth: list[Any] = list(record.label) if isinstance(getattr(record, "label", ""), tuple) else [record.label]  # type: ignore[union-attr]
         results.append(
             RowResult(
                 where=str(record.where),
-                nll=-math.log(max(float(values[example.label]), 1e-300)) if known else 0.0,
-                targets=float(known),
-                asked=record.text[:EXCERPT],
-                reference=record.label,
-                answer=classes[best],
+                nll=float(losses.nll[number]),
+                targets=float(losses.targets[number]),
+                asked="\n".join(record.texts)[:EXCERPT],
+                reference=as_text(truth),
+                answer=as_text(answer.found),
                 stopped=True,
-                probability=float(values[best]),
+                probability=answer.probability,
+                truth=truth,
+                found=answer.found,
+            )
+        )
+    return results
+
+
+def _of_tags(
+    records: Sequence[Record], scores: RowScores, tags: Sequence[tuple[Any, Any]], labels: Labels
+) -> list[RowResult]:
+    results = []
+    for record, nll, targets, (numbers, sure) in zip(records, scores.nll, scores.targets, tags, strict=True):
+        if not isinstance(record, Tagged):
+            raise TypeError(f"{record.where} has no tags")
+        found = spread_tags([labels.names[n] for n in numbers], len(record.words))
+        results.append(
+            RowResult(
+                where=str(record.where),
+                nll=float(nll),
+                targets=float(targets),
+                asked=" ".join(record.words)[:EXCERPT],
+                reference=show_tags(record.words, record.tags),
+                answer=show_tags(record.words, found),
+                stopped=True,
+                probability=float(sure.min()) if len(sure) else 0.0,
+                truth=list(record.tags),
+                found=found,
+            )
+        )
+    return results
+
+
+def spread_tags(found: Sequence[str], words: int) -> list[str]:
+    """Return a tag for every word; those that were cut away are outside of any entity."""
+    return [*found, *[OUTSIDE] * (words - len(found))]
+
+
+def show_tags(words: Sequence[str], tags: Sequence[str]) -> str:
+    """Return what is tagged in a row as text: its entities, or words with plain tags."""
+    if not has_entities(tags):
+        named = [f"{word}/{tag}" for word, tag in zip(words, tags, strict=True) if tag != OUTSIDE]
+        return "  ".join(named)
+    return "; ".join(f"{' '.join(words[e.begin : e.end])}: {e.type}" for e in entities(tags))
+
+
+def _of_related(records: Sequence[Record], near: Neighbours) -> list[RowResult]:
+    results = []
+    for record, loss, rank, cosine in zip(records, near.losses, near.ranks, near.cosines, strict=True):
+        score = record.score if isinstance(record, Related) else None
+        texts = record.texts if isinstance(record, Related) else (record.content,)
+        results.append(
+            RowResult(
+                where=str(record.where),
+                nll=float(loss),
+                targets=1.0,
+                asked="\n".join(texts)[:EXCERPT],
+                reference="rank 1" if score is None else f"{score:.3g}",
+                answer=f"rank {rank:,}" if score is None else f"cosine {cosine:.3f}",
+                stopped=True,
+                truth=[] if score is None else [score],
+                found=[int(rank)] if score is None else [float(cosine)],
             )
         )
     return results
@@ -216,7 +305,3 @@ def last_answer(example: Example) -> list[int]:
 def answer_limit(example: Example) -> int:
     """Return how many tokens an answer may have: half more than its reference, and some."""
     return int(example.target_count * LIMIT_OVER_REFERENCE) + LIMIT_EXTRA
-
-
-def _mean(values: Sequence[float]) -> Metric:
-    return Metric(np.array(values), np.ones(len(values)))

@@ -1,11 +1,186 @@
-"""Scores of an answer against its reference, each between 0 and 1 (chrF between 0 and 100)."""
+"""What rows were told and what is right -> the metrics of each task; and scores of an answer against its reference."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from headstart.data.labels import Labels
+from headstart.evaluate.compare import Calibration, ClassMetric, Metric, Rank, Ratio, SeveralF1
+from headstart.evaluate.entities import count_entities, has_entities
+from headstart.evaluate.score import Floats, sigmoid, softmax
 
 WORD = re.compile(r"\w+")
+
+
+class Scored(Protocol):
+    """What metrics need of a row (`RowResult` of measure.py)."""
+
+    nll: float
+    targets: float
+    answer: str | None
+    reference: str
+    stopped: bool
+    bytes: int
+    probability: float | None
+    truth: Sequence[Any]
+    found: Sequence[Any]
+
+
+def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:
+    """Return the metrics of a task over rows, the more telling ones first."""
+    if task in ("classification", "images"):
+        return {**class_metrics(rows), **_loss("cross_entropy", rows)}
+    if task == "multilabel":
+        return {**_several_metrics(rows), **_loss("cross_entropy", rows)}
+    if task == "regression":
+        return _number_metrics(rows)
+    if task == "tagging":
+        return {**_tag_metrics(rows), **_loss("nll", rows)}
+    if task == "embedding":
+        return _related_metrics(rows)
+    return _text_metrics(rows)
+
+
+def class_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    """Return the metrics of rows that have one class each."""
+    truth, found = [row.reference for row in rows], [row.answer or "" for row in rows]
+    right = np.array([float(t == f) for t, f in zip(truth, found, strict=True)])
+    metrics: dict[str, Metric] = {"accuracy": _mean(right)}
+    metrics |= {name: ClassMetric.of(truth, found, name) for name in ("macro_f1", "weighted_f1", "mcc")}
+    sure = np.array([row.probability or 0.0 for row in rows])
+    names = sorted({*truth, *found})
+    if len(set(truth)) == len(names) == 2:
+        # What isn't told has what is left of the probability.
+        second = np.array([p if f == names[1] else 1 - p for p, f in zip(sure, found, strict=True)])
+        metrics["auroc"] = Rank(np.array([float(t == names[1]) for t in truth]), second, "auroc")
+    metrics["calibration"] = Calibration(sure, right)
+    return metrics
+
+
+def _several_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    names = sorted({name for row in rows for name in (*row.truth, *row.found)})
+    truth = np.array([[name in row.truth for name in names] for row in rows])
+    found = np.array([[name in row.found for name in names] for row in rows])
+    both = truth.sum(1) + found.sum(1)
+    return {
+        "micro_f1": Ratio(2.0 * (truth & found).sum(1), both.astype(np.float64)),
+        "macro_f1": SeveralF1(truth, found),
+        "all_right": _mean((truth == found).all(1).astype(np.float64)),
+    }
+
+
+def _number_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    truth, found = np.array([row.truth for row in rows], float), np.array([row.found for row in rows], float)
+    around = (truth - truth.mean(0)) ** 2
+    spread = np.where(around.mean(0) > 0, around.mean(0), 1.0)
+    errors = (truth - found) ** 2
+    one = np.ones(len(rows))
+    metrics: dict[str, Metric] = {
+        "r2": Ratio((errors / spread).sum(1), (around / spread).sum(1), transform=lambda share: 1 - share)
+    }
+    for column in range(truth.shape[1]):
+        more = f"_{column + 1}" if truth.shape[1] > 1 else ""
+        metrics[f"mae{more}"] = Ratio(np.abs(truth - found)[:, column], one, lower_is_better=True)
+        metrics[f"rmse{more}"] = Ratio(errors[:, column], one, lower_is_better=True, transform=np.sqrt)
+        metrics[f"spearman{more}"] = Rank(truth[:, column], found[:, column])
+    return metrics
+
+
+def _tag_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    right = np.array([float(sum(t == f for t, f in zip(row.truth, row.found, strict=True))) for row in rows])
+    words = np.array([float(len(row.truth)) for row in rows])
+    metrics: dict[str, Metric] = {}
+    if any(has_entities(row.truth) for row in rows):
+        hits, told, there = np.array([count_entities(row.truth, row.found) for row in rows]).T
+        metrics["entity_f1"] = Ratio(2 * hits, told + there)
+        metrics["entity_precision"] = Ratio(hits, told)
+        metrics["entity_recall"] = Ratio(hits, there)
+    metrics["tag_accuracy"] = Ratio(right, words)
+    return metrics
+
+
+def _related_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    found = np.array([float(row.found[0]) for row in rows])
+    if rows[0].truth:
+        truth = np.array([float(row.truth[0]) for row in rows])
+        return {"spearman": Rank(truth, found), **_loss("cross_entropy", rows)}
+    return {
+        "recall_at_1": _mean((found <= 1).astype(np.float64)),
+        "recall_at_10": _mean((found <= 10).astype(np.float64)),
+        "mrr": _mean(1 / found),
+        **_loss("cross_entropy", rows),
+    }
+
+
+def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    nll, targets = np.array([row.nll for row in rows]), np.array([row.targets for row in rows])
+    metrics = _loss("nll", rows)
+    if all(row.bytes for row in rows):
+        metrics["perplexity"] = Ratio(nll, targets, lower_is_better=True, transform=np.exp)
+        sizes = np.array([float(row.bytes) for row in rows])
+        metrics["bits_per_byte"] = Ratio(nll / np.log(2), sizes, lower_is_better=True)
+    answered = [row for row in rows if row.answer is not None]
+    if answered:
+        for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
+            metrics[name] = _mean(np.array([score(row.answer or "", row.reference) for row in answered]))
+        metrics["stop_rate"] = _mean(np.array([float(row.stopped) for row in answered]))
+    return metrics
+
+
+def _loss(name: str, rows: Sequence[Scored]) -> dict[str, Metric]:
+    """Return the loss; of no rows that have one, nothing."""
+    targets = np.array([row.targets for row in rows])
+    nll = np.array([row.nll for row in rows])
+    return {name: Ratio(nll, targets, lower_is_better=True)} if targets.all() else {}
+
+
+def _mean(values: Floats) -> Ratio:
+    return Ratio(values, np.ones(len(values)))
+
+
+class Told(NamedTuple):
+    """What a model tells of a row: a class, classes or numbers, and the probability of the class where there is one."""
+
+    found: list[Any]
+    probability: float | None
+    probabilities: list[float]
+
+
+def tell(outputs: Floats, labels: Labels) -> list[Told]:
+    """Return what outputs [N, C] say, in the words and units of the labels."""
+    if labels.task == "regression":
+        values = outputs * np.array(labels.spread) + np.array(labels.mean)
+        return [Told([float(value) for value in row], None, []) for row in values]
+    probabilities = sigmoid(outputs) if labels.task == "multilabel" else softmax(outputs)
+    told = []
+    for row in probabilities:
+        if labels.task == "multilabel":
+            found = [name for name, value in zip(labels.names, row, strict=True) if value >= labels.threshold]
+            told.append(Told(found, None, row.tolist()))
+        else:
+            best = int(row.argmax())
+            told.append(Told([labels.names[best]], float(row[best]), row.tolist()))
+    return told
+
+
+def best_threshold(outputs: Floats, truth: Floats) -> float:
+    """Return the probability from which classes are told such that their micro F1 is highest; `truth` 0 or 1, both [N, C]."""
+    probabilities = sigmoid(outputs).ravel()
+    order = np.argsort(-probabilities, kind="stable")
+    hits = np.cumsum(truth.ravel()[order])
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + truth.sum())
+    best = int(f1.argmax())
+    lower = probabilities[order[best + 1]] if best + 1 < len(order) else 0.0
+    return float((probabilities[order[best]] + lower) / 2)
+
+
+def as_text(values: Sequence[Any]) -> str:
+    """Return what was told as text."""
+    return ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def exact_match(answer: str, reference: str) -> float:

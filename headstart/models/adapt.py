@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,13 @@ class Adapted:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def adapt(model: Any, lora: Lora | None, seed: int, task: str = "CAUSAL_LM") -> Adapted:
+def adapt(
+    model: Any, lora: Lora | None, seed: int, fresh: Collection[str] = (), *, task: str | None = "CAUSAL_LM"
+) -> Adapted:
     """Make every parameter of `model` train, or put a LoRA adapter in and make that train alone.
 
-    At the start the adapter adds nothing. `seed` sets its first matrices. `task` is what PEFT calls it; with `SEQ_CLS`
-    the head of a classifier trains whole.
+    At the start the adapter adds nothing. `seed` sets its first matrices. `task` is what PEFT calls it; without one
+    only the body is adapted, and the head trains whole, as does what is `fresh`: parameters that begin at random.
 
     Raises ModelError where a target of the adapter isn't found in the model.
     """
@@ -59,7 +61,12 @@ def adapt(model: Any, lora: Lora | None, seed: int, task: str = "CAUSAL_LM") -> 
         raise ModelError(
             Problem("model.lora_targets", f"no module is called {', '.join(missing)}", "lora.targets", cure)
         )
-    targets = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    whole = [] if task else _head_parameters(model, fresh)
+    if whole and targets == "all-linear":
+        targets = [
+            name for name, module in model.named_modules() if _is_linear(module) and f"{name}.weight" not in whole
+        ]
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
@@ -78,8 +85,23 @@ def adapt(model: Any, lora: Lora | None, seed: int, task: str = "CAUSAL_LM") -> 
             cure = f"linear modules of this model: {', '.join(_linear_names(model))}; or all-linear"
             said = str(error).splitlines()[0]
             raise ModelError(Problem("model.lora_targets", said, "lora.targets", cure)) from None
+    for name, parameter in model.named_parameters():
+        if name.replace(".base_layer.", ".") in whole:
+            parameter.requires_grad_(True)
     modules = sum("lora_A" in name for name, _ in model.named_parameters())
     return Adapted(wrapped.get_base_model(), wrapped, modules)
+
+
+def _head_parameters(model: Any, fresh: Collection[str]) -> list[str]:
+    """Return the parameters that train whole: those outside of the body, and those that begin at random."""
+    body = {id(p) for p in model.base_model.parameters()} if model.base_model is not model else set()
+    return [name for name, p in model.named_parameters() if name in fresh or (body and id(p) not in body)]
+
+
+def _is_linear(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def _linear_names(model: Any) -> list[str]:

@@ -181,15 +181,19 @@ def _has_window(config: Any, kinds: set[str]) -> bool:
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
-def run_decoder(model: Any, ids: Tensor, positions: Tensor, forest: Forest | None) -> Tensor:
+def run_decoder(
+    model: Any, ids: Tensor, positions: Tensor, forest: Forest | None, types: Tensor | None = None
+) -> Tensor:
     """Run the layers of a model on a pack, or on one plain row where `forest` is None.
 
-    `ids` and `positions` [T] -> hidden states [T, D], after the last norm and before the head.
+    `ids`, `positions` and, of pairs of texts, `types` [T] -> hidden states [T, D], after the last norm and before the head.
 
     Raises ValueError where the architecture doesn't let its attention be chosen.
     """
     use_attention(model, packed=forest is not None)
-    extra = {} if forest is None else {"forest": forest}
+    extra: dict[str, Any] = {} if forest is None else {"forest": forest}
+    if types is not None:
+        extra["token_type_ids"] = types[None]
     output = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headstart.models.attention import use_attention
+from headstart.models.labels import own_logits
 
 LOGITS_AT_ONCE = 1 << 24
 
@@ -75,6 +76,22 @@ class Head:
     def _chunk(self, hidden: Tensor, target_sources: Tensor, target_ids: Tensor) -> Tensor:
         logits = self.logits(hidden)
         return logits[target_sources, target_ids] - logits.logsumexp(-1)[target_sources]
+
+
+class OwnHead(Head):
+    """The head of a model that has one of its own for tokens, as `own_logits` runs it: of masked tokens, of tags."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a hidden state has."""
+        model: Any = self.module
+        embeddings = model.get_output_embeddings()
+        return int(model.config.num_labels if embeddings is None else embeddings.weight.shape[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states [P, D] -> [P, V], in float32 or wider."""
+        logits = own_logits(self.module, hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _TargetLogprobs(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The head of a classifier on the hidden states of a pack: whose token it reads is found out on the model itself."""
+"""A model's own head on the hidden states of a pack: whose token it reads is found out on the model itself."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from headstart.models.attention import can_pack, run_decoder, use_attention
 PROBE_TOLERANCE = 1e-3
 
 
-def label_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return the logits [S, C] that a `...ForSequenceClassification` gives for rows whose token has `hidden` [S, D].
+def own_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits [S, C] that a model with a head gives for tokens with the states `hidden` [S, D].
 
-    The model's own head runs, on rows of one token each: for that moment its body gives back what it is told to.
+    Of a `...ForSequenceClassification` for rows, of a `...ForTokenClassification` or `...ForMaskedLM` for tokens. The
+    model's own head runs, on rows of one token each: for that moment its body gives back what it is told to.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -31,22 +32,28 @@ def label_logits(model: Any, hidden: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=ids).logits
     finally:
         del base.forward
-    return logits
+    return logits.reshape(len(hidden), -1)
 
 
-def row_logits(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits [1, C] of one row of ids [T], by the model as it is."""
+def row_logits(model: Any, ids: Tensor, types: Tensor | None = None) -> Tensor:
+    """Return the logits ([1, C] of a row, [1, T, C] of its tokens) of one row of ids [T], by the model as it is."""
     use_attention(model, packed=False)
-    logits: Tensor = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits
+    extra = {} if types is None else {"token_type_ids": types[None]}
+    logits: Tensor = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **extra).logits
     return logits
+
+
+def body_packing(model: Any) -> str:
+    """Return how the layers of a model can read packs: `forest`, `roots` or `none`."""
+    return "forest" if can_pack(model) else "roots" if can_pack(model, share=False) else "none"
 
 
 def find_packing(model: Any) -> tuple[str, str]:
-    """Return how a classifier can read packs, and which token of a row its head reads (`first` or `last`).
+    """Return how a model can read packs, and which token of a row its head reads (`first`, `last` or `each`).
 
     (`forest`, `last`) for causal models, (`roots`, `first`) for most encoders, (`none`, ``) where rows must go alone.
     """
-    packing = "forest" if can_pack(model) else "roots" if can_pack(model, share=False) else "none"
+    packing = body_packing(model)
     if packing == "none":
         return packing, ""
     training = model.training
@@ -56,8 +63,10 @@ def find_packing(model: Any) -> tuple[str, str]:
             ids = (torch.arange(7, device=model.device) * 5 + 3) % model.config.get_text_config().vocab_size
             theirs = row_logits(model, ids)
             hidden = run_decoder(model, ids, torch.arange(len(ids), device=model.device), None)
-            for place, index in (("last", -1), ("first", 0)):
-                error = (label_logits(model, hidden[[index]]) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9)
+            places = {"each": slice(None)} if theirs.ndim == 3 else {"last": slice(-1, None), "first": slice(0, 1)}
+            for place, chosen in places.items():
+                wanted = theirs.reshape(-1, theirs.shape[-1])
+                error = (own_logits(model, hidden[chosen]) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
                 if float(error) < PROBE_TOLERANCE:
                     return packing, place
     except (ValueError, TypeError, RuntimeError, AttributeError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headstart.data.images import Look
+from headstart.data.labels import Labels
 from headstart.errors import ModelError, Problem
 from headstart.files import read_json
 from headstart.models.attention import register
@@ -18,12 +20,16 @@ from headstart.models.source import Source, find_model, quiet
 
 @dataclass(frozen=True)
 class Loaded:
-    """A causal language model in memory, the PEFT model around it if it has an adapter, and where both came from."""
+    """A model in memory, the PEFT model around it if it has an adapter, and where both came from.
+
+    `fresh` names the parameters that no file held: the head for new labels, say.
+    """
 
     model: Any
     adapted: Any
     source: Source
     base: Source
+    fresh: frozenset[str] = frozenset()
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -45,6 +51,7 @@ def load_config(source: Source) -> Any:
     from transformers import AutoConfig
 
     quiet()
+    _register_networks()
     path = (find_base(source) if source.is_adapter else source).path
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -52,37 +59,81 @@ def load_config(source: Source) -> Any:
         raise _load_error(source, error, "model.kind") from None
 
 
+# The class of transformers that a task's model is of, and how its architectures are called.
+AUTO = {
+    "chat": "AutoModelForCausalLM",
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classification": "AutoModelForSequenceClassification",
+    "multilabel": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "tagging": "AutoModelForTokenClassification",
+    "images": "AutoModelForImageClassification",
+    "embedding": "AutoModel",
+}
+PROBLEM_TYPES = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
+LABELS_KEY = "headstart_labels"  # in the config of a model that tells labels
+
+
+def _register_networks() -> None:
+    """Make the project's own networks known to transformers."""
+    from headstart.models import efficientnet
+
+    efficientnet.register()
+
+
 def load_model(
-    source: Source, device: str, dtype: torch.dtype = torch.float32, classes: Sequence[str] | None = None
+    source: Source,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    task: str = "causal",
+    labels: Labels | None = None,
+    *,
+    random: bool = False,
 ) -> Loaded:
-    """Load a causal language model, and the adapter on it where the folder is one; with `classes` a classifier of them.
+    """Load a model for a task, with a head for `labels`, and the adapter on it where the folder is one.
 
-    Raises ModelError where the folder holds another kind of model, or one that needs code of its own.
+    With `random` only its shape is taken, and its weights begin at random. Raises ModelError where the folder holds
+    another kind of model, or one that needs code of its own.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    auto, extra = AutoModelForCausalLM, {}
-    if classes is not None:
-        names = dict(enumerate(classes))
-        auto = AutoModelForSequenceClassification
-        extra = {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: number for number, name in names.items()},
-        }
     quiet()
     register()
+    _register_networks()
     base = find_base(source) if source.is_adapter else source
-    if classes is None and find_classes(source) is not None:
+    told = find_labels(source)
+    if told is not None and labels is None and task not in ("masked", "embedding"):
         cure = "label rows with it: headstart predict MODEL DATA -o FILE"
         raise ModelError(Problem("model.kind", "the model is a classifier and writes no text", source.name, cure))
+    auto = getattr(transformers, AUTO[task])
+    config = load_config(source)
+    for key, value in (_head_config(labels) if labels else {}).items():
+        setattr(config, key, value)
+    info: dict[str, Any] = {"missing_keys": ()}
     try:
-        model, info = auto.from_pretrained(
-            base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **extra
-        )
+        if random:
+            model = auto.from_config(config, dtype=dtype)
+        else:
+            model, info = auto.from_pretrained(
+                base.path,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                # A head of other classes, as that of a model tuned before, begins anew.
+                ignore_mismatched_sizes=labels is not None,
+            )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
-    _check_whole(model, info["missing_keys"], source, new_head=classes is not None)
+    fresh = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
+    if AUTO[task] == "AutoModelForCausalLM" or labels or task == "embedding":
+        _check_whole(model, fresh, source, new_head=bool(labels))
     _mend_generation_config(model)
     model.to(device)
     adapted = model
@@ -94,13 +145,27 @@ def load_model(
             adapted = PeftModel.from_pretrained(model, source.path)
         model = adapted.get_base_model()
     model.eval()
-    return Loaded(model, adapted, source, base)
+    return Loaded(model, adapted, source, base, frozenset(fresh))
+
+
+def _head_config(labels: Labels) -> dict[str, Any]:
+    """Return what a model's config says of the labels that it tells."""
+    names = dict(enumerate(labels.names))
+    problem = next((key for key, task in PROBLEM_TYPES.items() if task == labels.task), None)
+    return {
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        **({"problem_type": problem} if problem else {}),
+        LABELS_KEY: labels.to_json(),
+    }
 
 
 def _check_whole(model: Any, missing: Collection[str], source: Source, *, new_head: bool) -> None:
     """Raise ModelError where weights would begin at random that the folder should hold: then it is of another kind."""
     body = f"{model.base_model_prefix}."
-    lost = sorted(key for key in missing if not new_head or (key.startswith(body) and ".pooler." not in f".{key}"))
+    whole = model.base_model is model  # a model without a head, or one whose body and head aren't told apart
+    lost = [key for key in missing if not new_head or (not whole and key.startswith(body))]
+    lost = sorted(key for key in lost if ".pooler." not in f".{key}")
     if lost:
         what = f"it holds no weights for {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}"
         cure = "give a model that writes text; a classifier is for `headstart predict`, an encoder for labels"
@@ -121,23 +186,54 @@ def _mend_generation_config(model: Any) -> None:
         model.generation_config = GenerationConfig(**ids)
 
 
-def find_classes(source: Source) -> tuple[str, ...] | None:
-    """Return the classes of a classifier; None where the model is none."""
+def find_labels(source: Source) -> Labels | None:
+    """Return what a model tells of rows, words or images; None where it is no classifier."""
     if source.is_adapter:
         return None
     config = load_config(source)
-    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
-        return None
-    return tuple(config.id2label[number] for number in range(len(config.id2label)))
+    kept = getattr(config, LABELS_KEY, None)
+    if kept is not None:
+        return Labels.from_json(kept)
+    names = tuple(config.id2label[number] for number in range(len(config.id2label)))
+    for architecture in config.architectures or ():
+        if "ForSequenceClassification" in architecture:
+            task = PROBLEM_TYPES.get(config.problem_type or "", "classification" if len(names) > 1 else "regression")
+            return Labels(task, names, mean=(0.0,) * len(names), spread=(1.0,) * len(names))
+        if "ForTokenClassification" in architecture:
+            return Labels("tagging", names)
+        if "ForImageClassification" in architecture:
+            return Labels("images", names)
+    return None
 
 
-def need_classes(source: Source) -> tuple[str, ...]:
-    """Return the classes of a classifier. Raises ModelError where the model is none."""
-    classes = find_classes(source)
-    if classes is None:
+def need_labels(source: Source) -> Labels:
+    """Return what a classifier tells. Raises ModelError where the model is none."""
+    labels = find_labels(source)
+    if labels is None:
         cure = "tune one first: headstart tune DATA --kind supervised"
         raise ModelError(Problem("model.kind", "the model is no classifier", source.name, cure))
-    return classes
+    return labels
+
+
+def is_encoder(source: Source) -> bool:
+    """Tell whether a model looks both ways: then it is for masked tokens, and not for text to continue."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    config = load_config(source)
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal and not getattr(config, "is_decoder", False)
+
+
+def load_look(source: Source) -> Look:
+    """Return how a model wants to see images. Raises ModelError where it takes none."""
+    config = load_config(source)
+    size = getattr(config, "image_size", None)
+    file = source.path / "preprocessor_config.json"
+    if size is None and not file.exists():
+        cure = "give a model for images: efficientnet-lite0, or a vision model of transformers"
+        raise ModelError(Problem("model.kind", "the model takes no images", source.name, cure))
+    size = size[0] if isinstance(size, list | tuple) else size
+    return Look.from_json(read_json(file) if file.exists() else {}, size or 224)
 
 
 def find_base(source: Source) -> Source:

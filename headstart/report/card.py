@@ -24,13 +24,41 @@ model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {rest}```
 """
-CLASSIFIER = """```python
+PIPELINE = """```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{model}", dtype="{dtype}")
-print(classify("..."))
+tell = pipeline("{pipeline}", model="{model}", dtype="{dtype}"{more})
+print(tell("..."))
 ```
 """
+NUMBERS = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{model}", dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+found = model(**tokenizer("...", return_tensors="pt")).logits[0]
+{rest}print(found.tolist())
+```
+"""
+EMBEDDING = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{model}")
+print(model.similarity(model.encode("..."), model.encode("...")))
+```
+"""
+IMAGES = (
+    """```python
+import headstart
+
+headstart.predict("{model}", "a folder of images", "found.jsonl")
+```
+
+or, with torchvision at hand:
+
+"""
+    + PIPELINE
+)
 CHAT = """messages = [{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 """
@@ -41,6 +69,21 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
+SHAPES = {
+    "classification": PIPELINE,
+    "multilabel": PIPELINE,
+    "regression": NUMBERS,
+    "tagging": PIPELINE,
+    "masked": PIPELINE,
+    "images": IMAGES,
+    "embedding": EMBEDDING,
+}
+PIPELINES = {"tagging": "token-classification", "masked": "fill-mask", "images": "image-classification"}
+MORE = {"tagging": ', aggregation_strategy="simple"', "multilabel": ", top_k=None"}
+TAGS = PIPELINES | {"embedding": "sentence-similarity", "chat": "text-generation", "causal": "text-generation"}
+UNITS = "found = found * {spread} + {mean}  # in the units of the data\n"
+
+
 def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     """Return the card as Markdown with the hub's metadata on top."""
     model = result["model"]
@@ -49,13 +92,18 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         f"| {name} | {before} | {after} | {difference} |" for name, before, after, difference, _ in score_table(result)
     ]
     rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
-    shape = CLASSIFIER if result["kind"] == "supervised" else LORA if result["method"] == "lora" else FULL
+    shape = SHAPES.get(result["task"], LORA if result["method"] == "lora" else FULL)
+    if result["task"] == "regression":
+        rest = UNITS.format(**result["scale"]) if result["scale"] else ""
+    code = ", trust_remote_code=True" if result["task"] == "images" else ""
     snippet = shape.format(
         model=folder / "model",
         base=model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"],
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
         dtype=result["dtype"],
         rest=rest,
+        pipeline=PIPELINES.get(result["task"], "text-classification"),
+        more=code + MORE.get(result["task"], ""),
     )
     rows = min(result["rows"]["train"], result["tokens"]["rows_seen"])
     base = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
@@ -64,7 +112,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             *head,
             f"# {folder.name}",
             "",
-            f"{base}, fine-tuned ({result['kind']}, {result['method']}) on {rows:,} rows.",
+            f"{base}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows.",
             "",
             f"**{sentence(result)}.**",
             "",
@@ -82,9 +130,11 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
 
 
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    labels = result["kind"] == "supervised"
-    lines = ["tags: [headstart]", f"pipeline_tag: text-{'classification' if labels else 'generation'}"]
-    lines.append(f"library_name: {'peft' if result['method'] == 'lora' and not labels else 'transformers'}")
+    task = result["task"]
+    lines = ["tags: [headstart]", f"pipeline_tag: {TAGS.get(task, 'text-classification')}"]
+    adapter = result["method"] == "lora" and task in ("chat", "causal")
+    library = "peft" if adapter else "sentence-transformers" if task == "embedding" else "transformers"
+    lines.append(f"library_name: {library}")
     if model["kind"] == "hub":
         lines.append(f"base_model: {model['name'].partition('@')[0]}")
     if model["license"]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 POINTS_MAX = 300
 WIDTH = 640
+NAME_MAX = 22
+CELLS_WITH_NUMBERS = 12
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,91 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)
     return [number * step for number in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows of like confidence: the mean of it, how often they are right, and which part of all rows they are."""
+
+    sure: float
+    right: float
+    part: float
+
+
+def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Draw a confusion matrix: a line for each class that is right, a column for each that was told."""
+    size = max(18, min(34, 480 // len(names)))
+    left, top = 150, 8
+    wide, high = left + size * len(names) + 8, top + size * len(names) + 110
+    parts = [f'<svg viewBox="0 0 {wide} {high}" style="max-width:{wide}px" role="img" aria-label="Confusion matrix">']
+    for line, (name, row) in enumerate(zip(names, counts, strict=True)):
+        total = max(1, sum(row))
+        down = top + line * size
+        parts.append(f'<text x="{left - 6}" y="{down + size / 2 + 4}" text-anchor="end">{_short(name)}</text>')
+        for column, count in enumerate(row):
+            x = left + column * size
+            kind = "right" if line == column else "wrong"
+            parts.append(
+                f'<rect class="cell {kind}" x="{x}" y="{down}" width="{size - 1}" height="{size - 1}" '
+                f'style="--share:{count / total:.3f}"><title>{html.escape(name)} told as '
+                f"{html.escape(names[column])}: {count:,}</title></rect>"
+            )
+            if count and len(names) <= CELLS_WITH_NUMBERS:
+                parts.append(f'<text x="{x + size / 2}" y="{down + size / 2 + 4}" text-anchor="middle">{count}</text>')
+    for column, name in enumerate(names):
+        middle, below = left + column * size + size / 2, top + size * len(names) + 10
+        parts.append(f'<text transform="translate({middle},{below}) rotate(55)">{_short(name)}</text>')
+    return f"<figure>{''.join(parts)}</svg></figure>"
+
+
+def _short(name: str) -> str:
+    return html.escape(name if len(name) <= NAME_MAX else f"{name[: NAME_MAX - 1]}…")
+
+
+def reliability_chart(before: Sequence[Bin], after: Sequence[Bin], size: int = 300) -> str:
+    """Draw how often rows are right against how sure the model was of them."""
+    edge = 40
+
+    def place(sure: float, right: float) -> tuple[float, float]:
+        return round(edge + sure * (size - edge - 10), 1), round(10 + (1 - right) * (size - edge - 10), 1)
+
+    (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
+    parts = [f'<svg viewBox="0 0 {size} {size}" style="max-width:{size}px" role="img" aria-label="Reliability">']
+    parts.append(f'<line class="grid" x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"/>')
+    for tick in (0.0, 0.5, 1.0):
+        (x, _), (_, y) = place(tick, 0), place(0, tick)
+        parts.append(f'<text x="{x}" y="{y0 + 16}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    for bins, style in ((before, "before"), (after, "watch")):
+        for item in bins:
+            x, y = place(item.sure, item.right)
+            parts.append(f'<circle class="{style}" cx="{x}" cy="{y}" r="{3 + 9 * math.sqrt(item.part):.1f}"/>')
+    parts.append(f'<text x="{size}" y="{size - 4}" text-anchor="end">how sure, against how often right</text></svg>')
+    legend = '<figcaption class="legend"><span>before</span><span class="watch">after</span></figcaption>'
+    return f"<figure>{''.join(parts)}{legend}</figure>"
+
+
+def scatter_chart(x_name: str, y_name: str, points: Sequence[tuple[float, float]], size: int = 340) -> str:
+    """Draw points in a square of equal axes, with the line on which both are alike."""
+    values = [value for point in points for value in point]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    edge = 52
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        inner = size - edge - 10
+        return round(edge + (x - low) / span * inner, 1), round(10 + (high - y) / span * inner, 1)
+
+    (x0, y0), (x1, y1) = place(low, low), place(high, high)
+    parts = [
+        f'<svg viewBox="0 0 {size} {size}" style="max-width:{size}px" role="img" aria-label="{y_name} against {x_name}">'
+    ]
+    parts.append(f'<line class="grid" x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"/>')
+    for tick in nice_ticks(low, high):
+        if low <= tick <= high:
+            (x, _), (_, y) = place(tick, low), place(low, tick)
+            parts.append(f'<text x="{x}" y="{y0 + 16}" text-anchor="middle">{tick:.4g}</text>')
+            parts.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{tick:.4g}</text>')
+    parts += [f'<circle class="watch faint" cx="{x}" cy="{y}" r="3"/>' for x, y in (place(*point) for point in points)]
+    parts.append(f'<text x="{size}" y="{size - 4}" text-anchor="end">{y_name} against {x_name}</text></svg>')
+    return f"<figure>{''.join(parts)}</figure>"

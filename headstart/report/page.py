@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import PurePath
@@ -14,10 +13,11 @@ from headstart.config import Config, known_keys, setting
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS, Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
+from headstart.report.tables import cell, table
+from headstart.report.told import told_sections
 from headstart.report.words import VERDICTS, data_facts, score_table, sentence
 
 TEXT_MAX = 4_000
-CLASSES, CONFUSED = 30, 15  # shown at most
 SAMPLES = {
     "instruction": "Answers before and after",
     "unsupervised": "Texts before and after",
@@ -41,7 +41,7 @@ def report_page(
         _first_screen(name, result),
         _section("Scores", _scores(result)),
         _section(SAMPLES[result["kind"]], _samples(before, after)),
-        *([_section("Classes", _classes(before, after))] if result["kind"] == "supervised" else []),
+        *(_section(title, part) for title, part in told_sections(before, after)),
         _section("Training", _curves(metrics)),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
         _section("Plan and what happened", _plan_and_actual(result)),
@@ -84,16 +84,16 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
 
 def _scores(result: Mapping[str, Any]) -> str:
     rows = [
-        [_cell(name), _cell(before), _cell(after), _cell(difference), _cell(clear, STYLES.get(clear, "flat"))]
+        [cell(name), cell(before), cell(after), cell(difference), cell(clear, STYLES.get(clear, "flat"))]
         for name, before, after, difference, clear in score_table(result)
     ]
     answered = f"; of the answers, over the {result['answered']:,} rows that were answered"
     note = (
         f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
-        f"{answered if result['kind'] == 'instruction' else ''}. In brackets the 95% interval of "
+        f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows). What was not measured: what the model knew before (guard).</p>"
     )
-    return _table(["", "before", "after", "difference", ""], rows) + note
+    return table(["", "before", "after", "difference", ""], rows) + note
 
 
 def _samples(before: Measured, after: Measured) -> str:
@@ -109,28 +109,6 @@ def _samples(before: Measured, after: Measured) -> str:
     chosen += [("Gained least", ordered[0])] if len(ordered) > 1 else []
     chosen += [("At random", pair) for pair in random.Random(0).sample(middle, min(3, len(middle)))]  # noqa: S311
     return "".join(_sample(title, *pair, is_open=number == 0) for number, (title, pair) in enumerate(chosen))
-
-
-def _classes(before: Measured, after: Measured) -> str:
-    """Return what each class gained, the weakest first, and which are taken for which."""
-    counts = [Counter(row.reference for row in side.rows) for side in (before, after)]
-    told = [Counter(row.answer for row in side.rows) for side in (before, after)]
-    right = [Counter(row.reference for row in side.rows if row.answer == row.reference) for side in (before, after)]
-
-    def f1(side: int, name: str) -> float:
-        return 2 * right[side][name] / max(1, counts[side][name] + told[side][name])
-
-    rows = []
-    for name, count in sorted(counts[1].items(), key=lambda item: (f1(1, item[0]), item[0])):
-        precision, recall = right[1][name] / max(1, told[1][name]), right[1][name] / count
-        shown = [f"{value:.3f}" for value in (f1(0, name), f1(1, name), precision, recall)]
-        rows.append([_cell(text) for text in (name, f"{count:,}", *shown)])
-    wrong = Counter((row.reference, row.answer or "") for row in after.rows if row.answer != row.reference)
-    mixed = [[_cell(a), _cell(b), _cell(f"{count:,}")] for (a, b), count in wrong.most_common(CONFUSED)]
-    table = _table(["class", "rows", "F1 before", "F1 after", "precision", "recall"], rows[:CLASSES])
-    more = f"<p>and {len(rows) - CLASSES:,} more classes with a higher F1.</p>" if len(rows) > CLASSES else ""
-    confused = _table(["class", "taken for", "rows"], mixed) if mixed else "<p>No row was taken for another class.</p>"
-    return f"{table}{more}<h3>Taken for another</h3>{confused}"
 
 
 def _gain(before: RowResult, after: RowResult) -> float:
@@ -176,21 +154,21 @@ def _plan_and_actual(result: Mapping[str, Any]) -> str:
         ("tokens of rows", f"{plan['row_tokens']:,}", f"{result['tokens']['rows']:,}"),
         ("tokens computed", f"{plan['tokens']:,}", f"{result['tokens']['computed']:,}"),
     ]
-    return _table(["", "planned", "actual"], [[_cell(text) for text in row] for row in rows])
+    return table(["", "planned", "actual"], [[cell(text) for text in row] for row in rows])
 
 
 def _settings(config: Config) -> str:
-    rows = [[_cell(key), _cell(str(setting(config.settings, key))), _cell(config.source(key))] for key in known_keys()]
-    return _table(["setting", "value", "from"], rows)
+    rows = [[cell(key), cell(str(setting(config.settings, key))), cell(config.source(key))] for key in known_keys()]
+    return table(["setting", "value", "from"], rows)
 
 
 def _dropped(data: Mapping[str, Any]) -> str:
     dropped = data["dropped"]
-    rows = [[_cell(item["where"]), _cell(f"{item['tokens']:,} tokens, too long")] for item in dropped["too_long"]]
-    rows += [[_cell(item["where"]), _cell(item["what"])] for item in dropped["bad"]]
+    rows = [[cell(item["where"]), cell(f"{item['tokens']:,} tokens, too long")] for item in dropped["too_long"]]
+    rows += [[cell(item["where"]), cell(item["what"])] for item in dropped["bad"]]
     if not rows:
         return "<p>No row was dropped.</p>"
-    shown = _table(["row", "why it was left out"], rows[:100])
+    shown = table(["row", "why it was left out"], rows[:100])
     more = f"<p>and {len(rows) - 100:,} more, in data.json.</p>" if len(rows) > 100 else ""
     return f"<details><summary>{len(rows):,} rows were left out</summary>{shown}{more}</details>"
 
@@ -214,17 +192,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return _table([], [[_cell(name), _cell(value)] for name, value in facts])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = f"<tr>{''.join(f'<th scope=col>{html.escape(name)}</th>' for name in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}{body}</table></div>'
-
-
-def _cell(text: str, style: str = "") -> str:
-    return f"<td{f' class={style}' if style else ''}>{html.escape(text)}</td>"
+    return table([], [[cell(name), cell(value)] for name, value in facts])
 
 
 def _text(text: str) -> str:

@@ -27,8 +27,9 @@ def build_result(
     `facts` (kind, model, method, rows) and `plan` come from the job.
     """
     compared = compare_all(before.metrics(), after.metrics())
-    name = PRIMARY[facts["kind"]]
-    primary = next(item for item in compared if item.name == name)
+    measured = {item.name: item for item in compared}
+    name = next(name for name in PRIMARY[facts["task"]] if name in measured)
+    primary = measured[name]
     train_s = max(progress.train_s, 1e-9)
     return {
         **facts,

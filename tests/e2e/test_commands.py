@@ -116,7 +116,7 @@ def test_runs_models_doctor_and_config(run: Path) -> None:
     assert as_json("runs")[1]["runs"][0]["run"] == "runs/one"
     assert "runs/one" in call("runs").stdout
     names = [model["name"] for model in as_json("models")[1]["models"]]
-    assert names == ["smollm2-135m", "minilm"]
+    assert names == ["smollm2-135m", "efficientnet-lite0", "minilm"]
     code, pulled = as_json("models", "pull", "smollm2-135m")
     assert code == 0
     assert set(pulled) == {"name", "path", "sha256", "license"}

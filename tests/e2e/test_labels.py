@@ -36,7 +36,7 @@ def test_labels_in_and_a_classifier_out(labels: Path, method: str) -> None:
         assert said in result.stdout
     run = headstart.Run(Path("runs/labels"))
     assert (run.result["kind"], run.result["difference"]["metric"]) == ("supervised", "accuracy")
-    assert run.result["classes"] == ["plan", "throat"]
+    assert run.result["labels"] == ["plan", "throat"]
     assert run.model.config.id2label == {0: "plan", 1: "throat"}
     report = run.report.read_text()
     assert "Taken for another" in report
@@ -70,11 +70,11 @@ def test_bad_labels_are_named(labels: Path) -> None:
     code, found = as_json("check", "labels.csv")
     assert code == 3
     assert [problem["where"] for problem in found["problems"]] == ["labels.csv:82:label"]
-    Path("numbers.jsonl").write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n' * 9)
-    code, found = as_json("check", "numbers.jsonl")
+    rows = [f'{{"text": "text {n}", "label": {0.5 if n < 3 else chr(34) + "ab"[n % 2] + chr(34)}}}' for n in range(30)]
+    Path("mixed.jsonl").write_text("\n".join(rows))
+    code, found = as_json("check", "mixed.jsonl")
     assert code == 3
-    # The other rows are all alike, so they can't be split either; what is wrong with rows comes first.
-    assert [problem["code"] for problem in found["problems"]] == ["row.label"] * 9 + ["split.too_small"]
+    assert [problem["code"] for problem in found["problems"]] == ["row.label"] * 3
     Path("one.csv").write_text("text,label\n" + "".join(f"text {n},same\n" for n in range(20)))
     result = call("check", "one.csv")
     assert result.exit_code == 3

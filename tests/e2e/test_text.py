@@ -75,7 +75,7 @@ def test_the_other_verbs_read_text_too(texts: Path) -> None:
 def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:
     result = call("tune", "texts.jsonl", "--kind", "instruction")
     assert result.exit_code == 3
-    assert "which is for unsupervised fine-tuning, not instruction" in result.stderr
+    assert "which is for unsupervised fine-tuning (causal), not instruction" in result.stderr
     assert call("tune", "texts.jsonl", "-s", "kind=instruction", "-s", "data.text=text").exit_code == 2
     assert call("tune", "texts.jsonl", "-s", "data.positions=continue", *QUICK, "-s", "steps=1").exit_code == 0
 

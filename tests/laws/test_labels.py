@@ -15,7 +15,7 @@ from headstart.data.read import Where
 from headstart.data.segments import Example, Segment
 from headstart.engine.engine import Engine
 from headstart.engine.forward import LabelReader
-from headstart.evaluate.compare import MacroF1
+from headstart.evaluate.compare import ClassMetric
 from headstart.evaluate.score import classify_rows, score_rows
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register, use_attention
@@ -123,7 +123,7 @@ def test_what_is_saved_is_loaded_by_plain_transformers(name: str, lora: Lora | N
     model = twin(name, torch.float32)
     names = {number: f"class {number}" for number in range(CLASSES)}
     model.config.id2label, model.config.label2id = names, {value: key for key, value in names.items()}
-    adapted = adapt(model, lora, 0, "SEQ_CLS")
+    adapted = adapt(model, lora, 0, task=None)
     reader = LabelReader(adapted.model)
     engine = Engine(reader, adapted.trainable(), cross_entropy)
     for pack in reader.build_packs(rows(), 1000):
@@ -145,7 +145,7 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     chance = np.random.default_rng(3)
     for classes in (2, 7, 20):
         truth, found = chance.integers(0, classes, (2, 50))
-        metric = MacroF1.of([str(t) for t in truth], [str(f) for f in found])
+        metric = ClassMetric.of([str(t) for t in truth], [str(f) for f in found])
         draws = chance.integers(0, 50, (20, 50))
         theirs = [f1_score(truth[draw], found[draw], average="macro", zero_division=0) for draw in draws]
         assert metric.over(draws) == pytest.approx(np.array(theirs))

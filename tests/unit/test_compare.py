@@ -9,13 +9,13 @@ import pytest
 from scipy import stats
 
 from headstart.evaluate import compare as compare_module
-from headstart.evaluate.compare import Compared, Interval, Metric, compare, verdict
+from headstart.evaluate.compare import Compared, Interval, Metric, Ratio, compare, verdict
 from headstart.evaluate.metrics import chrf, exact_match, rouge_l
 
 
 def mean(values: object) -> Metric:
     array = np.asarray(values, float)
-    return Metric(array, np.ones(len(array)))
+    return Ratio(array, np.ones(len(array)))
 
 
 def test_the_interval_is_that_of_scipy() -> None:
@@ -38,7 +38,7 @@ def test_pairing_counts() -> None:
 
 
 def test_a_ratio_weighs_rows_by_their_tokens() -> None:
-    metric = Metric(np.array([10.0, 1.0]), np.array([10.0, 2.0]), lower_is_better=True)
+    metric = Ratio(np.array([10.0, 1.0]), np.array([10.0, 2.0]), lower_is_better=True)
     assert compare("nll", metric, metric).before.value == pytest.approx(11 / 12)
 
 

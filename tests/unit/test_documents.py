@@ -14,8 +14,8 @@ from headstart.config import DataSettings
 from headstart.data.documents import measure_fit, segment_documents, split_tokens
 from headstart.data.encode import Encoder, Tokens
 from headstart.data.forest import build_packs
-from headstart.data.formats import format_rows
-from headstart.data.prepare import segment
+from headstart.data.formats import Named, format_rows
+from headstart.data.prepare import Coding, segment
 from headstart.data.read import Row, Where, find_files, read
 from headstart.data.records import Document
 from headstart.data.render import Renderer
@@ -40,7 +40,8 @@ def documents(*texts: str) -> list[Document]:
 
 
 def form(*rows: dict[str, Any], **how: Any) -> Any:
-    return format_rows([Row(Where("f", n), row) for n, row in enumerate(rows, 1)], **how)
+    named = Named(**{key: how.pop(key) for key in list(how) if key in Named.__dataclass_fields__})
+    return format_rows([Row(Where("f", n), row) for n, row in enumerate(rows, 1)], named=named, **how)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_bits_per_byte_and_perplexity_are_those_of_the_plain_model() -> None:
     model.resize_token_embeddings(len(own.tokenizer), mean_resizing=False)
     rows = documents(*texts)
     prepared = segment_documents(rows, own, max_length=500, whole=True)
-    measured = measure(PackReader(model), own, rows, prepared.examples, tokens_per_pack=500, answers=0)
+    measured = measure(PackReader(model), own, rows, prepared.examples, task="causal", tokens_per_pack=500)
     use_attention(model, packed=False)
     total = count = size = 0.0
     for text in texts:
@@ -175,6 +176,6 @@ def test_conversations_are_never_split() -> None:
     row = Row(Where("f", 1), {"prompt": "a", "completion": "b"})
     records = format_rows([row]).examples
     with pytest.raises(DataError, match="only documents can be split"):
-        segment(records, DataSettings(over_length="split"), renderer(), 10, whole=False)
+        segment(records, DataSettings(over_length="split"), renderer(), 10, Coding("chat"), whole=False)
     with pytest.raises(TypeError, match="rendered by a Renderer"):
-        segment(records, DataSettings(), Encoder(renderer().tokenizer), 10, whole=False)
+        segment(records, DataSettings(), Encoder(renderer().tokenizer), 10, Coding("chat"), whole=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headstart.data.formats import Formatted, format_rows
+from headstart.data.formats import Formatted, Named, format_rows
 from headstart.data.read import Row, Where
 from headstart.errors import DataError
 
@@ -16,7 +16,8 @@ SYSTEM = ("system", "Be kind.", False)
 
 
 def form(*rows: dict[str, Any], **how: Any) -> Formatted:
-    return format_rows([Row(Where("f", n), row) for n, row in enumerate(rows, 1)], **how)
+    named = Named(**{key: how.pop(key) for key in list(how) if key in Named.__dataclass_fields__})
+    return format_rows([Row(Where("f", n), row) for n, row in enumerate(rows, 1)], named=named, **how)
 
 
 def turns(formatted: Formatted, index: int = 0) -> list[tuple[str, str, bool]]:

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from headstart.data.labels import label_notes
+from headstart.data.labels import find_labels, label_notes
 from headstart.data.read import Where
 from headstart.data.records import Labelled
 from headstart.engine.loop import Progress, _judge
@@ -81,8 +81,11 @@ def test_classes_that_are_uneven_or_have_one_row_are_told() -> None:
     def rows(**counts: int) -> list[Labelled]:
         return [Labelled(Where("f", 1), "text", label) for label, count in counts.items() for _ in range(count)]
 
-    told = "\n".join(label_notes(rows(a=30, b=1), []))
+    def notes(records: list[Labelled]) -> list[str]:
+        return label_notes(records, [], find_labels(records, "classification"))
+
+    told = "\n".join(notes(rows(a=30, b=1)))
     assert "2 classes, of 1 ('b') to 30 ('a') rows" in told
     assert "look at macro F1" in told
     assert "1 classes have one row to train on: 'b'" in told
-    assert "macro F1" not in "\n".join(label_notes(rows(a=20, b=2), []))
+    assert "macro F1" not in "\n".join(notes(rows(a=20, b=2)))

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor"),
-    ("verbs", "tune"),
+    ("demo", "chat", "show", "doctor", "label"),
+    ("verbs", "tuning"),
     ("job", "stop"),
     ("run",),
     ("report",),

@@ -43,7 +43,8 @@ def rows(gain: float) -> Measured:
                 n % 2 == 0,
             )
             for n in range(20)
-        ]
+        ],
+        "chat",
     )
 
 
@@ -62,6 +63,7 @@ def result(gain: float = 5.0) -> dict[str, Any]:
     return build_result(
         facts={
             "kind": "instruction",
+            "task": "chat",
             "model": SOURCE,
             "method": "lora",
             "dtype": "float32",

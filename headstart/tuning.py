@@ -7,26 +7,30 @@ import datetime
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.hub import pin_dataset
+from headstart.data.labels import Labels
 from headstart.data.read import HUB_PREFIX, SourceFile
 from headstart.display import Display, in_bytes, in_time
 from headstart.engine.checkpoint import Checkpoints
+from headstart.engine.forward import RowReader
 from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
 from headstart.engine.optim import Schedule
 from headstart.errors import DataError, Problem, ResourceError, StoppedError
 from headstart.evaluate.measure import Measured, measure
-from headstart.evaluate.score import score_rows
+from headstart.evaluate.metrics import best_threshold
+from headstart.evaluate.score import output_rows, score_rows
 from headstart.files import read_json, sha256, write_atomic, write_json
-from headstart.job import Data, Job, build_data, build_job
-from headstart.models.save import save_result
+from headstart.job import Data, Job, beside, build_data, build_job
+from headstart.models.save import save_result, saved_scale
 from headstart.models.source import Source, weights_hash
 from headstart.report.card import model_card
 from headstart.report.page import report_page
@@ -145,9 +149,8 @@ class _Session:
         before = self._evaluate("before")
         self._train()
         self._use_best()
-        adapted, data = self.job.adapted, self.job.data
-        save_result(adapted.saved, data.tokenizer, data.renderer.stop_ids, self.folder.model, data.source)
         after = self._evaluate("after")
+        self._save()
         self._conclude(before, after)
         return Run(self.folder.path)
 
@@ -200,7 +203,7 @@ class _Session:
     def _evaluate(self, name: str) -> Measured:
         kept = self.folder.read_evaluation(name)
         if kept is not None:
-            return Measured.from_json(kept)
+            return Measured.from_json(kept, self.job.config.settings.task)
         self.display.title(f"scoring {'the untouched' if name == 'before' else 'the tuned'} model")
         begun = time.perf_counter()
         settings = self.job.config.settings
@@ -210,14 +213,36 @@ class _Session:
             self.job.data.renderer,
             proof.kept,
             proof.examples,
+            task=settings.task,
             tokens_per_pack=settings.engine.tokens_per_pack or 1,
             answers=settings.eval.generate or 0,
-            classes=self.job.data.prepared.classes,
+            labels=self._labels(),
             on_progress=self._on_eval,
         )
         self.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
+
+    def _labels(self) -> Labels | None:
+        """Return the labels; where a row has several, with the threshold that is best on the watched rows as things stand."""
+        labels, watched = self.job.data.prepared.labels, self.job.data.prepared.watch.examples
+        reader = self.job.engine.reader
+        if labels is None or labels.task != "multilabel" or not watched or not isinstance(reader, RowReader):
+            return labels
+        outputs = output_rows(reader, watched, self.job.config.settings.engine.tokens_per_pack or 1)
+        return replace(labels, threshold=best_threshold(outputs, np.array([example.label for example in watched])))
+
+    def _save(self) -> None:
+        data, adapted = self.job.data, self.job.adapted
+        save_result(
+            adapted.saved,
+            data.tokenizer,
+            data.stop_ids,
+            self.folder.model,
+            data.source,
+            labels=self._labels(),
+            beside=beside(data.source, data.renderer, self.job.engine.reader),
+        )
 
     def _on_eval(self, label: str, done: int, total: int) -> None:
         self.display.progress(label, done, total)
@@ -277,11 +302,13 @@ class _Session:
         plan = self.job.plan()
         facts = {
             "kind": self.job.config.settings.kind,
+            "task": self.job.config.settings.task,
             "model": self.job.data.source.to_json(),
             "method": self.job.config.settings.method,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
-            "stop_ids": list(self.job.data.renderer.stop_ids),
-            "classes": list(self.job.data.prepared.classes),
+            "stop_ids": list(self.job.data.stop_ids),
+            "labels": list(labels.names) if (labels := self.job.data.prepared.labels) else [],
+            "scale": saved_scale(self.job.adapted.model, labels),
             "dtype": str(self.job.adapted.model.dtype).removeprefix("torch."),
         }
         result = build_result(
@@ -294,7 +321,7 @@ class _Session:
             device=self.job.engine.reader.device.type,
         )
         settings = self.job.config.settings
-        template = "plain" if settings.kind == "unsupervised" else settings.data.template
+        template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))
         data = read_json(self.folder.data_file)
         page = report_page(result, before, after, self.folder.read_metrics(), data, self.folder.read_config())
