@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 IMPLEMENTATION = "headstart_forest"
+FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -136,8 +137,9 @@ def register() -> None:
 def can_pack(model: Any, *, share: bool = True) -> bool:
     """Tell whether `model` computes the same for rows in a forest as for each alone: tried on rows that share a prefix.
 
-    Without `share` each row is a root of its own, which models that look both ways can read. False for architectures that don't pass the forest on to their attention, and for those that mix the tokens of a
-    row elsewhere (recurrence, convolution, attention in chunks).
+    Without `share` each row is a root of its own, which models that look both ways can read. False for architectures
+    that don't pass the forest on to their attention, and for those that mix the tokens of a row elsewhere (recurrence,
+    convolution, attention in chunks).
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -157,21 +159,31 @@ def can_pack(model: Any, *, share: bool = True) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            forest = Forest(lengths, parents, positions)
-            packed = run_decoder(model, torch.tensor(ids, device=model.device), positions, forest)
-            # The rows of the trial are shorter than any real window, so only its coming along shows that it is kept.
-            if _has_window(config, kinds) and forest.windows == {0}:
-                return False
-            for row, place in zip(rows, places, strict=True):
-                row_ids = torch.tensor(row, device=model.device)
-                alone = run_decoder(model, row_ids, torch.arange(len(row), device=model.device), None)
-                error = (packed[place] - alone).abs().max() / alone.abs().max().clamp_min(1e-9)
-                if not float(error) < PROBE_TOLERANCE.get(alone.dtype, 0.1):
+            # RoBERTa and its kin count positions from behind their padding.
+            for first in dict.fromkeys((0, (getattr(config, "pad_token_id", None) or 0) + 1)):
+                setattr(model, FIRST_POSITION, first)
+                forest = Forest(lengths, parents, positions)
+                packed = run_decoder(model, torch.tensor(ids, device=model.device), positions, forest)
+                # The rows of the trial are shorter than any real window, so only its coming along shows that it is kept.
+                if _has_window(config, kinds) and forest.windows == {0}:
                     return False
-    except (ValueError, TypeError, RuntimeError):
+                if _alike(model, packed, rows, places):
+                    return True
+    except (ValueError, TypeError, RuntimeError, IndexError):
         return False
     finally:
         model.train(training)
+    return False
+
+
+def _alike(model: Any, packed: Tensor, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> bool:
+    """Tell whether rows have the same states in a pack as each by itself."""
+    for row, place in zip(rows, places, strict=True):
+        row_ids = torch.tensor(row, device=model.device)
+        alone = run_decoder(model, row_ids, torch.arange(len(row), device=model.device), None)
+        error = (packed[list(place)] - alone).abs().max() / alone.abs().max().clamp_min(1e-9)
+        if not float(error) < PROBE_TOLERANCE.get(alone.dtype, 0.1):
+            return False
     return True
 
 
@@ -194,7 +206,9 @@ def run_decoder(
     extra: dict[str, Any] = {} if forest is None else {"forest": forest}
     if types is not None:
         extra["token_type_ids"] = types[None]
-    output = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
+    if forest is not None or int(positions[0]):
+        extra["position_ids"] = (positions + getattr(model, FIRST_POSITION, 0))[None]
+    output = model.base_model(input_ids=ids[None], use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 

@@ -41,7 +41,7 @@ TWINS: dict[str, tuple[Any, str]] = {
     "mistral": (lambda: transformers.MistralConfig(**_SMALL, **_LABELS, sliding_window=6), "forest"),
     "bert": (lambda: transformers.BertConfig(**_ENCODER, **_LABELS), "roots"),
     "electra": (lambda: transformers.ElectraConfig(**_ENCODER, **_LABELS, embedding_size=32), "roots"),
-    "roberta": (lambda: transformers.RobertaConfig(**_ENCODER, **_LABELS), "none"),
+    "roberta": (lambda: transformers.RobertaConfig(**_ENCODER, **_LABELS), "roots"),
     "modernbert": (
         lambda: transformers.ModernBertConfig(**_ENCODER, **_LABELS, local_attention=4, cls_token_id=1, sep_token_id=2),
         "none",
