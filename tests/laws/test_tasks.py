@@ -163,7 +163,9 @@ def test_several_classes_and_numbers_are_those_of_the_plain_model(name: str, tas
     for row in examples:
         ids = torch.from_numpy(row.segments[0].ids.astype(np.int64))[None]
         # The mean over a row's classes or numbers, as transformers has it for one row.
-        part = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(row.label)[None].double()).loss
+        part = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor(row.label)[None].double()
+        ).loss
         part.backward()
         loss += float(part.detach())
     assert (total.loss, total.count) == (pytest.approx(loss, rel=1e-6), len(examples))
@@ -287,7 +289,9 @@ def test_images_give_the_same_however_they_are_packed(name: str, pictures: list[
     config: Any = {
         "efficientnet": lambda: efficientnet.EfficientNetLiteConfig(**TINY, num_labels=3),
         "vit": lambda: transformers.ViTConfig(**small, image_size=32, patch_size=8, num_labels=3),
-        "resnet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3),
+        "resnet": lambda: transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3
+        ),
     }[name]()
     model = transformers.AutoModelForImageClassification.from_config(config).double()
     reader = ImageReader(model, look=LOOK)
@@ -353,7 +357,9 @@ def test_a_tagger_is_loaded_by_plain_transformers(name: str, lora: Lora | None, 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_saved_model_gives_numbers_in_their_own_units(name: str, tmp_path: Path) -> None:
     labels = Labels("regression", ("price", "age"), mean=(250.0, -3.0), spread=(40.0, 0.5))
-    model = twin(name, "AutoModelForSequenceClassification", dtype=torch.float32, num_labels=2, problem_type="regression")
+    model = twin(
+        name, "AutoModelForSequenceClassification", dtype=torch.float32, num_labels=2, problem_type="regression"
+    )
 
     def make(ids: Any, _: Any) -> Any:
         return (Segment(ids, np.zeros(len(ids), np.float32)),), "", labels.encode((260.0, -2.0))
@@ -378,7 +384,9 @@ def test_a_saved_model_gives_numbers_in_their_own_units(name: str, tmp_path: Pat
 
 def test_an_image_model_carries_its_own_code(pictures: list[Example], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = efficientnet.EfficientNetLiteForImageClassification(efficientnet.EfficientNetLiteConfig(**TINY, num_labels=3))
+    model = efficientnet.EfficientNetLiteForImageClassification(
+        efficientnet.EfficientNetLiteConfig(**TINY, num_labels=3)
+    )
     reader = ImageReader(model, look=LOOK)
     outputs = output_rows(reader, pictures, 1000)
     labels = Labels("images", ("a", "b", "c"), (1, 1, 1))

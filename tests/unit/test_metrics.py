@@ -1,0 +1,138 @@
+"""Metrics of labelled rows are those of scikit-learn, scipy and seqeval, over the rows and over any draw of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics.sequence_labeling import get_entities
+from sklearn import metrics as theirs
+
+from headstart.evaluate.compare import (
+    Calibration,
+    ClassMetric,
+    Compared,
+    Interval,
+    Rank,
+    SeveralF1,
+    compare_all,
+    verdict,
+)
+from headstart.evaluate.entities import count_entities, entities
+from headstart.evaluate.measure import RowResult
+from headstart.evaluate.metrics import best_threshold, task_metrics
+
+TAGS = ["O", "B-a", "I-a", "B-b", "I-b", "B-a-x", "I-a-x"]
+DRAWS = np.random.default_rng(5).integers(0, 60, (8, 60))
+
+
+def test_class_metrics_are_those_of_scikit_learn() -> None:
+    chance = np.random.default_rng(1)
+    for classes in (2, 6):
+        truth, found = chance.integers(0, classes, (2, 60))
+        names = [[f"c{n}" for n in side] for side in (truth, found)]
+        for name, score in (
+            ("macro_f1", lambda t, f: theirs.f1_score(t, f, average="macro")),
+            ("weighted_f1", lambda t, f: theirs.f1_score(t, f, average="weighted")),
+            ("mcc", theirs.matthews_corrcoef),
+        ):
+            ours = ClassMetric.of(*names, name).over(DRAWS)
+            assert ours == pytest.approx([score(truth[d], found[d]) for d in DRAWS]), name
+
+
+def test_ranks_are_those_of_scipy_and_scikit_learn() -> None:
+    chance = np.random.default_rng(2)
+    truth, scores = chance.integers(0, 2, 60).astype(float), chance.integers(0, 9, 60) / 9
+    ours = Rank(truth, scores, "auroc").over(DRAWS)
+    assert ours == pytest.approx([theirs.roc_auc_score(truth[d], scores[d]) for d in DRAWS])
+    numbers = np.round(scores + chance.normal(0, 0.3, 60), 1)
+    ours = Rank(numbers, scores).over(DRAWS)
+    assert ours == pytest.approx([spearmanr(numbers[d], scores[d]).statistic for d in DRAWS])
+    assert Rank(np.ones(60), scores, "auroc").over(DRAWS).tolist() == [0.5] * 8
+    assert Rank(np.ones(60), scores).over(DRAWS).tolist() == [0.0] * 8
+
+
+def test_several_classes_are_scored_as_by_scikit_learn() -> None:
+    chance = np.random.default_rng(3)
+    truth, found = chance.random((2, 60, 4)) < 0.4
+    ours = SeveralF1(truth, found).over(DRAWS)
+    assert ours == pytest.approx([theirs.f1_score(truth[d], found[d], average="macro", zero_division=0) for d in DRAWS])
+    names = np.array(["a", "b", "c", "d"])
+    rows = [
+        RowResult("f:1", 1.0, 1.0, truth=names[t].tolist(), found=names[f].tolist())
+        for t, f in zip(truth, found, strict=True)
+    ]
+    found_metrics = task_metrics("multilabel", rows)
+    assert found_metrics["micro_f1"].over(DRAWS) == pytest.approx(
+        [theirs.f1_score(truth[d], found[d], average="micro") for d in DRAWS]
+    )
+    assert found_metrics["all_right"].over(DRAWS) == pytest.approx(
+        [theirs.accuracy_score(truth[d], found[d]) for d in DRAWS]
+    )
+
+
+def test_the_threshold_is_the_best_of_all() -> None:
+    chance = np.random.default_rng(4)
+    truth = (chance.random((40, 3)) < 0.3).astype(float)
+    outputs = chance.normal(size=(40, 3)) + 1.5 * truth - 2
+    probabilities = 1 / (1 + np.exp(-outputs))
+    ours = theirs.f1_score(truth, probabilities >= best_threshold(outputs, truth), average="micro")
+    assert ours == max(theirs.f1_score(truth, probabilities >= p, average="micro") for p in probabilities.ravel())
+
+
+def test_numbers_are_scored_as_by_scikit_learn() -> None:
+    chance = np.random.default_rng(5)
+    truth = chance.normal(30, 5, (60, 1))
+    found = truth + chance.normal(0, 2, (60, 1))
+    rows = [RowResult("f:1", 1.0, 1.0, truth=t, found=f) for t, f in zip(truth.tolist(), found.tolist(), strict=True)]
+    whole = np.arange(60)[None]
+    ours = {name: float(metric.over(whole)[0]) for name, metric in task_metrics("regression", rows).items()}
+    assert ours["r2"] == pytest.approx(theirs.r2_score(truth, found))
+    assert ours["mae"] == pytest.approx(theirs.mean_absolute_error(truth, found))
+    assert ours["rmse"] == pytest.approx(theirs.root_mean_squared_error(truth, found))
+    assert ours["spearman"] == pytest.approx(spearmanr(truth, found).statistic)
+
+
+def test_calibration_is_how_far_confidence_lies_from_being_right() -> None:
+    # Four rows told with 0.95, three of them right; two with 0.55, none right: 4/6 x 0.20 + 2/6 x 0.55.
+    sure = np.array([0.95] * 4 + [0.55] * 2)
+    metric = Calibration(sure, np.array([1.0, 1, 1, 0, 0, 0]))
+    assert metric.over(np.arange(6)[None]) == pytest.approx([4 / 6 * 0.2 + 2 / 6 * 0.55])
+    assert metric.over(np.array([[0, 0, 0, 0]])) == pytest.approx([0.05])
+
+
+def test_no_verdict_rests_on_calibration() -> None:
+    def compared(name: str, low: float, decides: bool) -> Compared:
+        value = Interval(low + 0.05, low, low + 0.1)
+        return Compared(name, value, value, value, name == "calibration", 50, decides)
+
+    better, worse = compared("accuracy", 0.3, True), compared("calibration", 0.1, False)
+    assert (better.direction, worse.direction) == (1, -1)
+    assert verdict([better, worse], "accuracy") == "better"
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.sampled_from(TAGS), min_size=1, max_size=9), st.randoms()), min_size=1, max_size=6)
+)
+@settings(max_examples=300, deadline=None)
+def test_entities_are_those_of_seqeval(cases: list[tuple[list[str], object]]) -> None:
+    truth = [tags for tags, _ in cases]
+    found = [[chance.choice([tag, tag, "O", "B-a", "I-b"]) for tag in tags] for tags, chance in cases]  # type: ignore[attr-defined]
+    for tags in (*truth, *found):
+        assert [(e.type, e.begin, e.end - 1) for e in entities(tags)] == get_entities(tags)
+    hits, told, there = sum(count_entities(t, f) for t, f in zip(truth, found, strict=True))  # type: ignore[misc]
+    if told + there:
+        assert 2 * hits / (told + there) == pytest.approx(entity_f1(truth, found, zero_division=0))
+
+
+def test_metrics_of_rows_without_any_entity_are_zero_and_finite() -> None:
+    rows = [
+        RowResult(f"f:{n}", 1.0, 2.0, truth=["O", "B-a"] if not n else ["O", "O"], found=["O", "O"]) for n in range(9)
+    ]
+    found = task_metrics("tagging", rows)
+    assert {item.name: item.after.value for item in compare_all(found, found)}["entity_f1"] == 0
+    plain = [RowResult("f:1", 1.0, 2.0, truth=["DET", "NOUN"], found=["DET", "VERB"])] * 9
+    assert list(task_metrics("tagging", plain)) == ["tag_accuracy", "nll"]
