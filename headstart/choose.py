@@ -12,6 +12,7 @@ from headstart.engine.plan import FORWARD_COST
 EVALS_PER_RUN = 8
 EVAL_TIME_FRAC = 0.1
 GENERATE_ROWS = 32
+CHOICE_ROWS = 200
 PACK_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 
 
@@ -29,6 +30,7 @@ class Facts:
     longest: int
     task: str
     held_out: float | None
+    choices: int = 0
 
 
 def choose(config: Config, facts: Facts) -> Config:
@@ -61,8 +63,12 @@ def choose(config: Config, facts: Facts) -> Config:
         decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
     every, why = _eval_every(facts, steps, batch_size)
     every = decide("eval.every", every, why)
+    if settings.eval.choices == "auto":
+        few = f"{facts.choices:,} answers stand again and again" if facts.choices else "answers are free"
+        found["eval.choices"] = ("on" if facts.choices else "off", few)
     if facts.task == "chat":
-        decide("eval.generate", min(GENERATE_ROWS, facts.proof_rows), f"at most {GENERATE_ROWS}: answering takes long")
+        most = CHOICE_ROWS if found.get("eval.choices", (settings.eval.choices,))[0] == "on" else GENERATE_ROWS
+        decide("eval.generate", min(most, facts.proof_rows), f"at most {most}: answering takes long")
     else:
         decide("eval.generate", 0, "such rows ask for no answer")
     decide("eval.rows", facts.proof_rows, "all of them")

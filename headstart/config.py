@@ -142,6 +142,9 @@ class EvalSettings(Section):
     every: CountOrOff | None = Field(None, description="Steps between evaluations; 0 is never.")
     rows: Count | None = Field(None, description="The most held-out rows that are scored.")
     generate: CountOrOff | None = Field(None, description="Held-out rows answered before and after; 0 is none.")
+    choices: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="Pick answers from those of the training data; auto does where a few stand again and again."
+    )
     patience: CountOrOff = Field(
         3, description="Evaluations without a better one after which training stops; 0 is never."
     )

@@ -113,6 +113,11 @@ class Job:
         whole = self.data.prepared.proof
         return Segmented(whole.examples[:rows], whole.kept[:rows])
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The answers out of which one is picked, where answers are not generated."""
+        return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
+
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
         return build_feed(self.config, self.data.prepared)
@@ -184,6 +189,9 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         raise UsageError(Problem("config.no_effect", f"the task is {task}", "data.class_weights", cure))
     watch = settings.eval.every != 0
     prepared = prepare(sides, settings.data, renderer, limit, task=task, seed=settings.seed, watch=watch)
+    if settings.eval.choices == "on" and not prepared.choices:
+        cure = "leave out eval.choices"
+        raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared)
@@ -376,6 +384,7 @@ def _facts(data: Data, device: str, model: Any) -> Facts:
         longest=prepared.longest,
         task=data.config.settings.task,
         held_out=prepared.parts.held_out,
+        choices=len(prepared.choices),
     )
 
 

@@ -217,6 +217,7 @@ class _Session:
             tokens_per_pack=settings.engine.tokens_per_pack or 1,
             answers=settings.eval.generate or 0,
             labels=self._labels(),
+            choices=self.job.choices,
             on_progress=self._on_eval,
         )
         self.eval_s += time.perf_counter() - begun
@@ -307,7 +308,7 @@ class _Session:
             "method": self.job.config.settings.method,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.stop_ids),
-            "labels": list(labels.names) if (labels := self.job.data.prepared.labels) else [],
+            "labels": list(labels.names if (labels := self.job.data.prepared.labels) else self.job.choices),
             "scale": saved_scale(self.job.adapted.model, labels),
             "dtype": str(self.job.adapted.model.dtype).removeprefix("torch."),
         }

@@ -15,7 +15,7 @@ from headstart.data.check import Findings, find
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
 from headstart.data.images import Look
-from headstart.data.labels import Labels
+from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
 from headstart.data.segments import Segmented
@@ -23,6 +23,7 @@ from headstart.display import Display
 from headstart.errors import DataError, Problem
 from headstart.evaluate.compare import Compared, compare_all, to_json
 from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
+from headstart.files import read_json
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
 from headstart.models.load import (
     Loaded,
@@ -136,7 +137,7 @@ def evaluate(
     For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
     """
     config = reading_config(model, data, settings)
-    return _measure(_read(model, config), config, answers, on_progress)
+    return _measure(_read(model, config), config, answers, _known_choices(model), on_progress)
 
 
 def compare(
@@ -157,7 +158,8 @@ def compare(
     common = set(readings[0].keys()) & set(readings[1].keys())
     if not common:
         raise DataError(Problem("data.empty", "no row that both models can read", "", "-s data.over_length=drop"))
-    first, second = (_measure(reading.only(common), config, answers, on_progress) for reading in readings)
+    choices = _known_choices(b) or _known_choices(a)
+    first, second = (_measure(reading.only(common), config, answers, choices, on_progress) for reading in readings)
     before, after = first.measured.metrics(), second.measured.metrics()
     if [row.targets for row in first.measured.rows] != [row.targets for row in second.measured.rows]:
         # Other tokenizers cut other tokens; a loss per token compares only over the same ones.
@@ -240,7 +242,19 @@ def _read(model: str, config: Config) -> _Reading:
     return _Reading(source, task, labels, renderer, rows, notes)
 
 
-def _measure(reading: _Reading, config: Config, answers: int, on_progress: OnProgress | None) -> Evaluated:
+def _known_choices(model: str) -> tuple[str, ...]:
+    """Return the answers out of which the run that a model comes from picks one, if it does."""
+    folder = find_run(model)
+    if folder is None or folder.read_config().settings.eval.choices != "on" or not folder.result_file.exists():
+        return ()
+    return tuple(read_json(folder.result_file)["labels"])
+
+
+def _measure(
+    reading: _Reading, config: Config, answers: int, choices: Sequence[str], on_progress: OnProgress | None
+) -> Evaluated:
+    if reading.task == "chat" and not choices and config.settings.eval.choices != "off":
+        choices = find_choices(reading.rows.kept)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
     model = load_here(reading.source, reading.task, reading.labels).model
     measured = measure(
@@ -252,6 +266,7 @@ def _measure(reading: _Reading, config: Config, answers: int, on_progress: OnPro
         tokens_per_pack=PACK_TOKENS,
         answers=min(answers, len(reading.rows.kept)),
         labels=reading.labels,
+        choices=choices,
         on_progress=on_progress,
     )
     metrics = measured.metrics()

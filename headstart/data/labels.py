@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.encode import Encoder
-from headstart.data.records import Label, Labelled, Picture, Record, Tagged
+from headstart.data.records import Conversation, Label, Labelled, Picture, Record, Tagged
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
 from headstart.errors import DataError, Problem
 
 SHOWN = 3
 UNEVEN = 10
 OUTSIDE = "O"
+ANSWERS_REPEATED, ANSWER_MAX, CHOICES_MAX = 4, 100, 1_000  # an answer's rows at least, its characters, answers in all
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ def _find_numbers(records: Sequence[Labelled], names: Sequence[str]) -> Labels:
         raise DataError(Problem("labels.one", what, "data.label", "give rows that differ in it"))
     known = tuple(names) if len(names) == width else tuple(f"number {n + 1}" for n in range(width))
     return Labels("regression", known, (), tuple(mean.tolist()), tuple(spread.tolist()))
+
+
+def find_choices(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the answers of conversations, in order, where a few stand again and again: then they are classes."""
+    answers = Counter(r.messages[-1].content for r in records if isinstance(r, Conversation))
+    repeated = sum(answers.values()) >= ANSWERS_REPEATED * len(answers)
+    short = all(answer.strip() and len(answer) <= ANSWER_MAX for answer in answers)
+    return tuple(sorted(answers)) if repeated and short and 1 < len(answers) <= CHOICES_MAX else ()
 
 
 def label_notes(train: Sequence[Record], held: Sequence[Record], labels: Labels) -> list[str]:

@@ -12,7 +12,7 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
 from headstart.data.formats import Detection, Formatted, Named, format_rows
 from headstart.data.images import Look, segment_pictures
-from headstart.data.labels import Labels, find_labels, label_notes, segment_labelled, segment_tagged
+from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.read import Note, Row, SourceFile, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
@@ -74,6 +74,7 @@ class Prepared:
     fit: Fit | None = None
     labels: Labels | None = None
     masking: Masking | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -244,7 +245,8 @@ def prepare(
         )
     documents = [record for record in parts.train if isinstance(record, Document)]
     fit = measure_fit(documents, renderer) if documents and isinstance(renderer, Encoder) else None
-    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking)
+    choices = find_choices(parts.train) if task == "chat" else ()
+    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking, choices)
 
 
 @dataclass(frozen=True)

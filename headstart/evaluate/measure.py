@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
 from headstart.data.images import Look
@@ -16,6 +14,7 @@ from headstart.data.records import Conversation, Document, Record, Related, Tagg
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
 from headstart.evaluate.generate import generate
@@ -34,7 +33,7 @@ from headstart.models.load import model_length
 
 # What a verdict rests on: the first of these that was measured.
 PRIMARY = {
-    "chat": ("nll",),
+    "chat": ("accuracy", "nll"),
     "causal": ("bits_per_byte",),
     "masked": ("bits_per_byte",),
     "classification": ("accuracy",),
@@ -134,10 +133,12 @@ def measure(
     tokens_per_pack: int,
     answers: int = 0,
     labels: Labels | None = None,
+    choices: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Measured:
     """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
+    With `choices` the likeliest of these is the answer; else it is generated.
     `labels` are what a classifier tells. `records` and `examples` are the same rows. The answer that is
     compared is that of a row's last trained turn.
     """
@@ -165,6 +166,11 @@ def measure(
     conversations = [record for record in records if isinstance(record, Conversation)]
     by_hash = sorted(range(len(conversations)), key=lambda index: content_hash(conversations[index]))
     chosen = sorted(by_hash[:answers])
+    if choices:
+        picked = [conversations[i] for i in chosen]
+        few = [examples[i] for i in chosen]
+        weighed = weigh_choices(reader, renderer, picked, few, choices, tokens_per_pack, told("weighing answers"))
+        return Measured(_of_choices(conversations, scores, dict(zip(chosen, weighed, strict=True)), choices), task)
     prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
     limits = [answer_limit(examples[index]) for index in chosen]
     length = model_length(reader.model.config)
@@ -179,12 +185,34 @@ def measure(
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
-                reference=reference or renderer.decode(last_answer(examples[index])),
+                reference=reference or renderer.decode(_answer_ids(examples[index])),
                 answer=renderer.decode(new[index].ids) if index in new else None,
                 stopped=index in new and new[index].stopped,
             )
         )
     return Measured(results, task)
+
+
+def _of_choices(
+    conversations: Sequence[Conversation], scores: RowScores, weighed: dict[int, Floats], choices: Sequence[str]
+) -> list[RowResult]:
+    results = []
+    for index, conversation in enumerate(conversations):
+        asked, _, reference = split_last(conversation)
+        values = weighed.get(index)
+        results.append(
+            RowResult(
+                where=str(conversation.where),
+                nll=float(scores.nll[index]),
+                targets=float(scores.targets[index]),
+                asked=asked[-1].content if asked else "",
+                reference=reference.strip(),
+                answer=None if values is None else choices[int(values.argmax())].strip(),
+                stopped=True,
+                probability=None if values is None else float(values.max()),
+            )
+        )
+    return results
 
 
 def _of_labels(records: Sequence[Record], losses: RowScores, outputs: Floats, labels: Labels) -> list[RowResult]:
@@ -294,12 +322,11 @@ def split_last(conversation: Conversation) -> tuple[Sequence[Any], Sequence[Any]
     return conversation.messages[:last], conversation.tools, conversation.messages[last].content
 
 
-def last_answer(example: Example) -> list[int]:
-    """Return the ids of the last stretch of trained tokens: what a call of a tool looks like, say."""
+def _answer_ids(example: Example) -> list[int]:
+    """Return the ids of the last answer: what a call of a tool looks like, say."""
     segment = example.segments[-1]
-    trained = np.flatnonzero(segment.weights)
-    begin = trained[np.flatnonzero(np.diff(trained, prepend=-2) > 1)[-1]]
-    return [int(id_) for id_ in segment.ids[begin : trained[-1] + 1]]
+    begin, end = last_answer(segment)
+    return [int(id_) for id_ in segment.ids[begin:end]]
 
 
 def answer_limit(example: Example) -> int:

@@ -124,6 +124,8 @@ def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         sizes = np.array([float(row.bytes) for row in rows])
         metrics["bits_per_byte"] = Ratio(nll / np.log(2), sizes, lower_is_better=True)
     answered = [row for row in rows if row.answer is not None]
+    if answered and all(row.probability is not None for row in answered):  # out of a known set
+        return {**class_metrics(answered), **metrics}
     if answered:
         for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
             metrics[name] = _mean(np.array([score(row.answer or "", row.reference) for row in answered]))

@@ -20,7 +20,9 @@ POINTS = 1_000
 
 def told_sections(before: Measured, after: Measured) -> list[tuple[str, str]]:
     """Return the sections of a report, title and body, that suit the task."""
-    if after.task in ("classification", "images"):
+    if after.task == "chat":
+        before, after = (Measured([r for r in m.rows if r.probability is not None], m.task) for m in (before, after))
+    if after.task in ("classification", "images") or (after.task == "chat" and after.rows):
         return [
             ("Classes", _classes(_of_rows(before), _of_rows(after))),
             ("What is taken for what", _confusion(after)),

@@ -192,7 +192,8 @@ def test_pixels_are_those_of_the_image(tmp_path: Path) -> None:
     seen = [vary_image(3)(example, place).image for place in (0, 1, 0)]
     assert seen[0] == seen[2] != seen[1]
     for image in seen:
-        assert image and 0 <= image.box[0] < image.box[2] <= 1
+        assert image
+        assert 0 <= image.box[0] < image.box[2] <= 1
 
 
 # --- what a model is held against ---
@@ -224,8 +225,10 @@ def test_each_words_first_token_is_held_against_its_tag(encoder: Encoder) -> Non
     (segment,) = example.segments
     # [CLS] text 7 - 8 9 [SEP]; the tag of the last word is none that training saw.
     assert segment.weights.tolist() == [0, 1, 1, 0, 0, 0, 0]
-    assert segment.asked is not None and segment.asked.tolist() == [0, 1, 1, 0, 0, 1, 0]
-    assert segment.targets is not None and segment.targets[[1, 2]].tolist() == [0, 1]
+    assert segment.asked is not None
+    assert segment.asked.tolist() == [0, 1, 1, 0, 0, 1, 0]
+    assert segment.targets is not None
+    assert segment.targets[[1, 2]].tolist() == [0, 1]
     cut = segment_tagged(rows, encoder, labels, max_length=5, over_length="cut").examples[0]
     assert (len(cut.segments[0]), cut.cut) == (3, "7-8 9")
     assert segment_tagged(rows, encoder, labels, max_length=5).dropped == [(rows[0].where, 7)]
@@ -252,8 +255,10 @@ def test_tokens_are_hidden_as_bert_hides_them_and_anew_each_time(encoder: Encode
         before = made.examples[place % 10].segments[0]
         (after,) = masking.vary(made.examples[place % 10], place).segments
         picked = after.weights > 0
-        assert after.targets is not None and (after.targets == before.ids).all()
-        assert (after.ids[~picked] == before.ids[~picked]).all() and not picked[[0, -1]].any()
+        assert after.targets is not None
+        assert (after.targets == before.ids).all()
+        assert (after.ids[~picked] == before.ids[~picked]).all()
+        assert not picked[[0, -1]].any()
         assert picked.sum() == 60  # 15% of 400
         chosen += 60
         hidden += int((after.ids[picked] == masking.mask_id).sum())
@@ -289,7 +294,8 @@ def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
     for place in range(20):
         (segment,) = masking.vary(made.examples[0], place).segments
         picked = (segment.weights > 0)[1:-1].reshape(20, 4)  # un ##do ##ing | it
-        assert (picked[:, 0] == picked[:, 1]).all() and (picked[:, 0] == picked[:, 2]).all()
+        assert (picked[:, 0] == picked[:, 1]).all()
+        assert (picked[:, 0] == picked[:, 2]).all()
         assert picked[:, [0, 3]].sum() == 6  # 15% of 40 words
 
 
