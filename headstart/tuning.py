@@ -306,6 +306,7 @@ class _Session:
             "task": self.job.config.settings.task,
             "model": self.job.data.source.to_json(),
             "method": self.job.config.settings.method,
+            "weights": self.job.config.settings.weights,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.stop_ids),
             "labels": list(labels.names if (labels := self.job.data.prepared.labels) else self.job.choices),

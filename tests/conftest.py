@@ -60,12 +60,18 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     folder = tmp_path_factory.mktemp("models") / "encoder"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "text", *map(str, range(50))]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "text", *map(str, range(50)), "[MASK]"]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     frame = {"single": "[CLS] $A [SEP]", "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
     backend.post_processor = processors.TemplateProcessing(**frame)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names, model_max_length=64)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, **shape)
@@ -110,11 +116,29 @@ def conversation(*turns: str, line: int = 1, system: str | None = None, group: s
     return Conversation(Where("rows", line), tuple(messages), group=group)
 
 
+@pytest.fixture(scope="session")
+def tiny_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny network for images of 32 x 32."""
+    from headstart.data.images import Look
+    from headstart.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
+
+    folder = tmp_path_factory.mktemp("models") / "network"
+    torch.manual_seed(0)
+    stages = [[1, 8, 1, 1, 3], [2, 12, 2, 2, 5]]
+    config = EfficientNetLiteConfig(stem=8, stages=stages, hidden_size=16, image_size=32, num_labels=10)
+    EfficientNetLiteForImageClassification(config).save_pretrained(folder)
+    look = Look(32, 32, (0.5,) * 3, (0.5,) * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(look.to_json()), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def tiny_home(tmp_path: Path, tiny_model: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_home(
+    tmp_path: Path, tiny_model: Path, tiny_encoder: Path, tiny_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """Let tiny models stand where the built-in ones are cached, and work in an empty folder; return that folder."""
     home = tmp_path / "home"
-    for name, folder in (("smollm2-135m", tiny_model), ("minilm", tiny_encoder)):
+    for name, folder in (("smollm2-135m", tiny_model), ("minilm", tiny_encoder), ("efficientnet-lite0", tiny_network)):
         cache = home / "models" / name
         shutil.copytree(folder, cache)
         record = {"name": name, "sha256": "0" * 64, "license": "Apache-2.0", "origin": {}}

@@ -128,6 +128,15 @@ class Engine:
         self._sums += sums
         return sums
 
+    def rehearse(self, pack: Pack) -> None:
+        """Run a pack forward and backward for what that takes alone; no gradient is kept."""
+        self.reader.train()
+        outputs = self.reader.outputs(pack)
+        # Without the rest of its step a joint objective says nothing; what it costs is next to nothing.
+        loss = outputs.sum() if self._joint else self._objective(outputs, self.reader.targets(pack)).loss
+        torch.autograd.backward(loss)
+        self.discard()
+
     def optim_step(self, lr: float) -> float:
         """Divide by the step's count, clip, update and clear; return the gradient's norm before clipping.
 

@@ -121,8 +121,7 @@ def _kept_bytes(engine: Engine, pack: Pack) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        engine.forward_backward(pack)
-    engine.discard()
+        engine.rehearse(pack)
     return sum(kept.values())
 
 
@@ -142,14 +141,12 @@ def rehearse(engine: Engine, layout: Layout) -> float:
     The worst pack shows that it fits. It isn't timed, since the first pass also pays for memory that is touched for the
     first time.
     """
-    engine.forward_backward(layout.worst)
-    engine.discard()
+    engine.rehearse(layout.worst)
     taken = []
     for _ in range(2):
         begun = time.perf_counter()
-        engine.forward_backward(layout.usual)
+        engine.rehearse(layout.usual)
         taken.append(time.perf_counter() - begun)
-        engine.discard()
     return min(taken) / len(layout.usual)
 
 

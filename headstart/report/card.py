@@ -81,6 +81,7 @@ SHAPES = {
 PIPELINES = {"tagging": "token-classification", "masked": "fill-mask", "images": "image-classification"}
 MORE = {"tagging": ', aggregation_strategy="simple"', "multilabel": ", top_k=None"}
 TAGS = PIPELINES | {"embedding": "sentence-similarity", "chat": "text-generation", "causal": "text-generation"}
+RANDOM = ", from random weights of its shape"
 UNITS = "found = found * {spread} + {mean}  # in the units of the data\n"
 
 
@@ -112,7 +113,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             *head,
             f"# {folder.name}",
             "",
-            f"{base}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows.",
+            f"{base}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
             "",
             f"**{sentence(result)}.**",
             "",

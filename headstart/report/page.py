@@ -35,7 +35,8 @@ def report_page(
     config: Config,
 ) -> str:
     """Return the page. Everything that comes from data is escaped; nothing is loaded from anywhere."""
-    name = f"{result['model']['name']} on {', '.join(PurePath(file['name']).name for file in data['files'])}"
+    begun = " from random weights" if result["weights"] == "random" else ""
+    name = f"{result['model']['name']}{begun} on {', '.join(PurePath(file['name']).name for file in data['files'])}"
     style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [
         _first_screen(name, result),

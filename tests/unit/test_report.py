@@ -66,6 +66,7 @@ def result(gain: float = 5.0) -> dict[str, Any]:
             "task": "chat",
             "model": SOURCE,
             "method": "lora",
+            "weights": "pretrained",
             "dtype": "float32",
             "rows": {"train": 100, "watch": 10, "proof": 20},
             "stop_ids": [2],

@@ -20,6 +20,7 @@ from headstart.data.records import Document, Labelled, Picture, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.segments import Example, Image
 from headstart.errors import DataError, ModelError, Problem
+from tests.tokens import make_tokenizer
 
 
 def form(*rows: dict[str, Any], **how: Any) -> Formatted:
@@ -236,18 +237,12 @@ def test_each_words_first_token_is_held_against_its_tag(encoder: Encoder) -> Non
     assert any("1 rows have an entity that begins with I-" in note and "f:3" in note for note in notes)
 
 
-def with_mask(encoder: Encoder) -> Encoder:
-    encoder.tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    return Encoder(encoder.tokenizer)
-
-
 def test_tokens_are_hidden_as_bert_hides_them_and_anew_each_time(encoder: Encoder) -> None:
     with pytest.raises(ModelError, match="no mask token"):
-        find_masking(encoder, 0, whole_words=False)
-    own = with_mask(encoder)
-    masking = find_masking(own, 7, whole_words=False)
+        find_masking(Encoder(make_tokenizer("chatml")), 0, whole_words=False)
+    masking = find_masking(encoder, 7, whole_words=False)
     document = Document(Where("f", 1), " ".join(str(n % 50) for n in range(4000)))
-    made = segment_masked([document], own, masking, max_length=402)
+    made = segment_masked([document], encoder, masking, max_length=402)
     assert [len(example.segments[0]) for example in made.examples] == [402] * 10
     assert made.examples[0].target_count == 0
     hidden = other = chosen = 0
@@ -270,10 +265,9 @@ def test_tokens_are_hidden_as_bert_hides_them_and_anew_each_time(encoder: Encode
 
 
 def test_to_score_each_token_is_hidden_once(encoder: Encoder) -> None:
-    own = with_mask(encoder)
-    masking = find_masking(own, 0, whole_words=False)
+    masking = find_masking(encoder, 0, whole_words=False)
     document = Document(Where("f", 1), " ".join(str(n % 50) for n in range(100)))
-    (example,) = segment_masked([document], own, masking, max_length=32, whole=True).examples
+    (example,) = segment_masked([document], encoder, masking, max_length=32, whole=True).examples
     assert example.target_count == 100
     assert len(example.segments) == 4 * 7  # pieces of 30, seven copies of each
     for start in range(0, 28, 7):

@@ -1,0 +1,303 @@
+"""Every task from the outside: found, trained, proven, predicted, scored again, reloaded by plain libraries."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import headstart
+from headstart.display import Display
+from headstart.models.source import find_model
+from headstart.tuning import resume
+from tests.e2e.test_commands import as_json, call, run_card
+
+QUICK = ["-s", "steps=24", "-s", "batch_size=8", "-s", "eval.every=8", "-s", "optim.lr=1e-2", "-s", "data.held_out=20"]
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def low(number: int) -> bool:
+    return number < 25
+
+
+def numbers(chance: random.Random) -> list[int]:
+    return [chance.randrange(50) for _ in range(3)]
+
+
+def tune(file: str, *more: str, task: str, kind: str = "supervised", better: bool = True) -> headstart.Run:
+    result = call("tune", file, "-o", "runs/one", *QUICK, *more)
+    assert result.exit_code == 0, result.output
+    run = headstart.Run(Path("runs/one"))
+    assert (run.result["kind"], run.result["task"]) == (kind, task)
+    if better:
+        assert run.result["verdict"] in ("better", "no_gain")
+        difference = run.result["difference"]
+        worse_is_more = difference["metric"] in ("bits_per_byte", "nll")
+        assert (difference["value"] < 0) == worse_is_more, difference
+    assert run.report.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    return run
+
+
+def score_again(run: headstart.Run, file: str) -> dict[str, Any]:
+    """Return what eval finds on the rows of a file, having checked that compare with itself finds no difference."""
+    code, found = as_json("eval", str(run.path), file)
+    assert code == 0
+    code, versus = as_json("compare", str(run.path), str(run.path / "model"), file)
+    assert code == 0
+    assert all(item["value"] == pytest.approx(0, abs=1e-9) for item in versus["differences"].values())
+    metrics: dict[str, Any] = found["metrics"]
+    return metrics
+
+
+def predict(run: headstart.Run, file: str) -> list[dict[str, Any]]:
+    assert as_json("predict", str(run.path), file, "-o", "found.jsonl")[0] == 0
+    return [json.loads(line) for line in Path("found.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_tags(tiny_home: Path, method: str) -> None:
+    chance = random.Random(0)
+    lines = []
+    for _ in range(80):
+        lines += [f"{n} {'B-low' if low(n) else 'O'}" for n in numbers(chance)] + [""]
+    Path("words.conll").write_text("\n".join(lines), encoding="utf-8")
+    run = tune("words.conll", "-m", "minilm", "--method", method, task="tagging")
+    assert run.result["difference"]["metric"] == "entity_f1"
+    assert "Entities" in run.report.read_text(encoding="utf-8")
+    found = predict(run, "words.conll")
+    right = sum(t == p for row in found for t, p in zip(row["tags"], row["tags"], strict=True))
+    assert right == 240
+    write("plain.jsonl", [{"tokens": "3 41 text"}])
+    (told,) = predict(run, "plain.jsonl")
+    assert len(told["tags"]) == 3
+    assert [e["text"] for e in told["entities"]] == [
+        word for word, tag in zip(["3", "41", "text"], told["tags"], strict=True) if tag == "B-low"
+    ]
+    metrics = score_again(run, "words.conll")
+    assert metrics["entity_f1"]["value"] > 0.5
+    # The card's lines, without headstart, give the very same entities.
+    printed = run_card(run.path, repr("3 41 text"))
+    assert [
+        item["word"] for item in eval(printed, {"np": np, "__builtins__": {}}) if item["entity_group"] == "low"
+    ] == [entity["text"] for entity in told["entities"]]
+
+
+def test_several_classes(tiny_home: Path) -> None:
+    chance = random.Random(0)
+    rows = []
+    for _ in range(90):
+        three = numbers(chance)
+        labels = [name for name, is_in in (("low", low(three[0])), ("even", three[1] < 10)) if is_in]
+        rows.append({"text": " ".join(map(str, three)), "label": labels})
+    run = tune(write("rows.jsonl", rows), "-m", "minilm", task="multilabel")
+    assert run.result["labels"] == ["even", "low"]
+    config = transformers.AutoConfig.from_pretrained(run.path / "model")
+    assert config.problem_type == "multi_label_classification"
+    assert 0 < config.headstart_labels["threshold"] < 1
+    found = predict(run, "rows.jsonl")
+    for row in found[:20]:
+        above = [n for n, p in row["probabilities"].items() if p >= config.headstart_labels["threshold"]]
+        assert row["predictions"] == above
+    assert score_again(run, "rows.jsonl")["micro_f1"]["value"] > 0.4
+    # Columns of 0 and 1 say the same.
+    flags = [
+        {"text": row["text"], "low": int("low" in row["label"]), "even": int("even" in row["label"])} for row in rows
+    ]
+    write("flags.jsonl", flags)
+    found = as_json("check", "flags.jsonl", "-m", "minilm", "-s", "data.label=low,even")
+    assert found[0] == 0
+    assert "labels (given)" in found[1]["formats"][0]
+
+
+def test_numbers(tiny_home: Path) -> None:
+    chance = random.Random(0)
+    rows = [{"text": f"{n}", "price": 1000.5 + 10 * n} for n in (chance.randrange(50) for _ in range(120))]
+    write("rows.jsonl", rows)
+    run = tune("rows.jsonl", "-m", "minilm", "-s", "data.label=price", "-s", "steps=60", task="regression")
+    assert set(run.result["after"]) == {"r2", "mae", "rmse", "spearman"}
+    found = predict(run, "rows.jsonl")
+    errors = [abs(row["prediction"] - row["price"]) for row in found]
+    # A head that gave standard deviations would be off by a thousand.
+    assert np.mean(errors) == pytest.approx(score_again(run, "rows.jsonl")["mae"]["value"], rel=1e-3)
+    assert np.mean(errors) < 160
+    assert "Told against right" in run.report.read_text(encoding="utf-8")
+    printed = json.loads(run_card(run.path, repr(rows[0]["text"])))
+    assert printed == [pytest.approx(found[0]["prediction"], rel=1e-3)]
+
+
+def test_pairs_of_texts(tiny_home: Path) -> None:
+    chance = random.Random(0)
+    rows = []
+    for _ in range(80):
+        a, b = chance.randrange(50), chance.randrange(50)
+        rows.append({"sentence1": f"{a} text", "sentence2": f"{b}", "label": "low" if low(b) else "high"})
+    run = tune(write("rows.jsonl", rows), "-m", "minilm", "-s", "steps=60", task="classification")
+    found = predict(run, "rows.jsonl")
+    assert sum(row["prediction"] == row["label"] for row in found) > 50
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run.path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.path / "model")
+    with torch.no_grad():
+        logits = model(**tokenizer(rows[0]["sentence1"], rows[0]["sentence2"], return_tensors="pt")).logits[0]
+    assert model.config.id2label[int(logits.argmax())] == found[0]["prediction"]
+
+
+def test_masked_tokens_and_going_on_after_a_stop(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(0)
+    rows = [{"text": " ".join(str(n % 4) for n in range(k, k + 30))} for k in (chance.randrange(50) for _ in range(80))]
+    write("rows.jsonl", rows)
+    run = tune("rows.jsonl", "-m", "minilm", task="masked", kind="unsupervised")
+    assert run.result["difference"]["metric"] == "bits_per_byte"
+    before, after = (run.result[side]["bits_per_byte"]["value"] for side in ("before", "after"))
+    assert after < before
+    again = score_again(run, "rows.jsonl")["bits_per_byte"]["value"]
+    assert again == pytest.approx(after, rel=0.3)
+    transformers.AutoModelForMaskedLM.from_pretrained(run.path / "model")
+    # What is masked follows from a row's place in the run, so a run that goes on ends with the same weights.
+    from headstart.engine import engine as module
+
+    steps = 0
+    original = module.Engine.optim_step
+
+    def until_killed(self: Any, lr: float) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 14:
+            raise KeyboardInterrupt
+        return original(self, lr)
+
+    monkeypatch.setattr(module.Engine, "optim_step", until_killed)
+    assert call("tune", "rows.jsonl", "-m", "minilm", "-o", "runs/two", *QUICK).exit_code == 130
+    monkeypatch.setattr(module.Engine, "optim_step", original)
+    resume(Path("runs/two"), Display())
+    weights = [Path(f"runs/{name}/model/model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("form", ["pairs", "scores", "texts"])
+def test_embeddings(tiny_home: Path, form: str) -> None:
+    chance = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for n in range(80):
+        a = n % 50
+        fitting = f"text {a} {chance.randrange(50)}"
+        if form == "pairs":
+            rows.append({"anchor": f"{a} {chance.randrange(50)}", "positive": fitting})
+        elif form == "scores":
+            b = chance.randrange(50)
+            rows.append({"sentence1": f"{a}", "sentence2": f"{b}", "score": 5.0 if low(a) == low(b) else 1.5})
+        else:
+            rows.append({"text": f"{a} {a} {a} {chance.randrange(50)} {a} {a}"})
+    write("rows.jsonl", rows)
+    more = [] if form == "pairs" else ["-s", "task=embedding"]
+    kind = "unsupervised" if form == "texts" else "supervised"
+    run = tune("rows.jsonl", "-m", "minilm", *more, task="embedding", kind=kind, better=False)
+    metrics = score_again(run, "rows.jsonl")
+    assert set(metrics) == {"spearman" if form == "scores" else "recall_at_1", "cross_entropy"} | (
+        {"recall_at_10", "mrr"} if form != "scores" else set()
+    )
+    # The folder says to sentence-transformers how it is pooled, and plain transformers loads its weights.
+    pooling = json.loads((run.path / "model" / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_mean_tokens"]
+    assert [
+        part["type"].rpartition(".")[2] for part in json.loads((run.path / "model" / "modules.json").read_text())
+    ] == [
+        "Transformer",
+        "Pooling",
+        "Normalize",
+    ]
+    transformers.AutoModel.from_pretrained(run.path / "model")
+    # The untouched model can be compared with, on the same rows.
+    assert as_json("compare", "minilm", str(run.path), "rows.jsonl")[0] == 0
+
+
+@pytest.fixture
+def pictures(tiny_home: Path) -> str:
+    """Return a folder of dark and bright images."""
+    from PIL import Image as Pillow
+
+    chance = np.random.default_rng(0)
+    for number in range(60):
+        name, base = ("dark", 20) if number % 2 else ("bright", 180)
+        path = Path("pictures") / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Pillow.fromarray((base + chance.integers(0, 60, (24, 36, 3))).astype(np.uint8)).save(path)
+    return "pictures"
+
+
+def test_images(pictures: str) -> None:
+    run = tune(pictures, task="images")
+    assert run.result["model"]["name"] == "efficientnet-lite0"
+    assert run.result["after"]["accuracy"]["value"] > 0.9
+    found = predict(run, pictures)
+    assert sum(row["prediction"] == row["label"] for row in found) > 54
+    assert score_again(run, pictures)["accuracy"]["value"] > 0.9
+    assert "Confusion matrix" in run.report.read_text(encoding="utf-8")
+    model, tokenizer = headstart.load(str(run.path))
+    assert tokenizer is None
+    assert model.config.id2label == {0: "bright", 1: "dark"}
+    # Tuned again from what was tuned, to other classes: the head begins anew.
+    Path(pictures, "dark").rename(Path(pictures, "night"))
+    assert call("tune", pictures, "-m", str(run.path), "-o", "runs/two", *QUICK, "-s", "steps=1").exit_code == 0
+
+
+def test_random_weights_show_what_the_head_start_is_worth(tiny_home: Path) -> None:
+    rows = [{"text": f"{n % 50}", "label": "low" if low(n % 50) else "high"} for n in range(90)]
+    write("rows.jsonl", rows)
+    run = tune("rows.jsonl", "-m", "minilm", "-s", "weights=random", task="classification", better=False)
+    assert run.result["weights"] == "random"
+    kept = transformers.AutoModel.from_pretrained(find_model("minilm").path).state_dict()
+    ours = transformers.AutoModel.from_pretrained(run.path / "model").state_dict()
+    key = "embeddings.word_embeddings.weight"
+    assert float((kept[key] - ours[key]).abs().max()) > 0.02  # one-tenth of a step apart it would be the same start
+    result = call("tune", "rows.jsonl", "-m", "minilm", "-s", "weights=random", "--method", "lora", *QUICK)
+    assert (result.exit_code, "an adapter on random weights" in result.stderr) == (2, True)
+
+
+def test_answers_out_of_a_set_are_scored_as_classes(tiny_home: Path) -> None:
+    rows = [{"prompt": f"{n} days?", "completion": "sore throat" if low(n % 50) else "plan"} for n in range(100)]
+    write("rows.jsonl", rows)
+    run = tune("rows.jsonl", "-s", "steps=60", task="chat", kind="instruction")
+    assert run.result["labels"] == ["plan", "sore throat"]
+    assert run.result["difference"]["metric"] == "accuracy"
+    assert {"nll", "macro_f1", "calibration"} < set(run.result["after"])
+    assert "What is taken for what" in run.report.read_text(encoding="utf-8")
+    assert "accuracy" in score_again(run, "rows.jsonl")
+    free = tune_free()
+    assert "rouge_l" in free["after"]
+    assert "accuracy" not in free["after"]
+
+
+def tune_free() -> dict[str, Any]:
+    assert (
+        call("tune", "rows.jsonl", "-o", "runs/free", *QUICK, "-s", "eval.choices=off", "-s", "steps=1").exit_code == 0
+    )
+    return headstart.Run(Path("runs/free")).result
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([{"tokens": ["a"], "tags": ["O", "O"]}], [], "1 words and 2 tags"),
+        ([{"text": "a", "label": "x"}], ["-s", "task=masked"], "not masked"),
+        (
+            [{"text": "a", "label": 1.5}, {"text": "b", "label": 2}],
+            ["-s", "data.class_weights=balanced"],
+            "task is regression",
+        ),
+        ([{"text": "a"}], ["-s", "task=tagging"], "no row has a column 'tokens'"),
+    ],
+)
+def test_what_cannot_be_is_said(tiny_home: Path, rows: list[dict[str, Any]], more: list[str], said: str) -> None:
+    result = call("tune", write("rows.jsonl", rows * 20), "-m", "minilm", *QUICK, *more)
+    assert result.exit_code in (2, 3)
+    assert said in result.stderr
