@@ -1,6 +1,6 @@
 """Files -> rows, each with where it stands.
 
-jsonl, json, csv, tsv, parquet, conll, txt and md, plain or gzip, and images; one file, many, a folder (of images: one for
+jsonl, json, csv, tsv, parquet, conll, txt and md, plain or gzip, pdf, docx and html, and images; one file, many, a folder (of images: one for
 each class), or a data set of the hub. A reader
 yields rows, problems and notes in the order of the file: a bad row never ends the reading, and nothing is guessed in
 silence.
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from headstart.data.papers import NEEDS, read_paper
 from headstart.errors import DataError, Problem
 from headstart.files import shown
 
@@ -33,6 +34,7 @@ TEXTS = {".txt": "text", ".md": "text"}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 KINDS = TEXTS | {
     **dict.fromkeys(IMAGE_ENDINGS, "image"),
+    **dict.fromkeys(NEEDS, "paper"),
     **dict.fromkeys((".conll", ".conllu", ".bio", ".iob", ".iob2"), "conll"),
     ".jsonl": "json",
     ".ndjson": "json",
@@ -151,10 +153,12 @@ def _expand(path: Path) -> list[Path] | Problem:
         if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
     )
     # Beside tables a text file is a README or a licence, and an image is what a table names.
-    tables = [p for p in files if kind_of(p) not in ("text", "image")]
+    tables = [p for p in files if kind_of(p) not in ("text", "image", "paper")]
     images = [p for p in files if kind_of(p) == "image"]
+    texts = [p for p in files if kind_of(p) in ("text", "paper")]
     if files:
-        return tables or images or files
+        # A folder of papers with their figures is one of texts; a folder of images with a README is one of images.
+        return tables or (texts if any(kind_of(p) == "paper" for p in texts) else images or texts)
     return Problem(
         "data.empty", "the folder holds no data file", str(path), f"known endings: {' '.join(KINDS)} (each also .gz)"
     )
@@ -179,6 +183,9 @@ def _read_file(file: SourceFile) -> Iterator[Item]:
         head = stream.read(SNIFF_BYTES)
     if not head.strip():
         yield Problem("data.empty", "the file is empty", file.name, "give a file with rows")
+        return
+    if kind == "paper":
+        yield from _read_paper(file, head)
         return
     seen = next((what for mark, what in SIGNATURES.items() if head.startswith(mark)), None)
     if (kind == "parquet") != (seen == "parquet") or (seen and seen != "parquet"):
@@ -635,6 +642,30 @@ def _read_conll(file: SourceFile, head: bytes) -> Iterator[Item]:
             words, tags, begin, problem = [], [], 0, None
 
 
+# --- PDF, Word, web pages ---
+
+
+def _read_paper(file: SourceFile, _: bytes) -> Iterator[Item]:
+    """Read a file as one row with a text."""
+    suffix = file.path.suffix.lower()
+    try:
+        text = read_paper(file.path)
+    except ImportError:
+        cure = 'pip install "headstart[documents]"'
+        yield Problem("data.unknown_type", f"{suffix} files need {NEEDS[suffix]}", file.name, cure)
+        return
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+        yield Problem(
+            "data.wrong_type", f"can't be read as {suffix}: {error}", file.name, "mend the file, or delete it"
+        )
+        return
+    if not text:
+        cure = "recognise its text first (OCR), or delete it"
+        yield Problem("row.empty_text", "it holds no text, as scanned pages don't", f"{file.name}:1", cure)
+        return
+    yield Row(Where(file.name, 1), {"text": text})
+
+
 # --- images ---
 
 
@@ -650,4 +681,5 @@ READERS: dict[str, Callable[[SourceFile, bytes], Iterator[Item]]] = {
     "text": _read_text,
     "conll": _read_conll,
     "image": _read_image,
+    "paper": _read_paper,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -216,3 +217,64 @@ def test_any_bytes_give_rows_or_problems(tmp_path: Path, content: bytes, name: s
     path.write_bytes(content)
     rows, problems, _ = read_all(path)
     assert rows or problems
+
+
+# --- PDF, Word, web pages ---
+
+
+def _pdf(text: str) -> bytes:
+    """Return the least PDF that shows a text, written by hand."""
+    stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out)
+    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + end
+
+
+def test_papers_are_read_as_texts(tmp_path: Path) -> None:
+    import docx
+
+    (tmp_path / "a.pdf").write_bytes(_pdf("The patient has a sore throat."))
+    word = docx.Document()
+    word.add_paragraph("First of Word.")
+    table = word.add_table(1, 2)
+    table.cell(0, 0).text, table.cell(0, 1).text = "left", "right"
+    word.add_paragraph("Last of Word.")
+    word.save(str(tmp_path / "b.docx"))
+    page = "<html><head><title>no</title></head><body><script>no()</script><p>One <b>bold</b>\n word.</p><div>Two</div></body>"
+    (tmp_path / "c.html").write_text(page, encoding="utf-8")
+    texts = {
+        Path(item.where.path).name: item.fields["text"]
+        for item in read(find_files([str(tmp_path)]))
+        if isinstance(item, Row)
+    }
+    assert texts == {
+        "a.pdf": "The patient has a sore throat.",
+        "b.docx": "First of Word.\n\nleft\tright\n\nLast of Word.",
+        "c.html": "One bold\nword.\n\nTwo",
+    }
+
+
+def test_papers_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pdf").write_bytes(_pdf("x")[:60])
+    (tmp_path / "b.docx").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "c.pdf").write_bytes(_pdf(""))
+    found = [item for item in read(find_files([str(tmp_path)])) if isinstance(item, Problem)]
+    assert [(problem.code, Path(problem.where).name) for problem in found] == [
+        ("data.wrong_type", "a.pdf"),
+        ("data.wrong_type", "b.docx"),
+        ("row.empty_text", "c.pdf:1"),
+    ]
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    (problem, *_) = (item for item in read(find_files([str(tmp_path / "c.pdf")])) if isinstance(item, Problem))
+    assert problem.cure == 'pip install "headstart[documents]"'
