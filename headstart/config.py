@@ -80,8 +80,8 @@ class DataSettings(Section):
     )
     whole_words: bool = Field(False, description="Mask whole words, not pieces of them.")
     train_on: Literal["all", "last"] = Field("all", description="Answers of a conversation that are trained.")
-    template: Literal["model", "plain"] = Field(
-        "model", description="The model's own chat template, or plain: the answer follows the prompt."
+    template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
+        "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."
     )
     held_out: float | None = Field(
         None, gt=0, description="Rows kept from training: a part below 1, else a number of rows."

@@ -19,6 +19,7 @@ from headstart.data.labels import Labels
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
+from headstart.data.templates import template_ids
 from headstart.engine.engine import Engine, Objective
 from headstart.engine.forward import EmbeddingReader, ImageReader, LabelReader, PackReader, Reader, TokenReader
 from headstart.engine.plan import (
@@ -45,6 +46,7 @@ from headstart.models.load import (
     load_look,
     load_model,
     load_tokenizer,
+    make_room,
     model_length,
     stop_ids,
 )
@@ -256,10 +258,11 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     if task in ROW_LOSSES and data.tokenizer is not None and loaded.model.config.pad_token_id is None:
         loaded.model.config.pad_token_id = data.tokenizer.pad_token_id or data.tokenizer.eos_token_id
     if data.tokenizer is not None:
+        make_room(loaded.model, data.tokenizer)
         _check_vocabulary(data, loaded.model)
     adapted = adapt(
         loaded.model,
-        Lora(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora else None,
+        Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, _new_tokens(data)) if lora else None,
         config.settings.seed,
         loaded.fresh,
         task="CAUSAL_LM" if task in WRITES else None,
@@ -337,6 +340,10 @@ def _choose_method(source: Source, task: str) -> tuple[str, str]:
     if task == "images":
         return "full", "an adapter has no place in convolutions"
     return "lora", "an adapter: less memory, nearly the same gain"
+
+
+def _new_tokens(data: Data) -> list[int]:
+    return template_ids(data.tokenizer, data.config.settings.data.template) if data.tokenizer is not None else []
 
 
 def _check_vocabulary(data: Data, model: Any) -> None:

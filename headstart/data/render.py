@@ -17,6 +17,7 @@ from typing import Any
 
 from headstart.data.encode import Encoder, Run, split_keep
 from headstart.data.records import Conversation, Message
+from headstart.data.templates import TEMPLATES, give_template
 from headstart.errors import ModelError, Problem
 
 # Private-use characters; the quote between them shows whether the template wrote the content as JSON (\") or as it is.
@@ -29,8 +30,8 @@ class Renderer(Encoder):
     """The model's tokenizer and chat template, as a function from conversations to tokens.
 
     `tokenizer` is a transformers tokenizer with a fast backend, `stop_ids` the tokens that end an answer,
-    `template` is `model` (its own chat template) or `plain` (the answer follows the prompt directly). `today` is the
-    date for templates that write one, fixed so that a run is the same on any day.
+    `template` is `model` (its own chat template), one by name, which the tokenizer is then given, or `plain` (the answer
+    follows the prompt directly). `today` is the date for templates that write one, fixed so that a run is the same on any day.
 
     Raises ModelError where the tokenizer or the template can't be used.
     """
@@ -42,11 +43,16 @@ class Renderer(Encoder):
         template: str = "model",
         today: datetime.date | None = None,
     ) -> None:
+        if template in TEMPLATES:
+            give_template(tokenizer, template)
         super().__init__(tokenizer)
         self._today = today or datetime.date.today()
         self._plain = template == "plain"
         if not self._plain and not tokenizer.chat_template:
-            cure = "tune its chat model, or say that the answer follows the prompt directly: -s data.template=plain"
+            cure = (
+                "tune its chat model, give it a template by name (-s data.template=chatml), or say that the answer follows "
+                "the prompt directly: -s data.template=plain"
+            )
             raise ModelError(Problem("model.template", "the model has no chat template", "", cure))
         self.stop_ids = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
         self._stop_id = self._find_stop()

@@ -14,12 +14,16 @@ from headstart.errors import ModelError, Problem
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank adapter: `rank`, `alpha` (its part is scaled by alpha / rank), `dropout`, `targets`."""
+    """A low-rank adapter: `rank`, `alpha` (its part is scaled by alpha / rank), `dropout`, `targets`.
+
+    `tokens` are ids whose embeddings train too: those that a template brings to a model that never saw them.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: Sequence[str]
+    tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def adapt(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        trainable_token_indices=list(lora.tokens) or None,
         task_type=task,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights so
     )

@@ -140,6 +140,7 @@ def load_model(
     if source.is_adapter:
         from peft import PeftModel
 
+        make_room(model, load_tokenizer(source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's own, as in `adapt`
             adapted = PeftModel.from_pretrained(model, source.path)
@@ -234,6 +235,24 @@ def load_look(source: Source) -> Look:
         raise ModelError(Problem("model.kind", "the model takes no images", source.name, cure))
     size = size[0] if isinstance(size, list | tuple) else size
     return Look.from_json(read_json(file) if file.exists() else {}, size or 224)
+
+
+def make_room(model: Any, tokenizer: Any) -> None:
+    """Give a model embeddings for the tokens that its tokenizer was given beside its own, if it has too few.
+
+    They begin at the mean of all others.
+    """
+    added = tokenizer.get_added_vocab().values()
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if len(tokenizer) > rows and added and max(added) == len(tokenizer) - 1 and len(tokenizer) - rows <= len(added):
+        training = torch.random.get_rng_state()
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        torch.random.set_rng_state(training)
+        with torch.no_grad():
+            for layer in {
+                id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m
+            }.values():
+                layer.weight[rows:] = layer.weight[:rows].mean(0)
 
 
 def find_base(source: Source) -> Source:

@@ -46,7 +46,8 @@ def save_result(
                 config = model.peft_config["default"]
                 config.base_model_name_or_path = source.name.partition("@")[0]
                 config.revision = source.revision
-            model.save_pretrained(target)
+            # Tokens that a template brought are part of the adapter, so the embeddings needn't go with it.
+            model.save_pretrained(target, save_embedding_layers=False)
             # An adapter folder has no generation config of its own, but whoever loads it needs to know where to stop.
             inner.generation_config.save_pretrained(target)
             (target / "README.md").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headstart.data.templates import TEMPLATES
 from headstart.report.words import score_table, sentence
 
 LORA = """```python
@@ -13,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="{dtype}")
-model = PeftModel.from_pretrained(base, "{model}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
+{room}model = PeftModel.from_pretrained(base, "{model}")
 {rest}```
 """
 FULL = """```python
@@ -82,6 +83,9 @@ PIPELINES = {"tagging": "token-classification", "masked": "fill-mask", "images":
 MORE = {"tagging": ', aggregation_strategy="simple"', "multilabel": ", top_k=None"}
 TAGS = PIPELINES | {"embedding": "sentence-similarity", "chat": "text-generation", "causal": "text-generation"}
 RANDOM = ", from random weights of its shape"
+ROOM = """if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    base.resize_token_embeddings(len(tokenizer))
+"""
 UNITS = "found = found * {spread} + {mean}  # in the units of the data\n"
 
 
@@ -103,6 +107,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
         dtype=result["dtype"],
         rest=rest,
+        room=ROOM if template in TEMPLATES else "",
         pipeline=PIPELINES.get(result["task"], "text-classification"),
         more=code + MORE.get(result["task"], ""),
     )

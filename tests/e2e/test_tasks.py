@@ -301,3 +301,33 @@ def test_what_cannot_be_is_said(tiny_home: Path, rows: list[dict[str, Any]], mor
     result = call("tune", write("rows.jsonl", rows * 20), "-m", "minilm", *QUICK, *more)
     assert result.exit_code in (2, 3)
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "alpaca"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_model_is_given_a_template_by_name(tiny_home: Path, name: str, method: str) -> None:
+    """Its tokens are learned, embeddings included, and what is saved knows the template without being told."""
+    home = tiny_home.parent / "home" / "models" / "smollm2-135m"
+    for file in home.glob("chat_template*"):
+        file.unlink()
+    config = json.loads((home / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (home / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = [{"prompt": f"{n} days?", "completion": f"The answer is {n} days."} for n in range(60)]
+    write("rows.jsonl", rows)
+    result = call("tune", "rows.jsonl", *QUICK)
+    assert (result.exit_code, "-s data.template=chatml" in result.stderr) == (1, True)
+    run = tune("rows.jsonl", "--method", method, "-s", f"data.template={name}", task="chat", kind="instruction")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.path / "model")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked.endswith({"chatml": "assistant\n", "llama3": "\n\n", "gemma": "model\n"}.get(name, asked[-5:]))
+    code, said = as_json("chat", str(run.path), "--ask", "7 days?", "--max-tokens", "20")
+    assert code == 0
+    assert run_card(run.path, '"7 days?"').rstrip("\n") == said["answer"].rstrip("\n")
+    stop = run.result["stop_ids"][-1] if name in ("llama3", "gemma") else None
+    if stop is not None:
+        before = transformers.AutoModelForCausalLM.from_pretrained(home).get_input_embeddings().weight
+        after = run.model.get_input_embeddings()(torch.tensor([stop])).detach()[0]
+        assert stop >= len(before) or float((after - before[stop]).abs().max()) > 1e-3
