@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import Feed
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
+from headstart.data.mixing import mix
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
@@ -36,7 +37,7 @@ from headstart.engine.plan import (
 )
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.generate import PROMPTS_AT_ONCE
-from headstart.evaluate.measure import answer_limit
+from headstart.evaluate.measure import Measured, answer_limit, measure
 from headstart.files import read_json
 from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.load import (
@@ -120,6 +121,22 @@ class Job:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
+    def measure_mixed(self, rows: Measured) -> Measured:
+        """Score the data sets that are mixed in, and put their rows behind those of the run's own."""
+        settings = self.config.settings
+        found = list(rows.rows)
+        for mixed in self.data.prepared.mixed:
+            measured = measure(
+                self.engine.reader,
+                build_renderer(self.data.source, self.data.tokenizer, mixed.task, settings.data.template),
+                mixed.proof.kept,
+                mixed.proof.examples,
+                task=mixed.task,
+                tokens_per_pack=settings.engine.tokens_per_pack or 1,
+            )
+            found += [replace(row, part=mixed.name) for row in measured.rows]
+        return Measured(found, rows.task)
+
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
         return build_feed(self.config, self.data.prepared)
@@ -191,12 +208,35 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         raise UsageError(Problem("config.no_effect", f"the task is {task}", "data.class_weights", cure))
     watch = settings.eval.every != 0
     prepared = prepare(sides, settings.data, renderer, limit, task=task, seed=settings.seed, watch=watch)
+    _mix_in(config, prepared, source, tokenizer, limit, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
         raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared)
+
+
+def _mix_in(
+    config: Config, prepared: Prepared, source: Source, tokenizer: Any, limit: int, today: datetime.date | None
+) -> None:
+    """Add the rows of other data sets to those to train on."""
+    settings = config.settings
+
+    def renderer(task: str) -> Encoder:
+        found = build_renderer(source, tokenizer, task, settings.data.template, today)
+        if not isinstance(found, Encoder):
+            raise TypeError(f"{task} rows have no text")
+        return found
+
+    held = [*prepared.parts.watch, *prepared.parts.proof]
+    own = len(prepared.train.examples)
+    prepared.mixed = mix(settings.data, own, held, settings.task, renderer, limit)
+    for mixed in prepared.mixed:
+        prepared.formed.append(mixed.formed)
+        prepared.train.examples += mixed.train.examples
+        prepared.train.kept += mixed.train.kept
+        prepared.train.dropped += mixed.train.dropped
 
 
 def row_length(task: str, source: Source, tokenizer: Any) -> int:

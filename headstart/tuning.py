@@ -18,6 +18,7 @@ from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.hub import pin_dataset
 from headstart.data.labels import Labels
+from headstart.data.mixing import read_mix
 from headstart.data.read import HUB_PREFIX, SourceFile
 from headstart.display import Display, in_bytes, in_time
 from headstart.engine.checkpoint import Checkpoints
@@ -220,6 +221,7 @@ class _Session:
             choices=self.job.choices,
             on_progress=self._on_eval,
         )
+        measured = self.job.measure_mixed(measured)
         self.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
@@ -423,6 +425,7 @@ def _pins(data: Data) -> dict[str, Any]:
     pins: dict[str, Any] = {
         f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
     }
+    pins["data.mix"] = [f"{pin(part.name)}={part.weight:g}" for part in read_mix(settings.data.mix)]
     if source.kind == "hub":
         pins["model"] = f"{source.name.partition('@')[0]}@{source.revision}"
     elif source.kind != "builtin":

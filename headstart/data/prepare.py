@@ -75,6 +75,7 @@ class Prepared:
     labels: Labels | None = None
     masking: Masking | None = None
     choices: tuple[str, ...] = ()
+    mixed: list[Any] = field(default_factory=list)  # of `mixing.Mixed`, which stands on this
 
     @property
     def longest(self) -> int:

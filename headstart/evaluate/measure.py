@@ -86,7 +86,7 @@ class RowResult:
 
     Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
-    `reference` the same as text, and `probability` that of the answer.
+    `reference` the same as text, and `probability` that of the answer. `part` names the data set that was mixed in.
     """
 
     where: str
@@ -100,6 +100,7 @@ class RowResult:
     probability: float | None = None
     truth: Sequence[Any] = ()
     found: Sequence[Any] = ()
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,19 @@ class Measured:
 
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
-        return task_metrics(self.task, self.rows)
+        found = task_metrics(self.task, self.own)
+        for part in dict.fromkeys(row.part for row in self.rows if row.part):
+            rows = [row for row in self.rows if row.part == part]
+            task = "causal" if rows[0].bytes else "chat"
+            others = task_metrics(task, rows)
+            name = next(name for name in PRIMARY[task] if name in others)
+            found[f"{name} of {part}"] = others[name]
+        return found
+
+    @property
+    def own(self) -> list[RowResult]:
+        """The rows of the run's own data, without those that were mixed in."""
+        return [row for row in self.rows if not row.part]
 
 
 def measure(

@@ -11,11 +11,11 @@ from typing import Any
 
 from headstart.config import Config, known_keys, setting
 from headstart.display import in_bytes, in_time
-from headstart.evaluate.measure import LABELS, Measured, RowResult
+from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
 from headstart.report.tables import cell, table
 from headstart.report.told import told_sections
-from headstart.report.words import VERDICTS, data_facts, score_table, sentence
+from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence
 
 TEXT_MAX = 4_000
 SAMPLES = {
@@ -69,7 +69,7 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
     shown = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in cards)
     changes = [
         Change(
-            LABELS.get(key, key),
+            named(key),
             result["before"][key],
             result["after"][key],
             {"better": True, "worse": False}.get(clear),
@@ -99,11 +99,11 @@ def _scores(result: Mapping[str, Any]) -> str:
 
 def _samples(before: Measured, after: Measured) -> str:
     pairs = [
-        (b, a) for b, a in zip(before.rows, after.rows, strict=True) if a.answer is not None and b.answer is not None
+        (b, a) for b, a in zip(before.own, after.own, strict=True) if a.answer is not None and b.answer is not None
     ]
-    if not pairs and not after.rows[0].bytes:
+    if not pairs and not after.own[0].bytes:
         return "<p>No rows were answered (eval.generate is 0).</p>"
-    pairs = pairs or list(zip(before.rows, after.rows, strict=True))
+    pairs = pairs or list(zip(before.own, after.own, strict=True))
     ordered = sorted(pairs, key=lambda pair: _gain(*pair))
     middle = ordered[1:-1]
     chosen = [("Gained most", ordered[-1])]

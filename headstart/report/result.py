@@ -36,7 +36,7 @@ def build_result(
         "verdict": verdict(compared, name),
         **to_json(compared),
         "difference": {"metric": name, **primary.difference.to_json()},
-        "answered": sum(row.answer is not None for row in after.rows),
+        "answered": sum(row.answer is not None for row in after.own),
         "guard": NOT_MEASURED,
         "steps": {"taken": progress.step, "planned": plan["steps"], "best": progress.best_step, "end": progress.end},
         "tokens": {

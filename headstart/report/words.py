@@ -18,10 +18,16 @@ VERDICTS = {
 CLEAR = {1: "better", 0: "unclear", -1: "worse"}
 
 
+def named(metric: str) -> str:
+    """Return what people call a metric, with the data set that it is of where that was mixed in."""
+    name, of, part = metric.partition(" of ")
+    return f"{LABELS.get(name, name)}{of}{part}"
+
+
 def sentence(result: Mapping[str, Any]) -> str:
     """Say the verdict with the figure that it rests on."""
     difference = result["difference"]
-    name = LABELS.get(difference["metric"], difference["metric"])
+    name = named(difference["metric"])
     before = result["before"][difference["metric"]]["value"]
     after = result["after"][difference["metric"]]["value"]
     rows = result["rows"]["proof"]
@@ -39,7 +45,7 @@ def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
         low, high = difference["low"], difference["high"]
         clear = CLEAR[difference["direction"]]
         shown = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append((LABELS.get(name, name), f"{before:.3f}", f"{after:.3f}", shown, clear))
+        lines.append((named(name), f"{before:.3f}", f"{after:.3f}", shown, clear))
     return lines
 
 

@@ -331,3 +331,23 @@ def test_a_base_model_is_given_a_template_by_name(tiny_home: Path, name: str, me
         before = transformers.AutoModelForCausalLM.from_pretrained(home).get_input_embeddings().weight
         after = run.model.get_input_embeddings()(torch.tensor([stop])).detach()[0]
         assert stop >= len(before) or float((after - before[stop]).abs().max()) > 1e-3
+
+
+def test_other_data_is_mixed_in_and_scored_on_its_own(tiny_home: Path) -> None:
+    write("rows.jsonl", [{"prompt": f"{n} days?", "completion": f"The answer is {n} days."} for n in range(60)])
+    write("general.jsonl", [{"text": f"The patient has a sore throat for {n} days."} for n in range(30)])
+    run = tune("rows.jsonl", "-s", "data.mix=general.jsonl=0.5", task="chat", kind="instruction")
+    result = run.result
+    # 20 of 60 rows are held out: 40, and 20 beside them.
+    assert result["rows"]["train"] == 60
+    assert "bits_per_byte of general.jsonl" in result["differences"]
+    assert result["differences"]["bits_per_byte of general.jsonl"]["rows"] == 6
+    assert result["after"]["bits_per_byte of general.jsonl"]["value"] < result["before"]["bits_per_byte of general.jsonl"]["value"]
+    assert "bits per byte of general.jsonl" in run.report.read_text(encoding="utf-8")
+    data = json.loads((run.path / "data.json").read_text())
+    assert [Path(file["name"]).name for file in data["files"]] == ["rows.jsonl", "general.jsonl"]
+    assert any("20 rows mixed in; 6 others to score on" in note for note in data["notes"])
+    for value, code, said in (("general.jsonl", 2, "no path with a weight"), ("labels.jsonl=1", 3, "can't be mixed")):
+        write("labels.jsonl", [{"text": str(n), "label": "ab"[n % 2]} for n in range(9)])
+        result = call("tune", "rows.jsonl", "-s", f"data.mix={value}", *QUICK)
+        assert (result.exit_code, said in result.stderr) == (code, True)
