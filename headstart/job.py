@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,15 @@ import torch
 from headstart import machine
 from headstart.choose import Facts, choose
 from headstart.config import Config, Settings
+from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.feed import Feed
+from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import mix
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
+from headstart.data.read import SourceFile, find_files
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.data.templates import template_ids
@@ -176,16 +179,17 @@ class Job:
 def build_data(config: Config, today: datetime.date | None = None) -> Data:
     """Find the model's tokenizer and read, split and render the data. Raises DataError, ModelError."""
     settings = config.settings
-    sides = form_sides(settings.data, settings.kind, settings.task)
+    files, corpus = _find_corpus(settings)
+    sides = None if corpus else form_sides(settings.data, settings.kind, settings.task)
     decided: dict[str, tuple[Any, str]] = {}
-    found = sides.train.detection
+    found = corpus or sides.train.detection  # type: ignore[union-attr]
     if config.source("model") == "default" and found.format == "images":
         decided["model"] = (IMAGE_MODEL, "the rows are images")
     source = find_model(decided.get("model", (settings.model,))[0])
-    task = sides.task
+    task = found.task
     if settings.task == "auto" and task == "causal" and is_encoder(source):
         task = "masked"
-    for key, value, why in (("kind", sides.kind, found.format), ("task", task, f"{found.format} and this model")):
+    for key, value, why in (("kind", found.kind, found.format), ("task", task, f"{found.format} and this model")):
         if getattr(settings, key) == "auto":
             decided[key] = (value, f"the rows are {why}")
     tokenizer = None if task == "images" else load_tokenizer(source)
@@ -200,14 +204,13 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         decided["method"] = _choose_method(source, task)
     config = config.decide(decided)
     settings = config.settings
-    if settings.weights == "random" and settings.method == "lora":
-        cure = "--method full, or leave out -s weights=random"
-        raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
-    if settings.data.class_weights != "none" and task not in ("classification", "images"):
-        cure = "leave out data.class_weights"
-        raise UsageError(Problem("config.no_effect", f"the task is {task}", "data.class_weights", cure))
+    _check_settings(settings)
     watch = settings.eval.every != 0
-    prepared = prepare(sides, settings.data, renderer, limit, task=task, seed=settings.seed, watch=watch)
+    how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
+    if sides is not None:
+        prepared = prepare(sides, settings.data, renderer, limit, **how)
+    elif isinstance(renderer, Encoder):
+        prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
     _mix_in(config, prepared, source, tokenizer, limit, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
@@ -215,6 +218,25 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared)
+
+
+def _check_settings(settings: Settings) -> None:
+    """Raise UsageError where settings would do nothing, or nothing good, for the task that was found."""
+    if settings.weights == "random" and settings.method == "lora":
+        cure = "--method full, or leave out -s weights=random"
+        raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
+    if settings.data.class_weights != "none" and settings.task not in ("classification", "images"):
+        cure = "leave out data.class_weights"
+        raise UsageError(Problem("config.no_effect", f"the task is {settings.task}", "data.class_weights", cure))
+
+
+def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None]:
+    """Return the files to train on and, if they are so large that they go through in a stream, what their rows are."""
+    if settings.kind not in ("auto", "unsupervised") or settings.task not in ("auto", "causal", "masked"):
+        return [], None
+    files = find_files(settings.data.train)
+    found = peek(files, settings.data, settings.task) if is_large(files) else None
+    return files, found if found and found.format == "text" else None
 
 
 def _mix_in(
@@ -390,11 +412,17 @@ def _check_vocabulary(data: Data, model: Any) -> None:
     """Raise ModelError where the tokenizer makes ids for which the model has no embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     parts = (data.prepared.train, data.prepared.watch, data.prepared.proof)
-    highest = max(int(s.ids.max()) for part in parts for example in part.examples for s in example.segments)
+    highest = max(_highest_id(part.examples) for part in parts)
     if highest >= rows:
         what = f"the tokenizer makes the id {highest}, and the model has {rows:,} embeddings"
         cure = "use the tokenizer that belongs to the model"
         raise ModelError(Problem("model.vocabulary", what, data.source.name, cure))
+
+
+def _highest_id(examples: Sequence[Example]) -> int:
+    if not isinstance(examples, list):  # rows on disk: known since they were written
+        return int(examples.highest_id)  # type: ignore[attr-defined]
+    return max((int(segment.ids.max()) for example in examples for segment in example.segments), default=0)
 
 
 def build_feed(config: Config, prepared: Prepared) -> Feed:
@@ -426,8 +454,8 @@ def _facts(data: Data, device: str, model: Any) -> Facts:
         train_rows=len(prepared.train.examples),
         watch_rows=len(prepared.watch.examples),
         proof_rows=len(prepared.proof.examples),
-        train_tokens=_tokens(prepared.train.examples),
-        watch_tokens=_tokens(prepared.watch.examples),
+        train_tokens=int(prepared.train.lengths.sum()),
+        watch_tokens=int(prepared.watch.lengths.sum()),
         longest=prepared.longest,
         task=data.config.settings.task,
         held_out=prepared.parts.held_out,

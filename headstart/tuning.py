@@ -394,8 +394,8 @@ def _describe_data(data: Data, today: datetime.date) -> dict[str, Any]:
         "formats": [asdict(formed.detection) for formed in prepared.formed],
         "rows_read": sum(formed.rows for formed in prepared.formed),
         "rows": {name: len(part.examples) for name, part in parts.items()},
-        "tokens": {name: sum(e.token_count for e in part.examples) for name, part in parts.items()},
-        "targets": {name: sum(e.target_count for e in part.examples) for name, part in parts.items()},
+        "tokens": {name: int(part.lengths.sum()) for name, part in parts.items()},
+        "targets": {name: part.target_count for name, part in parts.items()},
         "fit": asdict(prepared.fit) if prepared.fit else None,
         "duplicates": prepared.parts.duplicates,
         "dropped": {

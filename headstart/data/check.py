@@ -55,24 +55,23 @@ class Stretch(NamedTuple):
 def find(prepared: Prepared, renderer: Encoder | Look) -> Findings:
     """Look through prepared data."""
     parts = (prepared.train, prepared.watch, prepared.proof)
-    examples = [example for part in parts for example in part.examples]
     kept = [record for part in parts for record in part.kept]
-    lengths = np.array([example.token_count for example in examples])
+    lengths = np.concatenate([part.lengths for part in parts])
     spells = renderer.spells_control if isinstance(renderer, Encoder) else bool
     spelled = [str(record.where) for record in kept if any(map(spells, record.texts))]
     return Findings(
         formats=[str(formed.detection) for formed in prepared.formed],
         rows=sum(formed.rows for formed in prepared.formed),
-        usable=len(examples),
+        usable=len(lengths),
         train=len(prepared.train.examples),
-        held_out=len(examples) - len(prepared.train.examples),
+        held_out=len(lengths) - len(prepared.train.examples),
         duplicates=prepared.parts.duplicates,
         leaked=prepared.parts.leaked,
         dropped=sum(len(part.dropped) for part in parts),
         cut=sum(part.cut for part in parts),
         control_rows=spelled,
         tokens=int(lengths.sum()),
-        targets=sum(example.target_count for example in examples),
+        targets=sum(part.target_count for part in parts),
         length_median=int(np.median(lengths)),
         length_p95=int(np.quantile(lengths, 0.95)),
         length_longest=int(lengths.max()),

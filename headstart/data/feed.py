@@ -38,7 +38,7 @@ def split_rows(records: Sequence[Record], held_out: float) -> tuple[list[Record]
 
     Raises DataError where one of the sides would be empty.
     """
-    keys = [_unit_hash(c.group if c.group is not None else content_hash(c)) for c in records]
+    keys = [side_of(record) for record in records]
     count = len(records)
     least = min(HELD_OUT_MIN, count // 2)
     wanted = max(least, round(held_out * count)) if held_out < 1 else int(held_out)
@@ -52,6 +52,11 @@ def split_rows(records: Sequence[Record], held_out: float) -> tuple[list[Record]
         cure = "add rows, hold out fewer (data.held_out), or give rows to score on (--eval-data)"
         raise DataError(Problem("split.too_small", f"of {count} rows, {len(held)} would be held out", "", cure))
     return train, held
+
+
+def side_of(record: Record) -> float:
+    """Return a number between 0 and 1 that follows from what a row says, or from its group: the side that it is on."""
+    return _unit_hash(record.group if record.group is not None else content_hash(record))
 
 
 def split_watch(count: int) -> int:

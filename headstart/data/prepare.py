@@ -18,7 +18,7 @@ from headstart.data.read import Note, Row, SourceFile, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
-from headstart.data.segments import Segmented, segment_rows
+from headstart.data.segments import Example, Segmented, lengths_of, segment_rows
 from headstart.errors import DataError, Problem
 
 LABELLED = ("classification", "multilabel", "regression", "tagging", "images")
@@ -80,8 +80,13 @@ class Prepared:
     @property
     def longest(self) -> int:
         """The tokens of the longest segment of any part."""
-        examples = [*self.train.examples, *self.watch.examples, *self.proof.examples]
-        return max((len(segment) for example in examples for segment in example.segments), default=0)
+        return max(_longest(part.examples) for part in (self.train, self.watch, self.proof))
+
+
+def _longest(examples: Sequence[Example]) -> int:
+    if not isinstance(examples, list):  # rows on disk have one segment each
+        return int(lengths_of(examples).max(initial=0))
+    return max((len(segment) for example in examples for segment in example.segments), default=0)
 
 
 @dataclass
@@ -189,16 +194,25 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
         if not kept or not held:
             what = f"{len(kept)} rows to train on and {len(held)} to score on"
             raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
-    count = split_watch(len(held)) if watch else 0
-    ordered = sorted(range(len(held)), key=lambda index: content_hash(held[index]))
-    watched = set(ordered[:count])
+    watched, proof = split_held(held, watch=watch)
     return Parts(
         train=kept,
-        watch=[c for index, c in enumerate(held) if index in watched],
-        proof=[c for index, c in enumerate(held) if index not in watched],
+        watch=watched,
+        proof=proof,
         held_out=held_out,
         duplicates=len(hashes) - len(set(hashes)),
         leaked=leaked,
+    )
+
+
+def split_held(held: Sequence[Record], *, watch: bool) -> tuple[list[Record], list[Record]]:
+    """Split held-out rows into those that are watched and those for the proof."""
+    count = split_watch(len(held)) if watch else 0
+    ordered = sorted(range(len(held)), key=lambda index: content_hash(held[index]))
+    watched = set(ordered[:count])
+    return (
+        [record for index, record in enumerate(held) if index in watched],
+        [record for index, record in enumerate(held) if index not in watched],
     )
 
 

@@ -99,7 +99,26 @@ class Segmented:
     @property
     def cut(self) -> int:
         """How many examples lost context."""
-        return sum(bool(example.cut) for example in self.examples)
+        # Of rows that lie on disk, that was told when they were written.
+        return sum(bool(example.cut) for example in self.examples) if isinstance(self.examples, list) else 0
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The tokens of each example."""
+        return lengths_of(self.examples)
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens are predicted."""
+        if isinstance(self.examples, list):
+            return sum(example.target_count for example in self.examples)
+        return int(self.examples.target_count)
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the tokens of each example, without reading those that lie on disk."""
+    known = getattr(examples, "lengths", None)
+    return known if known is not None else np.array([example.token_count for example in examples], np.int64)
 
 
 def segment_rows(

@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart import machine
 from headstart.data.feed import Feed
 from headstart.data.forest import Pack, build_packs
-from headstart.data.segments import Example
+from headstart.data.segments import Example, lengths_of
 from headstart.engine.engine import Engine
 from headstart.engine.forward import Reader
 
@@ -72,7 +72,7 @@ def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_
         numbers, chosen = trial.next_examples(examples)
         rows += len(numbers)
         packs += reader.build_packs(chosen, tokens_per_pack)
-    longest = max(examples, key=lambda example: max(map(len, example.segments)))
+    longest = examples[int(lengths_of(examples).argmax())]
     packs_of_longest = reader.build_packs(feed.varied([longest]), tokens_per_pack)
     scale = feed.total / rows
     return Layout(

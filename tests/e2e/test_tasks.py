@@ -342,7 +342,10 @@ def test_other_data_is_mixed_in_and_scored_on_its_own(tiny_home: Path) -> None:
     assert result["rows"]["train"] == 60
     assert "bits_per_byte of general.jsonl" in result["differences"]
     assert result["differences"]["bits_per_byte of general.jsonl"]["rows"] == 6
-    assert result["after"]["bits_per_byte of general.jsonl"]["value"] < result["before"]["bits_per_byte of general.jsonl"]["value"]
+    assert (
+        result["after"]["bits_per_byte of general.jsonl"]["value"]
+        < result["before"]["bits_per_byte of general.jsonl"]["value"]
+    )
     assert "bits per byte of general.jsonl" in run.report.read_text(encoding="utf-8")
     data = json.loads((run.path / "data.json").read_text())
     assert [Path(file["name"]).name for file in data["files"]] == ["rows.jsonl", "general.jsonl"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +100,31 @@ def test_positions_that_the_model_does_not_have_are_refused(tiny_home: Path) -> 
     assert result.exit_code == 3
     assert "the model has 512 positions" in result.stderr
     assert call("check", "long.jsonl").exit_code == 0
+
+
+def test_a_corpus_on_disk_is_tuned_on_and_gone_on_with(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are those of the same rows in memory, and a run that was stopped goes on to the same ones."""
+    from headstart.data import corpus
+    from headstart.engine import engine as module
+
+    quick = ["-s", "steps=12", "-s", "batch_size=4", "-s", "eval.every=4", "-s", "data.held_out=0.3", "-s", "save.every=4"]
+    original = module.Engine.optim_step
+    steps = 0
+
+    def until_killed(self: Any, lr: float) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            raise KeyboardInterrupt
+        return original(self, lr)
+
+    monkeypatch.setattr(corpus, "STREAM_BYTES", 10)
+    monkeypatch.setattr(module.Engine, "optim_step", until_killed)
+    assert call("tune", "texts.jsonl", "-o", "runs/killed", *quick).exit_code == 130
+    monkeypatch.setattr(module.Engine, "optim_step", original)
+    assert call("tune", "texts.jsonl", "-o", "runs/disk", *quick).exit_code == 0
+    assert call("resume", "runs/killed").exit_code == 0
+    monkeypatch.setattr(corpus, "STREAM_BYTES", 1 << 40)
+    assert call("tune", "texts.jsonl", "-o", "runs/memory", *quick).exit_code == 0
+    weights = [next(Path(f"runs/{n}/model").glob("*.safetensors")).read_bytes() for n in ("killed", "disk", "memory")]
+    assert weights[0] == weights[1] == weights[2]
