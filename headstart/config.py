@@ -80,6 +80,9 @@ class DataSettings(Section):
     )
     whole_words: bool = Field(False, description="Mask whole words, not pieces of them.")
     train_on: Literal["all", "last"] = Field("all", description="Answers of a conversation that are trained.")
+    reasoning: Literal["keep", "drop", "untrained"] = Field(
+        "keep", description="What an assistant thinks before an answer: learned, left out, or read and not learned."
+    )
     template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
         "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."
     )

@@ -46,6 +46,7 @@ READING = (
     "label",
     "whole_words",
     "train_on",
+    "reasoning",
     "template",
     "over_length",
     "max_length",

@@ -20,6 +20,7 @@ be continued. Names of columns that are known without being told stand in `colum
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,7 +69,11 @@ PAIRS = (
     ("query", "response"),
     ("input", "output"),
 )
-TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_call_id", "name", "from", "value"} | {
+    *REASONING_KEYS
+}
 TEXT_ONLY = {"text", "id", "source", "meta", "metadata", "title", "url", "timestamp", "date", "added", "created"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
 SHOWN = 200  # characters of a row in a message
@@ -122,18 +127,19 @@ def format_rows(
     named: Named | None = None,
     task: str = "auto",
     train_on: str = "all",
+    reasoning: str = "keep",
     group_by: str | None = None,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
     `task` is what the rows are to be used for, where that is known. With `train_on` `last`, only the last answer of a
-    conversation is trained.
+    conversation is trained; `reasoning` tells what becomes of thoughts before an answer: keep, drop or untrained.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
     if group_by is not None:
         need_columns(rows, [group_by], "data.group_by")
-    tally = _Tally()
+    tally = _Tally(reasoning)
     detection, take = _find_format(rows, format, named or Named(), task, tally, train_on)
     formatted = Formatted(detection)
     for row in rows:
@@ -418,6 +424,8 @@ def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) ->
 class _Tally:
     """What was handled in many rows and is told once, with counts."""
 
+    reasoning: str = "keep"
+    thoughts: int = 0
     aliases: Counter[str] = field(default_factory=Counter)
     columns: Counter[str] = field(default_factory=Counter)
     trailing: int = 0
@@ -431,6 +439,9 @@ class _Tally:
         said = [f"role `{old}` read as `{ALIASES[old]}` in {count:,} turns" for old, count in self.aliases.items()]
         if unused := sorted(set(self.columns) - self.used - known):
             said.append("columns not used: " + ", ".join(unused))
+        if self.thoughts:
+            what = {"keep": "is learned", "drop": "is left out", "untrained": "is read and not learned"}[self.reasoning]
+            said.append(f"{self.thoughts:,} answers come with reasoning, which {what} (data.reasoning)")
         if self.trailing:
             said.append(f"{self.trailing:,} rows end with turns after the last answer; those turns are not used")
         if self.opening:
@@ -503,6 +514,10 @@ def _message(
     except RowError as error:
         problems += error.problems
         return None
+    reasoning = ""
+    if role == "assistant":
+        reasoning, content = _reasoning(turn, content, place, problems)
+        tally.thoughts += bool(reasoning)
     if role == "assistant" and not content.strip() and not calls:
         problems.append(
             Problem("row.empty_answer", "the answer is empty", f"{place}.content", "fill it in, or delete the row")
@@ -514,7 +529,23 @@ def _message(
         tool_calls=calls,
         tool_call_id=str(turn.get("tool_call_id") or ""),
         name=str(turn.get("name") or ""),
+        reasoning="" if tally.reasoning == "drop" else reasoning,
+        silent=tally.reasoning == "untrained",
     )
+
+
+def _reasoning(turn: Mapping[str, Any], content: str, place: str, problems: list[Problem]) -> tuple[str, str]:
+    """Return what was thought before an answer, from a key of its own or between <think> and </think>, and the answer."""
+    key = next((name for name in REASONING_KEYS if turn.get(name)), None)
+    if key is None:
+        found = THOUGHT.match(content)
+        return (found[1].strip(), content[found.end() :]) if found else ("", content)
+    thought = turn[key]
+    if not isinstance(thought, str):
+        what = f"a {type(thought).__name__} where text is expected"
+        problems.append(Problem("row.field_type", what, f"{place}.{key}", "give it as text"))
+        return "", content
+    return thought.strip(), content
 
 
 def _content(value: Any, place: str, *, optional: bool) -> str:

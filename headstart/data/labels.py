@@ -114,7 +114,10 @@ def _find_numbers(records: Sequence[Labelled], names: Sequence[str]) -> Labels:
 
 def find_choices(records: Sequence[Record]) -> tuple[str, ...]:
     """Return the answers of conversations, in order, where a few stand again and again: then they are classes."""
-    answers = Counter(r.messages[-1].content for r in records if isinstance(r, Conversation))
+    rows = [record for record in records if isinstance(record, Conversation)]
+    if any(message.reasoning for row in rows for message in row.messages):
+        return ()  # what is told depends on what was thought
+    answers = Counter(row.messages[-1].content for row in rows)
     repeated = sum(answers.values()) >= ANSWERS_REPEATED * len(answers)
     short = all(answer.strip() and len(answer) <= ANSWER_MAX for answer in answers)
     return tuple(sorted(answers)) if repeated and short and 1 < len(answers) <= CHOICES_MAX else ()

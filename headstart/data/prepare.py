@@ -144,6 +144,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
             named=Named(settings.prompt, settings.completion, settings.text, settings.text_pair, settings.label),
             task=task,
             train_on=settings.train_on,
+            reasoning=settings.reasoning,
             group_by=settings.group_by,
         )
     except DataError as error:

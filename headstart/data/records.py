@@ -14,7 +14,11 @@ from headstart.data.read import Where
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `trained` tells whether an assistant's turn is learned; `tool_calls` hold parsed arguments."""
+    """One turn. `trained` tells whether an assistant's turn is learned; `tool_calls` hold parsed arguments.
+
+    `reasoning` is what the assistant thought before its answer, and `silent` that this is read and not learned;
+    `thought` is the reasoning as text in front of the content, for a template that knows none.
+    """
 
     role: str
     content: str
@@ -22,6 +26,9 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    reasoning: str = ""
+    silent: bool = False
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +43,15 @@ class Conversation:
     @property
     def content(self) -> str:
         """All that the row says."""
-        turns = [(m.role, m.content, list(m.tool_calls)) for m in self.messages]
+        turns = [
+            (m.role, m.content, list(m.tool_calls), *([m.reasoning] if m.reasoning else [])) for m in self.messages
+        ]
         return json.dumps([turns, list(self.tools)], ensure_ascii=False, sort_keys=True)
 
     @property
     def texts(self) -> list[str]:
         """The texts that people wrote."""
-        return [message.content for message in self.messages]
+        return [text for message in self.messages for text in (message.reasoning, message.content) if text]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from headstart.data.encode import Encoder, Run, split_keep
@@ -22,7 +23,8 @@ from headstart.errors import ModelError, Problem
 
 # Private-use characters; the quote between them shows whether the template wrote the content as JSON (\") or as it is.
 MARK = re.compile('\ue000(\\d+)(\\\\*)"\ue001')
-WRITTEN = ("content", "tool_calls")
+WRITTEN = ("content", "tool_calls", "reasoning_content")
+THOUGHT = "<think>\n{}\n</think>\n\n"  # how models write it that know it
 Strip = Callable[[str], str]
 
 
@@ -56,6 +58,7 @@ class Renderer(Encoder):
             raise ModelError(Problem("model.template", "the model has no chat template", "", cure))
         self.stop_ids = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
         self._stop_id = self._find_stop()
+        self._writes_reasoning = not self._plain and self._find_reasoning()
         self._stop_text = next((text for text, (id_, _) in self._control.items() if id_ == self._stop_id), "")
 
     # --- the three uses ---
@@ -86,7 +89,7 @@ class Renderer(Encoder):
     # --- a chat template ---
 
     def _chat_training(self, conversation: Conversation) -> list[list[Run]]:
-        messages, tools = conversation.messages, conversation.tools
+        messages, tools = self._with_thoughts(conversation.messages), conversation.tools
         marked = _Marked(messages, tools, self._control_text)
         whole = self._render(marked.messages, marked.tools)
         self._match_plain(marked, whole, messages, tools)
@@ -100,13 +103,17 @@ class Renderer(Encoder):
                 )
                 if not alone.startswith(prompt):
                     raise _TemplateError("its generation prompt does not begin its own answer")
-                spans.append((alone, len(prompt), self._end(alone, max(len(prompt), marked.end_of(index, alone)))))
+                if self._writes_reasoning and message.reasoning and not marked.writes_thought(index, alone):
+                    raise _TemplateError(f"it does not write the reasoning of turn[{index}]")
+                start = marked.start_of(index, alone) if message.silent and message.reasoning else len(prompt)
+                spans.append((alone, start, self._end(alone, max(len(prompt), marked.end_of(index, alone)))))
         if all(whole.startswith(alone[:end]) and self._stops(alone[:end]) for alone, _, end in spans):
             last = spans[-1][2]
             return [self._runs(marked, whole[:last], [(start, end) for _, start, end in spans])]
         return [self._runs(marked, alone[:end], [(start, end)]) for alone, start, end in spans]
 
     def _chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Run]:
+        messages = self._with_thoughts(messages)
         marked = _Marked(messages, tools, self._control_text)
         text = self._render(marked.messages, marked.tools, generation=True)
         self._match_plain(marked, text, messages, tools, generation=True)
@@ -203,6 +210,29 @@ class Renderer(Encoder):
                 strip_next = strip_next and not pending
         return [*runs, Run(pending, None, trained, after_control)] if pending else runs
 
+    def _with_thoughts(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages for a template: where it knows no reasoning, that stands in the content, in front."""
+        if self._writes_reasoning:
+            return list(messages)
+        return [replace(m, thought=THOUGHT.format(m.reasoning)) if m.reasoning else m for m in messages]
+
+    def _find_reasoning(self) -> bool:
+        """Tell whether the template writes the reasoning of an answer."""
+        marked = _Marked([Message("user", "q"), Message("assistant", "a", reasoning="r")], (), self._control_text)
+        try:
+            return marked.writes_thought(1, self._render(marked.messages, ()))
+        except _TemplateError:
+            return False
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer without what was thought before it."""
+        end, _ = self._control.get("</think>", (-1, None))
+        ids = [int(id_) for id_ in ids]
+        thought = end in ids
+        text = self.decode(ids[len(ids) - ids[::-1].index(end) :] if thought else ids)
+        _, mark, answer = text.rpartition("</think>")
+        return answer.lstrip() if mark or thought else text
+
     def _find_stop(self) -> int:
         """Return the token that ends an answer: the one that the template writes there, else the model's own."""
         if not self._plain:
@@ -235,8 +265,10 @@ class Renderer(Encoder):
 
     def _plain_training(self, conversation: Conversation) -> list[list[Run]]:
         *asked, answer = conversation.messages
-        answer_runs = [Run(answer.content, None, True, after_control=False), Run("", self._stop_id, trained=True)]
-        return [[*self._plain_prompt(asked), *answer_runs]]
+        thought = THOUGHT.format(answer.reasoning) if answer.reasoning else ""
+        runs = [Run(thought, None, not answer.silent, after_control=False)] if thought else []
+        runs += [Run(answer.content, None, True, after_control=False), Run("", self._stop_id, trained=True)]
+        return [[*self._plain_prompt(asked), *runs]]
 
     def _plain_prompt(self, messages: Sequence[Message]) -> list[Run]:
         if [message.role for message in messages] != ["user"]:
@@ -263,6 +295,8 @@ class _Marked:
         self._roles: list[str] = []
         self._last: list[int] = []
         self._needed: list[set[int]] = []
+        self._thoughts: list[int] = []
+        self._starts: list[int] = []
         self.tools = [self._leaves(tool, always=False) for tool in tools]
         self.messages = [self._message(message) for message in messages]
 
@@ -270,6 +304,14 @@ class _Marked:
         """Return where the last mark of a message ends in `text`; 0 where it isn't there."""
         last = self._last[index]
         return next((m.end() for m in MARK.finditer(text) if int(m[1]) == last), 0)
+
+    def start_of(self, index: int, text: str) -> int:
+        """Return where the content of a message begins in `text`, behind its reasoning."""
+        return next((m.start() for m in MARK.finditer(text) if int(m[1]) == self._starts[index]), 0)
+
+    def writes_thought(self, index: int, text: str) -> bool:
+        """Tell whether the reasoning of a message stands in `text`."""
+        return any(int(m[1]) == self._thoughts[index] for m in MARK.finditer(text))
 
     def needed(self, index: int) -> set[int]:
         """Return the numbers of a message's marks that a template must write: its content and its calls' arguments."""
@@ -304,8 +346,15 @@ class _Marked:
     def _message(self, message: Message) -> dict[str, Any]:
         mapping = _as_mapping(message)
         marked = {key: self._leaves(value, always=False) for key, value in mapping.items() if key not in WRITTEN}
+        self._thoughts.append(-1)
+        if message.reasoning and not message.thought:
+            marked["reasoning_content"] = self._new(message.reasoning, "")
+            self._thoughts[-1] = len(self._texts) - 1
         first = len(self._texts)
-        marked["content"] = self._new(message.content, message.role) if message.content else ""
+        # The thought has a mark of its own, which no template strips, so that it can be told from the answer.
+        marked["content"] = self._new(message.thought, "") if message.thought else ""
+        self._starts.append(len(self._texts))
+        marked["content"] += self._new(message.content, message.role) if message.content else ""
         if message.tool_calls:
             marked["tool_calls"] = [self._call(call) for call in message.tool_calls]
         self._needed.append(set(range(first, len(self._texts))))
@@ -336,7 +385,9 @@ STRIPS: tuple[Strip, ...] = (_as_is, str.strip, str.lstrip, str.rstrip)
 
 
 def _as_mapping(message: Message) -> dict[str, Any]:
-    mapping: dict[str, Any] = {"role": message.role, "content": message.content}
+    mapping: dict[str, Any] = {"role": message.role, "content": message.thought + message.content}
+    if message.reasoning and not message.thought:
+        mapping["reasoning_content"] = message.reasoning
     if message.tool_calls:
         mapping["tool_calls"] = [dict(call) for call in message.tool_calls]
     if message.tool_call_id:

@@ -199,7 +199,7 @@ def measure(
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
                 reference=reference or renderer.decode(_answer_ids(examples[index])),
-                answer=renderer.decode(new[index].ids) if index in new else None,
+                answer=renderer.answer_text(new[index].ids) if index in new else None,
                 stopped=index in new and new[index].stopped,
             )
         )

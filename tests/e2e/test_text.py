@@ -107,7 +107,18 @@ def test_a_corpus_on_disk_is_tuned_on_and_gone_on_with(texts: Path, monkeypatch:
     from headstart.data import corpus
     from headstart.engine import engine as module
 
-    quick = ["-s", "steps=12", "-s", "batch_size=4", "-s", "eval.every=4", "-s", "data.held_out=0.3", "-s", "save.every=4"]
+    quick = [
+        "-s",
+        "steps=12",
+        "-s",
+        "batch_size=4",
+        "-s",
+        "eval.every=4",
+        "-s",
+        "data.held_out=0.3",
+        "-s",
+        "save.every=4",
+    ]
     original = module.Engine.optim_step
     steps = 0
 

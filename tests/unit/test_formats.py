@@ -194,9 +194,9 @@ def test_an_answer_that_nothing_asks_for_is_not_trained() -> None:
 
 def test_the_older_form_of_a_call_is_read_and_unknown_keys_are_told() -> None:
     call = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": "{}"}}
-    formatted = form({"messages": [MESSAGES[0], {**call, "reasoning_content": "hm"}]})
+    formatted = form({"messages": [MESSAGES[0], {**call, "mood": "hm"}]})
     assert formatted.examples[0].messages[1].tool_calls[0]["function"] == {"name": "look", "arguments": {}}
-    assert "keys of turns that are not used: `reasoning_content` (1 turns)" in formatted.notes
+    assert "keys of turns that are not used: `mood` (1 turns)" in formatted.notes
 
 
 @pytest.mark.parametrize(
