@@ -106,3 +106,23 @@ def test_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 70:
                 long.append(f"{module}.{node.name}")
     assert not long
+
+
+def test_what_the_package_offers_stays_what_it_is() -> None:
+    """A module of the same name would hide a function from the second call on."""
+    code = (
+        "import headstart, headstart.cli, headstart.tuning, headstart.label, headstart.verbs\n"
+        "for _ in range(2):\n"
+        "    for name in headstart.__all__:\n"
+        "        assert callable(getattr(headstart, name)), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_task_is_known_in_every_room() -> None:
+    from headstart.config import TASKS
+    from headstart.data.prepare import FITTING
+    from headstart.evaluate.measure import PRIMARY
+    from headstart.models.load import AUTO
+
+    assert set(TASKS) == set(AUTO) == set(PRIMARY) == {task for tasks in FITTING.values() for task in tasks}
