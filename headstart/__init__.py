@@ -1,4 +1,4 @@
-"""headstart: fine-tune a language model and prove that it got better.
+"""headstart: fine-tune a model and prove that it got better.
 
 import headstart
 
@@ -8,14 +8,16 @@ run.result["verdict"], run.report, run.model
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headstart.errors import HeadstartError
     from headstart.label import predict
     from headstart.run import Run
-    from headstart.tuning import tune
+    from headstart.tune import tune
     from headstart.verbs import check, compare, evaluate, load, plan
 
 __version__ = "0.1.0"
@@ -24,18 +26,25 @@ __all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "pla
 _HOMES = {
     "HeadstartError": "headstart.errors",
     "Run": "headstart.run",
-    "tune": "headstart.tuning",
-    "check": "headstart.verbs",
-    "compare": "headstart.verbs",
-    "evaluate": "headstart.verbs",
-    "load": "headstart.verbs",
-    "plan": "headstart.verbs",
+    "tune": "headstart.tune",
     "predict": "headstart.label",
+    **dict.fromkeys(("check", "compare", "evaluate", "load", "plan"), "headstart.verbs"),
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Found when first asked for, so that `headstart --help` imports nothing heavy.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'headstart' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+class _Face(ModuleType):
+    """The package as users see it: its functions, also where a room of it bears the same name."""
+
+
+def _offer(name: str) -> property:
+    # Found when asked for, so that `headstart --help` imports nothing heavy. Python sets a room on its package once it
+    # is imported, which would hide the function of that name; here it sets nothing.
+    def find(_: ModuleType) -> Any:
+        return getattr(import_module(_HOMES[name]), name)
+
+    return property(find, lambda _face, _room: None)
+
+
+for _name in _HOMES:
+    setattr(_Face, _name, _offer(_name))
+sys.modules[__name__].__class__ = _Face

@@ -67,7 +67,7 @@ def tune(
     """Fine-tune on DATA and prove the gain."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.tuning import start
+        from headstart.tune import start
 
         flags = {
             "data.train": data,
@@ -162,7 +162,7 @@ def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json
     """Go on with a run that was stopped or killed."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.tuning import resume as resume_run
+        from headstart.tune import resume as resume_run
 
         finished = resume_run(run, display)
         return {"run": str(finished.path), **finished.result}

@@ -130,6 +130,9 @@ class _Tally:
     digests: array[int] = field(default_factory=lambda: array("Q"))
     names: dict[str, int] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
+    dropped: list[tuple[Where, int]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    detection: Detection | None = None
 
 
 def is_large(files: Sequence[SourceFile]) -> bool:
@@ -244,30 +247,22 @@ def _encode(
     share: float | None,
     others: Sequence[Document],
 ) -> None:
+    """Write a corpus into a folder of the cache, which appears whole or not at all."""
     seen = {content_hash(document) for document in others}
-    tally, problems = _Tally(), list[Problem]()
-    dropped: list[tuple[Where, int]] = []
+    tally = _Tally()
     fit_on: list[Document] = []
     dtype = np.dtype("<u2") if len(encoder.tokenizer) <= 1 << 16 else np.dtype("<i4")
-    detection: Detection | None = None
     with new_folder(folder) as target:
-        table = (target / "rows.raw").open("wb")
-        with (target / IDS).open("wb") as ids, (target / HELD).open("w", encoding="utf-8") as held, table:
-            for rows in _in_parts(read(files), problems, tally):
-                formatted = format_rows(
-                    rows, format=settings.format, named=_named(settings), task=coding.task, group_by=settings.group_by
-                )
-                detection = detection or formatted.detection
-                tally.rows, tally.fitting = tally.rows + len(rows), tally.fitting + formatted.detection.fitting
-                problems += formatted.problems
-                tally.notes |= dict.fromkeys(formatted.notes)
+        with (
+            (target / IDS).open("wb") as ids,
+            (target / HELD).open("w", encoding="utf-8") as held,
+            (target / "rows.raw").open("wb") as table,
+        ):
+            for documents in _documents(files, settings, encoder, coding, tally):
                 train = []
-                for document in formatted.examples:
-                    if not isinstance(document, Document):
-                        continue
+                for document in documents:
                     digest = content_hash(document)
                     tally.digests.append(int(digest, 16))
-                    tally.spelled += encoder.spells_control(document.content)
                     if digest in seen:
                         tally.leaked += 1
                     elif share is not None and side_of(document) < share:
@@ -277,36 +272,56 @@ def _encode(
                 fit_on += train if not fit_on else []
                 made = segment(train, settings, encoder, max_length, coding, whole=False)
                 tally.cut += made.cut
-                dropped += made.dropped
-                problems += made.problems
+                tally.dropped += made.dropped
+                tally.problems += made.problems
                 _write(made.examples, ids, table, dtype, tally)
-        if detection is None:
-            raise DataError(problems or [Problem("data.empty", "no rows", "", "give a file with rows")])
-        raw = np.fromfile(target / "rows.raw", ROW)
+        if tally.detection is None:
+            raise DataError(tally.problems or [Problem("data.empty", "no rows", "", "give a file with rows")])
+        np.save(target / TABLE, np.fromfile(target / "rows.raw", ROW))
         (target / "rows.raw").unlink()
-        np.save(target / TABLE, raw)
-        notes = [*tally.notes]
-        if tally.cut:
-            notes.append(f"{tally.cut:,} rows were cut to {max_length:,} tokens")
-        if tally.spelled:
-            notes.append(f"{tally.spelled:,} rows spell a control token; it is read as text")
-        write_json(
-            target / META,
-            {
-                "names": list(tally.names),
-                "dtype": dtype.str,
-                "causal": coding.task == "causal",
-                "highest_id": tally.highest,
-                "rows": tally.rows,
-                "detection": {**asdict(detection), "rows": tally.rows, "fitting": tally.fitting},
-                "duplicates": len(tally.digests) - len(np.unique(np.frombuffer(tally.digests, np.uint64))),
-                "leaked": tally.leaked,
-                "dropped": [[*where, length] for where, length in dropped],
-                "problems": [[p.code, p.what, p.where, p.cure] for p in problems],
-                "notes": notes,
-                "fit": asdict(measure_fit(fit_on, encoder)) if fit_on else None,
-            },
+        fit = measure_fit(fit_on, encoder) if fit_on else None
+        write_json(target / META, _describe(tally, dtype, coding.task == "causal", max_length, fit))
+
+
+def _documents(
+    files: Sequence[SourceFile], settings: DataSettings, encoder: Encoder, coding: Coding, tally: _Tally
+) -> Iterator[list[Document]]:
+    """Yield the documents of files in parts."""
+    for rows in _in_parts(read(files), tally):
+        formatted = format_rows(
+            rows, format=settings.format, named=_named(settings), task=coding.task, group_by=settings.group_by
         )
+        tally.detection = tally.detection or formatted.detection
+        tally.rows += len(rows)
+        tally.fitting += formatted.detection.fitting
+        tally.problems += formatted.problems
+        tally.notes |= dict.fromkeys(formatted.notes)
+        documents = [record for record in formatted.examples if isinstance(record, Document)]
+        tally.spelled += sum(encoder.spells_control(document.content) for document in documents)
+        yield documents
+
+
+def _describe(tally: _Tally, dtype: np.dtype[Any], causal: bool, max_length: int, fit: Fit | None) -> dict[str, Any]:
+    notes = [*tally.notes]
+    if tally.cut:
+        notes.append(f"{tally.cut:,} rows were cut to {max_length:,} tokens")
+    if tally.spelled:
+        notes.append(f"{tally.spelled:,} rows spell a control token; it is read as text")
+    detection = asdict(tally.detection) if tally.detection else {}
+    return {
+        "names": list(tally.names),
+        "dtype": dtype.str,
+        "causal": causal,
+        "highest_id": tally.highest,
+        "rows": tally.rows,
+        "detection": {**detection, "rows": tally.rows, "fitting": tally.fitting},
+        "duplicates": len(tally.digests) - len(np.unique(np.frombuffer(tally.digests, np.uint64))),
+        "leaked": tally.leaked,
+        "dropped": [[*where, length] for where, length in tally.dropped],
+        "problems": [[p.code, p.what, p.where, p.cure] for p in tally.problems],
+        "notes": notes,
+        "fit": asdict(fit) if fit else None,
+    }
 
 
 def _write(examples: Sequence[Example], ids: Any, table: Any, dtype: np.dtype[Any], tally: _Tally) -> None:
@@ -321,7 +336,7 @@ def _write(examples: Sequence[Example], ids: Any, table: Any, dtype: np.dtype[An
     table.write(rows.tobytes())
 
 
-def _in_parts(items: Iterator[Item], problems: list[Problem], tally: _Tally) -> Iterator[list[Row]]:
+def _in_parts(items: Iterator[Item], tally: _Tally) -> Iterator[list[Row]]:
     part: list[Row] = []
     for item in items:
         if isinstance(item, Row):
@@ -332,7 +347,7 @@ def _in_parts(items: Iterator[Item], problems: list[Problem], tally: _Tally) -> 
         elif isinstance(item, Note):
             tally.notes[f"{item.where}: {item.text}"] = None
         else:
-            problems.append(item)
+            tally.problems.append(item)
     if part:
         yield part
 

@@ -13,7 +13,7 @@ from headstart.config import Override, build_config
 from headstart.display import Display, safe
 from headstart.evaluate.measure import RowResult
 from headstart.run import Run, RunFolder, new_run_path
-from headstart.tuning import start
+from headstart.tune import start
 
 # Chosen so that two cores are done in under four minutes.
 SETTINGS = {"steps": 32, "batch_size": 4, "optim.lr": 1.5e-3, "eval.rows": 32, "eval.generate": 10, "eval.every": 16}

@@ -23,7 +23,7 @@ from headstart.engine.forward import PackReader
 from headstart.evaluate.score import score_rows
 from headstart.models.load import load_model, load_tokenizer, stop_ids
 from headstart.models.source import BUILT_IN, find_model
-from headstart.tuning import tune
+from headstart.tune import tune
 
 pytestmark = pytest.mark.real
 DEMO = Path(__file__).parents[2] / "headstart" / "demo"

@@ -15,7 +15,7 @@ import transformers
 import headstart
 from headstart.display import Display
 from headstart.models.source import find_model
-from headstart.tuning import resume
+from headstart.tune import resume
 from tests.e2e.test_commands import as_json, call, run_card
 
 QUICK = ["-s", "steps=24", "-s", "batch_size=8", "-s", "eval.every=8", "-s", "optim.lr=1e-2", "-s", "data.held_out=20"]

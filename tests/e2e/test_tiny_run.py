@@ -20,7 +20,7 @@ from headstart.display import Display
 from headstart.errors import DataError, ResourceError, RunError, StoppedError, UsageError
 from headstart.files import read_json
 from headstart.run import RunFolder
-from headstart.tuning import resume, tune
+from headstart.tune import resume, tune
 
 QUICK = {"batch_size": 4, "steps": 12, "eval.every": 4, "eval.generate": 2, "data.held_out": 16, "engine.threads": 1}
 
@@ -161,7 +161,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from headstart.display import Display
-from headstart.tuning import resume, tune
+from headstart.tune import resume, tune
 import json
 class Killed(Display):
     def progress(self, label, done, total, detail=""):

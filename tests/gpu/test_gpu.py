@@ -12,7 +12,7 @@ from headstart.display import Display
 from headstart.engine.forward import PackReader
 from headstart.evaluate.score import score_rows
 from headstart.models.attention import can_pack, register
-from headstart.tuning import tune
+from headstart.tune import tune
 from tests.laws.test_packing import rows
 from tests.twins import PACKED, twin
 

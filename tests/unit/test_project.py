@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 ORDER = [
     ("cli",),
     ("demo", "chat", "show", "doctor", "label"),
-    ("verbs", "tuning"),
+    ("verbs", "tune"),
     ("job", "stop"),
     ("run",),
     ("report",),
@@ -111,7 +111,7 @@ def test_functions_stay_short() -> None:
 def test_what_the_package_offers_stays_what_it_is() -> None:
     """A module of the same name would hide a function from the second call on."""
     code = (
-        "import headstart, headstart.cli, headstart.tuning, headstart.label, headstart.verbs\n"
+        "import headstart, headstart.cli, headstart.tune, headstart.label, headstart.verbs\n"
         "for _ in range(2):\n"
         "    for name in headstart.__all__:\n"
         "        assert callable(getattr(headstart, name)), name\n"
