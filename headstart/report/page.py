@@ -18,6 +18,7 @@ from headstart.report.told import told_sections
 from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence
 
 TEXT_MAX = 4_000
+FILES = 3  # named in the title
 SAMPLES = {
     "instruction": "Answers before and after",
     "unsupervised": "Texts before and after",
@@ -36,7 +37,7 @@ def report_page(
 ) -> str:
     """Return the page. Everything that comes from data is escaped; nothing is loaded from anywhere."""
     begun = " from random weights" if result["weights"] == "random" else ""
-    name = f"{result['model']['name']}{begun} on {', '.join(PurePath(file['name']).name for file in data['files'])}"
+    name = f"{result['model']['name']}{begun} on {_file_names(data)}"
     style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [
         _first_screen(name, result),
@@ -57,13 +58,19 @@ def report_page(
     )
 
 
+def _file_names(data: Mapping[str, Any]) -> str:
+    names = [PurePath(file["name"]).name for file in data["files"]]
+    more = f" and {len(names) - FILES:,} more" if len(names) > FILES else ""
+    return ", ".join(names[:FILES]) + more
+
+
 def _first_screen(name: str, result: Mapping[str, Any]) -> str:
     verdict = VERDICTS[result["verdict"]]
     speed, memory = result["speed"], result["memory"]
     cards = [
         (f"{min(result['rows']['train'], result['tokens']['rows_seen']):,}", "rows trained on"),
         (in_time(speed["train_s"]), "of training"),
-        (f"{speed['real_tokens_per_s']:,.0f}", "real tokens a second"),
+        _rate(result),
         (in_bytes(memory["peak_bytes"]), "of memory at most"),
     ]
     shown = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in cards)
@@ -81,6 +88,12 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
         f'<p class="verdict {STYLES.get(result["verdict"], "flat")}">{html.escape(verdict[0].upper() + verdict[1:])}</p>'
         f'<p class="lead">{html.escape(sentence(result))}.</p>{change_chart(changes)}<div class="cards">{shown}</div>'
     )
+
+
+def _rate(result: Mapping[str, Any]) -> tuple[str, str]:
+    if result["task"] != "images":
+        return f"{result['speed']['real_tokens_per_s']:,.0f}", "real tokens a second"
+    return f"{result['tokens']['rows_seen'] / max(1e-9, result['speed']['train_s']):,.1f}", "images a second"
 
 
 def _scores(result: Mapping[str, Any]) -> str:

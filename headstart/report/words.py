@@ -9,6 +9,7 @@ from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS
 
+FILES = 20  # that are listed
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -108,8 +109,10 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             file["name"],
             f"{file['bytes']:,} bytes, SHA-256 {file['sha256'][:16]}{', ' + file['revision'] if file['revision'] else ''}",
         )
-        for file in data["files"]
+        for file in data["files"][:FILES]
     ]
+    if len(data["files"]) > FILES:
+        facts.append((f"and {len(data['files']) - FILES:,} more files", "with their hashes in data.json"))
     facts += [("format", f"{found['format']} ({found['certainty']}), {found['reads']}") for found in data["formats"]]
     names = {"train": "trained on", "watch": "watched", "proof": "kept for the proof"}
     facts += [
