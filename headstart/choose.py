@@ -13,6 +13,7 @@ EVALS_PER_RUN = 8
 EVAL_TIME_FRAC = 0.1
 GENERATE_ROWS = 32
 CHOICE_ROWS = 200
+EMBEDDING_ROWS = 64
 PACK_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 
 
@@ -48,11 +49,14 @@ def choose(config: Config, facts: Facts) -> Config:
 
     rows = facts.train_rows
     labels = facts.task not in ("chat", "causal", "masked")
-    batch_size = decide("batch_size", *(_label_batch_size(rows) if labels else _batch_size(rows)))
+    if facts.task == "embedding":
+        size = decide("batch_size", min(EMBEDDING_ROWS, rows), "each text is told apart from all others of its step")
+    else:
+        size = decide("batch_size", *(_label_batch_size(rows) if labels else _batch_size(rows)))
     if settings.steps is None:
         whole = labels and facts.task != "tagging"  # a row of tags says as much as a row of text
         epochs = decide("epochs", *(_label_epochs(rows) if whole else _epochs(rows, facts.task)))
-        steps = math.ceil(round(epochs * rows) / batch_size)
+        steps = math.ceil(round(epochs * rows) / size)
     else:
         steps = settings.steps
     new_head = facts.task not in ("chat", "causal")
@@ -62,7 +66,7 @@ def choose(config: Config, facts: Facts) -> Config:
     decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
     if facts.held_out is not None:
         decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
-    every, why = _eval_every(facts, steps, batch_size)
+    every, why = _eval_every(facts, steps, size)
     every = decide("eval.every", every, why)
     if settings.eval.choices == "auto":
         few = f"{facts.choices:,} answers stand again and again" if facts.choices else "answers are free"

@@ -11,7 +11,7 @@ import torch
 
 from headstart import machine
 from headstart.choose import Facts, choose
-from headstart.config import Config, Settings
+from headstart.config import Config, Settings, setting
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.feed import Feed
@@ -204,7 +204,7 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         decided["method"] = _choose_method(source, task)
     config = config.decide(decided)
     settings = config.settings
-    _check_settings(settings)
+    _check_settings(config)
     watch = settings.eval.every != 0
     how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
     if sides is not None:
@@ -220,14 +220,36 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     return Data(config, source, tokenizer, renderer, prepared)
 
 
-def _check_settings(settings: Settings) -> None:
+# Settings that are for some tasks alone.
+FOR_TASKS = {
+    "data.class_weights": ("classification", "images"),
+    "data.whole_words": ("masked",),
+    "data.text_pair": (*ROW_LOSSES, "embedding"),
+    "data.reasoning": ("chat",),
+    "data.train_on": ("chat",),
+    "data.template": ("chat",),
+    "data.positions": ("causal",),
+    "eval.choices": ("chat",),
+    "eval.generate": ("chat",),
+}
+
+
+NOTHING = (0, "off")  # values that ask for nothing
+
+
+def _check_settings(config: Config) -> None:
     """Raise UsageError where settings would do nothing, or nothing good, for the task that was found."""
+    settings = config.settings
+    lost = [key for key, tasks in FOR_TASKS.items() if config.given(key) and settings.task not in tasks]
+    lost = [key for key in lost if setting(settings, key) not in (setting(Settings(), key), *NOTHING)]
+    if lost:
+        what = f"the task is {settings.task}"
+        raise UsageError(
+            Problem("config.no_effect", f"`{k}` has no effect: {what}", k, f"leave out `{k}`") for k in lost
+        )
     if settings.weights == "random" and settings.method == "lora":
         cure = "--method full, or leave out -s weights=random"
         raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
-    if settings.data.class_weights != "none" and settings.task not in ("classification", "images"):
-        cure = "leave out data.class_weights"
-        raise UsageError(Problem("config.no_effect", f"the task is {settings.task}", "data.class_weights", cure))
 
 
 def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None]:
