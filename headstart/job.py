@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from headstart.choose import Facts, choose
 from headstart.config import Config, Settings, setting
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
-from headstart.data.feed import Feed
+from headstart.data.feed import Feed, content_hash
 from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
@@ -112,12 +113,13 @@ class Job:
     layout: Layout
     estimate: Estimate
 
-    @property
+    @cached_property
     def proof(self) -> Segmented:
-        """The rows of the proof that are scored."""
-        rows = self.config.settings.eval.rows
+        """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
         whole = self.data.prepared.proof
-        return Segmented(whole.examples[:rows], whole.kept[:rows])
+        order = sorted(range(len(whole.kept)), key=lambda index: content_hash(whole.kept[index]))
+        chosen = sorted(order[: self.config.settings.eval.rows])
+        return Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -111,3 +111,15 @@ def test_a_model_is_not_taken_for_one_of_another_kind(labels: Path) -> None:
     assert call("predict", "smollm2-135m", "labels.csv", "-o", "found.jsonl").exit_code == 1
     with pytest.raises(ModelError, match="holds no weights for"):
         load_model(find_model("minilm"), "cpu")
+
+
+def test_where_not_all_rows_are_scored_none_is_favoured(labels: Path) -> None:
+    """A file that is sorted by class would else be scored on its first classes alone."""
+    lines = labels.read_text(encoding="utf-8").splitlines()
+    labels.write_text(
+        "\n".join([lines[0], *sorted(lines[1:], key=lambda line: line.rpartition(",")[2])]), encoding="utf-8"
+    )
+    settings = {"eval.rows": 8, "data.held_out": 40, "steps": 1, "eval.every": 0}
+    proof = headstart.plan("labels.csv", model="minilm", settings=settings).proof
+    assert {record.label for record in proof.kept} == {"plan", "throat"}
+    assert len(proof.examples) == 8

@@ -303,8 +303,10 @@ def test_what_cannot_be_is_said(tiny_home: Path, rows: list[dict[str, Any]], mor
     assert said in result.stderr
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "alpaca"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("chatml", "full"), ("llama3", "lora"), ("gemma", "lora"), ("mistral", "full"), ("alpaca", "lora")],
+)
 def test_a_base_model_is_given_a_template_by_name(tiny_home: Path, name: str, method: str) -> None:
     """Its tokens are learned, embeddings included, and what is saved knows the template without being told."""
     home = tiny_home.parent / "home" / "models" / "smollm2-135m"
