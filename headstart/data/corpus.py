@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -84,7 +84,8 @@ class TokenStore(Sequence[Example]):
         return self
 
     def __del__(self) -> None:
-        os.close(self._file)
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -114,6 +115,30 @@ class Corpus:
     problems: list[Problem]
     notes: list[str]
     fit: Fit | None
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """All that the tokens of a corpus depend on. `share` of the rows is held out; where `others` were named, none is."""
+
+    files: Sequence[SourceFile]
+    settings: DataSettings
+    encoder: Encoder
+    coding: Coding
+    max_length: int
+    share: float | None
+    others: Sequence[Document]
+
+    @property
+    def key(self) -> str:
+        """A name for the tokens: equal for equal content, tokenizer and settings."""
+        settings = self.settings
+        hashes = [sha256(file.path) for file in self.files]
+        tokens = hashlib.sha256(self.encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        reading = [settings.format, settings.text, settings.group_by, settings.over_length, settings.positions]
+        held = hashlib.sha256("".join(map(content_hash, self.others)).encode()).hexdigest()
+        parts = [FORMAT, hashes, tokens, list(self.encoder.stop_ids), reading, self.coding.task]
+        return hashlib.sha256(json.dumps([*parts, self.max_length, self.share, held]).encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -189,21 +214,17 @@ def load_corpus(
     coding: Coding,
     max_length: int,
     others: Sequence[Document] = (),
-    tell: Callable[[str], None] | None = None,
 ) -> Corpus:
     """Return a corpus as it lies in the cache, encoded first if need be.
 
     `others` are documents to score on that were named: none of them is trained on, and then none is held out.
     """
-    hashes = [sha256(file.path) for file in files]
     share = None if others else _choose_share(files, settings)
-    key = _key(hashes, settings, encoder, coding, max_length, share, others)
-    folder = home() / "tokens" / key
+    spec = _Spec(files, settings, encoder, coding, max_length, share, others)
+    folder = home() / "tokens" / spec.key
     if not (folder / META).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if tell:
-            tell("encoding the corpus: once, and kept")
-        _encode(folder, files, settings, encoder, coding, max_length, share, others)
+        _encode(folder, spec)
     return _open(folder, share)
 
 
@@ -221,56 +242,31 @@ def _choose_share(files: Sequence[SourceFile], settings: DataSettings) -> float:
     return float(f"{min(0.02, (settings.held_out or HELD_OUT_ROWS) * size / total):.1e}")
 
 
-def _key(
-    hashes: Sequence[str],
-    settings: DataSettings,
-    encoder: Encoder,
-    coding: Coding,
-    max_length: int,
-    share: float | None,
-    others: Sequence[Document],
-) -> str:
-    tokens = hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    reading = [settings.format, settings.text, settings.group_by, settings.over_length, settings.positions]
-    held = hashlib.sha256("".join(map(content_hash, others)).encode()).hexdigest()
-    parts = [FORMAT, list(hashes), tokens, list(encoder.stop_ids), reading, coding.task, max_length, share, held]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _encode(
-    folder: Path,
-    files: Sequence[SourceFile],
-    settings: DataSettings,
-    encoder: Encoder,
-    coding: Coding,
-    max_length: int,
-    share: float | None,
-    others: Sequence[Document],
-) -> None:
+def _encode(folder: Path, spec: _Spec) -> None:
     """Write a corpus into a folder of the cache, which appears whole or not at all."""
-    seen = {content_hash(document) for document in others}
+    seen = {content_hash(document) for document in spec.others}
     tally = _Tally()
     fit_on: list[Document] = []
-    dtype = np.dtype("<u2") if len(encoder.tokenizer) <= 1 << 16 else np.dtype("<i4")
+    dtype = np.dtype("<u2") if len(spec.encoder.tokenizer) <= 1 << 16 else np.dtype("<i4")
     with new_folder(folder) as target:
         with (
             (target / IDS).open("wb") as ids,
             (target / HELD).open("w", encoding="utf-8") as held,
             (target / "rows.raw").open("wb") as table,
         ):
-            for documents in _documents(files, settings, encoder, coding, tally):
+            for documents in _documents(spec, tally):
                 train = []
                 for document in documents:
                     digest = content_hash(document)
                     tally.digests.append(int(digest, 16))
                     if digest in seen:
                         tally.leaked += 1
-                    elif share is not None and side_of(document) < share:
+                    elif spec.share is not None and side_of(document) < spec.share:
                         held.write(json.dumps([*document.where, document.content, document.group]) + "\n")
                     else:
                         train.append(document)
                 fit_on += train if not fit_on else []
-                made = segment(train, settings, encoder, max_length, coding, whole=False)
+                made = segment(train, spec.settings, spec.encoder, spec.max_length, spec.coding, whole=False)
                 tally.cut += made.cut
                 tally.dropped += made.dropped
                 tally.problems += made.problems
@@ -279,17 +275,16 @@ def _encode(
             raise DataError(tally.problems or [Problem("data.empty", "no rows", "", "give a file with rows")])
         np.save(target / TABLE, np.fromfile(target / "rows.raw", ROW))
         (target / "rows.raw").unlink()
-        fit = measure_fit(fit_on, encoder) if fit_on else None
-        write_json(target / META, _describe(tally, dtype, coding.task == "causal", max_length, fit))
+        fit = measure_fit(fit_on, spec.encoder) if fit_on else None
+        write_json(target / META, _describe(tally, dtype, spec.coding.task == "causal", spec.max_length, fit))
 
 
-def _documents(
-    files: Sequence[SourceFile], settings: DataSettings, encoder: Encoder, coding: Coding, tally: _Tally
-) -> Iterator[list[Document]]:
+def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
     """Yield the documents of files in parts."""
-    for rows in _in_parts(read(files), tally):
+    settings = spec.settings
+    for rows in _in_parts(read(spec.files), tally):
         formatted = format_rows(
-            rows, format=settings.format, named=_named(settings), task=coding.task, group_by=settings.group_by
+            rows, format=settings.format, named=_named(settings), task=spec.coding.task, group_by=settings.group_by
         )
         tally.detection = tally.detection or formatted.detection
         tally.rows += len(rows)
@@ -297,7 +292,7 @@ def _documents(
         tally.problems += formatted.problems
         tally.notes |= dict.fromkeys(formatted.notes)
         documents = [record for record in formatted.examples if isinstance(record, Document)]
-        tally.spelled += sum(encoder.spells_control(document.content) for document in documents)
+        tally.spelled += sum(spec.encoder.spells_control(document.content) for document in documents)
         yield documents
 
 
