@@ -40,7 +40,8 @@ class Labels:
     def encode(self, label: Label) -> int | NDArray[np.float32]:
         """Return a label as what outputs are held against; a class that isn't known is -1, or in no place."""
         if self.task == "regression":
-            numbers = np.array([float(value) for value in label], np.float64)
+            # Of a row that is yet to be labelled, the mean stands in.
+            numbers = np.array([float(value) for value in label] or self.mean, np.float64)
             standard: NDArray[np.float32] = ((numbers - self.mean) / np.array(self.spread)).astype(np.float32)
             return standard
         if self.task == "multilabel":

@@ -310,3 +310,4 @@ def test_names_of_columns_become_names_of_numbers() -> None:
     assert labels.mean == pytest.approx((1.5, 3.0))
     assert labels.spread == pytest.approx((np.std([0, 1, 2, 3]), np.std([0, 2, 4, 6])))
     assert Labels.from_json(labels.to_json()) == labels
+    assert labels.encode("") == pytest.approx([0.0, 0.0])  # a row that is yet to be labelled
