@@ -203,7 +203,10 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if settings.data.over_length == "auto":
         decided["data.over_length"] = ("split" if split else "drop", f"the task is {task}")
     if settings.method is None:
-        decided["method"] = _choose_method(source, task)
+        random = settings.weights == "random"
+        decided["method"] = (
+            ("full", "an adapter on random weights learns nothing") if random else _choose_method(source, task)
+        )
     config = config.decide(decided)
     settings = config.settings
     _check_settings(config)
@@ -249,6 +252,9 @@ def _check_settings(config: Config) -> None:
         raise UsageError(
             Problem("config.no_effect", f"`{k}` has no effect: {what}", k, f"leave out `{k}`") for k in lost
         )
+    if settings.task == "embedding" and settings.batch_size == 1:
+        what = "a text is told apart from the others of its step, and there are none"
+        raise UsageError(Problem("config.bad_value", what, "batch_size", "leave it out, or take 64"))
     if settings.weights == "random" and settings.method == "lora":
         cure = "--method full, or leave out -s weights=random"
         raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
@@ -269,6 +275,9 @@ def _mix_in(
     """Add the rows of other data sets to those to train on."""
     settings = config.settings
 
+    def length(task: str) -> int:
+        return min(limit, row_length(task, source, tokenizer))
+
     def renderer(task: str) -> Encoder:
         found = build_renderer(source, tokenizer, task, settings.data.template, today)
         if not isinstance(found, Encoder):
@@ -277,7 +286,7 @@ def _mix_in(
 
     held = [*prepared.parts.watch, *prepared.parts.proof]
     own = len(prepared.train.examples)
-    prepared.mixed = mix(settings.data, own, held, settings.task, renderer, limit)
+    prepared.mixed = mix(settings.data, own, held, settings.task, renderer, length)
     for mixed in prepared.mixed:
         prepared.formed.append(mixed.formed)
         prepared.train.examples += mixed.train.examples
@@ -342,7 +351,10 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     torch.manual_seed(config.settings.seed)  # the head for labels begins at random
     loaded = load_model(data.source, device, dtype, task, labels, random=random)
     if task in ROW_LOSSES and data.tokenizer is not None and loaded.model.config.pad_token_id is None:
-        loaded.model.config.pad_token_id = data.tokenizer.pad_token_id or data.tokenizer.eos_token_id
+        pad = data.tokenizer.pad_token_id
+        loaded.model.config.pad_token_id = data.tokenizer.eos_token_id if pad is None else pad
+    if task == "masked" and loaded.fresh and tell:
+        tell("the model has no head for masked tokens: it begins at random, and much of what is gained is the head's")
     if data.tokenizer is not None:
         make_room(loaded.model, data.tokenizer)
         _check_vocabulary(data, loaded.model)

@@ -66,7 +66,7 @@ def predict(
     task = labels.task
     tokenizer = None if task == "images" else load_tokenizer(source)
     renderer = build_renderer(source, tokenizer, task)
-    length = row_length(task, source, tokenizer)
+    length = config.settings.data.max_length or row_length(task, source, tokenizer)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
     reader = build_reader(load_here(source, task, labels).model, task, renderer, bfloat16=False)
     reading = config.settings.data.model_copy(update={"over_length": "cut"})

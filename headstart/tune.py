@@ -86,7 +86,7 @@ def start(config: Config, display: Display) -> Run:
         if out:
             RunFolder.check_free(Path(out))
         job = _set_up(config, today, display)
-        path = Path(out) if out else new_run_path(config.settings.data.train[0], config.settings.model)
+        path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
         folder = RunFolder.create(path)
         with folder.locked():
             job.config = job.config if out else job.config.decide({"out": (str(path), "the first free name")})
@@ -425,7 +425,7 @@ def _pins(data: Data) -> dict[str, Any]:
     pins: dict[str, Any] = {
         f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
     }
-    pins["data.mix"] = [f"{pin(part.name)}={part.weight:g}" for part in read_mix(settings.data.mix)]
+    pins["data.mix"] = [f"{pin(part.name)}={part.weight!r}" for part in read_mix(settings.data.mix)]
     if source.kind == "hub":
         pins["model"] = f"{source.name.partition('@')[0]}@{source.revision}"
     elif source.kind != "builtin":

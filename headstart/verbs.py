@@ -31,6 +31,7 @@ from headstart.models.load import (
     is_encoder,
     load_model,
     load_tokenizer,
+    make_room,
     need_labels,
 )
 from headstart.models.source import Source, find_model
@@ -258,6 +259,8 @@ def _measure(
         choices = find_choices(reading.rows.kept)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
     model = load_here(reading.source, reading.task, reading.labels).model
+    if isinstance(reading.renderer, Encoder):
+        make_room(model, reading.renderer.tokenizer)
     measured = measure(
         build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda"),
         reading.renderer,
@@ -289,6 +292,8 @@ def reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) 
         known = {
             f"data.{name}": getattr(of_run.settings.data, name) for name in READING if of_run.given(f"data.{name}")
         }
+        if of_run.settings.eval.choices == "off":
+            known["eval.choices"] = "off"
         if (task := _task_of_run(model)) == "embedding":
             known["task"] = task
     return _config(data, None, {**known, **(settings or {})})

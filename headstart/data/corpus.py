@@ -239,7 +239,9 @@ def _choose_share(files: Sequence[SourceFile], settings: DataSettings) -> float:
     rows = [item for item in itertools.islice(read(files), PEEK) if isinstance(item, Row)]
     size = sum(len(json.dumps(row.fields, default=str)) for row in rows) / max(1, len(rows))
     total = sum(file.path.stat().st_size for file in files)
-    return float(f"{min(0.02, (settings.held_out or HELD_OUT_ROWS) * size / total):.1e}")
+    if settings.held_out is not None:
+        return min(0.5, settings.held_out * size / total)
+    return float(f"{min(0.02, HELD_OUT_ROWS * size / total):.1e}")
 
 
 def _encode(folder: Path, spec: _Spec) -> None:
@@ -284,9 +286,11 @@ def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
     settings = spec.settings
     for rows in _in_parts(read(spec.files), tally):
         formatted = format_rows(
-            rows, format=settings.format, named=_named(settings), task=spec.coding.task, group_by=settings.group_by
+            rows, format="text", named=_named(settings), task=spec.coding.task, group_by=settings.group_by
         )
-        tally.detection = tally.detection or formatted.detection
+        if tally.detection is None:  # how sure it is is seen without being told
+            found = format_rows(rows, format=settings.format, named=_named(settings), task=spec.coding.task)
+            tally.detection = found.detection
         tally.rows += len(rows)
         tally.fitting += formatted.detection.fitting
         tally.problems += formatted.problems

@@ -86,7 +86,10 @@ def build_packs(
     items = [_Item(examples[row], row, number, rank) for rank, (row, number) in enumerate(places)]
     if one_row:
         return [_lay_out([item], [0]) for item in items]
-    common = [0] + [_common(a.segment, b.segment) if share else 0 for a, b in zip(items, items[1:], strict=False)]
+    if not share:
+        common = [0] * len(items)
+        return [_lay_out([items[rank] for rank in ranks], common) for ranks in _fill_up(items, tokens_per_pack)]
+    common = [0] + [_common(a.segment, b.segment) for a, b in zip(items, items[1:], strict=False)]
     return [_lay_out([items[rank] for rank in ranks], common) for ranks in _distribute(items, common, tokens_per_pack)]
 
 
@@ -98,6 +101,21 @@ def _common(a: Segment, b: Segment) -> int:
     differ = np.flatnonzero(a.ids[:n] != b.ids[:n])
     shared = int(differ[0]) if len(differ) else n
     return shared - shared % BLOCK
+
+
+def _fill_up(items: Sequence[_Item], budget: int) -> list[list[int]]:
+    """Put items that share nothing into packs, the longest first, each where it leaves the least room."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # of each pack: what is left, and its number; in order
+    for item in sorted(items, key=lambda item: (-len(item.segment), item.rank)):
+        size = len(item.segment)
+        place = bisect.bisect_left(rooms, (size, -1))
+        room, number = rooms.pop(place) if place < len(rooms) else (max(budget, size), len(packs))
+        if number == len(packs):
+            packs.append([])
+        bisect.insort(packs[number], item.rank)
+        bisect.insort(rooms, (room - size, number))
+    return packs
 
 
 def _distribute(items: Sequence[_Item], common: Sequence[int], budget: int) -> list[list[int]]:

@@ -198,7 +198,7 @@ def _implied(named: Named, task: str) -> str:
     """Return the format that follows from what the user said, or auto."""
     if task in ("tagging", "images"):
         return {"tagging": "tags", "images": "images"}[task]
-    if task == "embedding" and named.text_pair:
+    if task == "embedding" and named.text_pair and not named.label:
         return "related"
     if named.label:
         return "labels"

@@ -203,6 +203,12 @@ def segment_labelled(
                 np.zeros(len(ids), np.float32),
                 types=np.array(types, np.int32) if any(types) else None,
             )
+            if labels and labels.task == "regression" and record.label and len(record.label) != len(labels.names):
+                what = f"{len(record.label)} numbers where {len(labels.names)} are learned"
+                result.problems.append(
+                    Problem("row.label", what, str(record.where), f"{len(labels.names)} numbers a row")
+                )
+                continue
             label = labels.encode(record.label) if labels else -1
             result.examples.append(Example(record.where, (segment,), encoder.decode(cut), label))
             result.kept.append(record)
@@ -242,6 +248,8 @@ def segment_tagged(
                 continue
             before, behind = encoder.frame
             room = max_length - len(before) - len(behind)
+            if over_length == "cut":
+                pieces[0] = pieces[0][:room]  # of a first word that doesn't fit, what does
             ends = np.cumsum([len(piece) for piece in pieces])
             fitting = int(np.searchsorted(ends, room, side="right"))
             if fitting < len(pieces) and (over_length != "cut" or not fitting):

@@ -77,7 +77,8 @@ def find_masking(encoder: Encoder, seed: int, *, whole_words: bool) -> Masking:
     if tokenizer.mask_token_id is None:
         cure = "tune an encoder with a mask token, or a model that continues text (task=causal)"
         raise ModelError(Problem("model.mask", "the tokenizer has no mask token", "", cure))
-    special = frozenset(int(id_) for id_ in tokenizer.all_special_ids)
+    # What no token spells is text all the same.
+    special = frozenset(int(id_) for id_ in tokenizer.all_special_ids if id_ != tokenizer.unk_token_id)
     starts = None
     if whole_words:
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

@@ -59,14 +59,14 @@ def mix(
     held: Sequence[Record],
     task: str,
     renderers: Callable[[str], Encoder],
-    max_length: int,
+    lengths: Callable[[str], int],
 ) -> list[Mixed]:
     """Read what is mixed in beside `own` rows to train on, none of which may be a `held` row; empty without `data.mix`.
 
-    `renderers` gives what turns rows of a task into tokens. Raises DataError where rows are of a task that can't stand
+    `renderers` gives what turns rows of a task into tokens, `lengths` the most of them. Raises DataError where rows are of a task that can't stand
     beside `task`: both must be text to continue or to answer.
     """
-    found = []
+    found: list[Mixed] = []
     seen = {content_hash(record) for record in held}
     plain = settings.model_copy(
         update={"format": "auto", "prompt": None, "completion": None, "text": None, "label": (), "group_by": None}
@@ -90,12 +90,14 @@ def mix(
         over_length = settings.over_length if other == task else "auto"
         how = plain.model_copy(update={"over_length": over_length})
         made = [
-            segment(rows, how, renderer, max_length, Coding(other), whole=whole)
+            segment(rows, how, renderer, lengths(other), Coding(other), whole=whole)
             for rows, whole in ((chosen, False), (proof, True))
         ]
         if problems := [problem for side in made for problem in side.problems]:
             raise DataError(problems)
         note = f"{wanted:,} rows mixed in" + f", of {len(ordered):,} rows, some again" * (wanted > len(ordered))
         formed.notes.append(f"{note}; {len(made[1].examples):,} others to score on")
-        found.append(Mixed(PurePath(part.name).name, other, formed, made[0], made[1]))
+        name = PurePath(part.name).name
+        name = part.name if any(name == mixed.name for mixed in found) else name
+        found.append(Mixed(name, other, formed, made[0], made[1]))
     return found

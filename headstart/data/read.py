@@ -35,7 +35,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tif
 KINDS = TEXTS | {
     **dict.fromkeys(IMAGE_ENDINGS, "image"),
     **dict.fromkeys(NEEDS, "paper"),
-    **dict.fromkeys((".conll", ".conllu", ".bio", ".iob", ".iob2"), "conll"),
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2"), "conll"),
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
@@ -625,7 +625,8 @@ def _read_conll(file: SourceFile, head: bytes) -> Iterator[Item]:
             yield item
             continue
         text = item.text.strip() if item else ""
-        if item and not item.problem and text and not text.startswith(("-DOCSTART-", "# ")):
+        aside = not begin and text.startswith(("-DOCSTART-", "# "))  # within a row a # is a word
+        if item and not item.problem and text and not aside:
             begin = begin or item.number
             columns = item.text.strip("\n").split("\t") if "\t" in item.text else text.split()
             if len(columns) < 2:
@@ -654,7 +655,7 @@ def _read_paper(file: SourceFile, _: bytes) -> Iterator[Item]:
         cure = 'pip install "headstart[documents]"'
         yield Problem("data.unknown_type", f"{suffix} files need {NEEDS[suffix]}", file.name, cure)
         return
-    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+    except Exception as error:  # what these libraries raise on a damaged file, nobody lists
         yield Problem(
             "data.wrong_type", f"can't be read as {suffix}: {error}", file.name, "mend the file, or delete it"
         )

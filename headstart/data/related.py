@@ -10,6 +10,7 @@ import numpy as np
 from headstart.data.encode import Encoder
 from headstart.data.records import Document, Related
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
+from headstart.errors import DataError, Problem
 
 
 def as_related(document: Document, *, halves: bool) -> Related:
@@ -23,12 +24,20 @@ def as_related(document: Document, *, halves: bool) -> Related:
 
 
 def scale_scores(rows: Sequence[Related], like: Sequence[Related]) -> list[Related]:
-    """Return rows whose scores lie between 0 and 1, where the lowest and the highest of `like` lie."""
-    scores = [row.score for row in like if row.score is not None]
+    """Return rows whose scores lie between 0 and 1, where the lowest and the highest of `like` lie.
+
+    Without scores in `like` they are scaled by their own. Raises DataError where all scores are the same.
+    """
+    scores = [row.score for row in like if row.score is not None] or [
+        row.score for row in rows if row.score is not None
+    ]
     if not scores:
         return list(rows)
     low, high = min(scores), max(scores)
-    return [replace(row, score=((row.score or 0.0) - low) / ((high - low) or 1.0)) for row in rows]
+    if low == high:
+        cure = "give pairs that differ in it, or leave the score out: then each pair is one that fits"
+        raise DataError(Problem("labels.one", f"every score is {low:g}", "data.label", cure))
+    return [row if row.score is None else replace(row, score=(row.score - low) / (high - low)) for row in rows]
 
 
 def segment_related(

@@ -289,8 +289,8 @@ class EmbeddingReader(Reader):
 
     def targets(self, pack: Pack) -> Tensor:
         """Return for each segment its row, its number in the row, and the row's score (NaN where it has none), [S, 3]."""
-        scores = np.asarray(pack.labels, np.float64).reshape(len(pack.begins), -1)[:, 0]
-        (found,) = self.tensors(np.stack([pack.segment_rows, pack.segment_numbers, scores], 1))
+        scores = np.asarray(pack.labels, np.float32).reshape(len(pack.begins), -1)[:, 0]
+        (found,) = self.tensors(np.stack([pack.segment_rows, pack.segment_numbers, scores], 1).astype(np.float32))
         return found
 
     def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:  # noqa: ARG002 (the others read it)

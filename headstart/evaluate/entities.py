@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 OUTSIDE = "O"
+BIO = {"S": "B", "U": "B", "E": "I", "L": "I"}  # BIOES and BILOU say the same with more marks
 
 
 class Entity(NamedTuple):
@@ -21,7 +22,7 @@ class Entity(NamedTuple):
 
 def has_entities(tags: Sequence[str]) -> bool:
     """Tell whether tags are BIO, and not plain ones."""
-    return any(tag.startswith(("B-", "I-")) for tag in tags)
+    return any(tag.startswith(("B-", "I-", "S-", "U-")) for tag in tags)
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
@@ -29,6 +30,7 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
     begin, kind = 0, ""
     for place, tag in enumerate([*tags, OUTSIDE]):
         mark, _, name = tag.partition("-") if "-" in tag else (tag, "", "")
+        mark = BIO.get(mark, mark)
         goes_on = mark == "I" and name == kind
         if kind and not goes_on:
             yield Entity(kind, begin, place)

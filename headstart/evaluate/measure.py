@@ -38,7 +38,7 @@ PRIMARY = {
     "masked": ("bits_per_byte",),
     "classification": ("accuracy",),
     "multilabel": ("micro_f1",),
-    "regression": ("r2",),
+    "regression": ("r2", "mae", "mae_1"),
     "tagging": ("entity_f1", "tag_accuracy"),
     "embedding": ("spearman", "recall_at_1"),
     "images": ("accuracy",),
@@ -185,7 +185,7 @@ def measure(
         weighed = weigh_choices(reader, renderer, picked, few, choices, tokens_per_pack, told("weighing answers"))
         return Measured(_of_choices(conversations, scores, dict(zip(chosen, weighed, strict=True)), choices), task)
     prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
-    limits = [answer_limit(examples[index]) for index in chosen]
+    limits = [answer_limit(examples[i]) + _silent_tokens(conversations[i], renderer) for i in chosen]
     length = model_length(reader.model.config)
     answered = generate(reader.model, prompts, renderer.stop_ids, limits, length, told("answering"))
     new = dict(zip(chosen, answered, strict=True))
@@ -333,6 +333,12 @@ def split_last(conversation: Conversation) -> tuple[Sequence[Any], Sequence[Any]
     """Return what stands before the last trained answer, the tools, and that answer."""
     last = max(index for index, message in enumerate(conversation.messages) if message.trained)
     return conversation.messages[:last], conversation.tools, conversation.messages[last].content
+
+
+def _silent_tokens(conversation: Conversation, renderer: Renderer) -> int:
+    """Return how many tokens of reasoning come before the last answer that are read and not learned."""
+    message = next(message for message in reversed(conversation.messages) if message.trained)
+    return len(renderer.encode_texts([message.reasoning])[0]) if message.silent and message.reasoning else 0
 
 
 def _answer_ids(example: Example) -> list[int]:

@@ -79,9 +79,9 @@ def _number_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     spread = np.where(around.mean(0) > 0, around.mean(0), 1.0)
     errors = (truth - found) ** 2
     one = np.ones(len(rows))
-    metrics: dict[str, Metric] = {
-        "r2": Ratio((errors / spread).sum(1), (around / spread).sum(1), transform=lambda share: 1 - share)
-    }
+    metrics: dict[str, Metric] = {}
+    if around.any():
+        metrics["r2"] = Ratio((errors / spread).sum(1), (around / spread).sum(1), transform=lambda share: 1 - share)
     for column in range(truth.shape[1]):
         more = f"_{column + 1}" if truth.shape[1] > 1 else ""
         metrics[f"mae{more}"] = Ratio(np.abs(truth - found)[:, column], one, lower_is_better=True)
@@ -171,6 +171,8 @@ def tell(outputs: Floats, labels: Labels) -> list[Told]:
 
 def best_threshold(outputs: Floats, truth: Floats) -> float:
     """Return the probability from which classes are told such that their micro F1 is highest; `truth` 0 or 1, both [N, C]."""
+    if not truth.any():
+        return 0.5  # nothing to choose by
     probabilities = sigmoid(outputs).ravel()
     order = np.argsort(-probabilities, kind="stable")
     hits = np.cumsum(truth.ravel()[order])

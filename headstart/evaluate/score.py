@@ -13,6 +13,8 @@ from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
 from headstart.objectives.embeddings import SCALE
 
+ROWS_SHARED = 1024
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -39,19 +41,22 @@ def score_rows(
     tokens_per_pack: int,
     on_pack: Callable[[int, int], None] | None = None,
 ) -> RowScores:
-    """Score `examples`, packed as in training; `on_pack(done, total)` is called after each pack."""
+    """Score `examples`, packed as in training; `on_pack(done, total)`, in rows, is called after each pack."""
     if isinstance(reader, EmbeddingReader):
         losses = compare_rows(reader, examples, tokens_per_pack, on_pack).losses
         return RowScores(losses, np.ones(len(losses)))
     nll = np.zeros(len(examples))
     targets = np.zeros(len(examples))
-    packs = reader.build_packs(examples, tokens_per_pack)
-    for done, pack in enumerate(packs, 1):
-        losses, weights, rows = reader.row_losses(pack)
-        np.add.at(nll, rows, losses * weights)
-        np.add.at(targets, rows, weights)
-        if on_pack:
-            on_pack(done, len(packs))
+    # In blocks, since finding what rows share takes longer the more of them there are.
+    for start in range(0, len(examples), ROWS_SHARED):
+        block = examples[start : start + ROWS_SHARED]
+        packs = reader.build_packs(block, tokens_per_pack)
+        for done, pack in enumerate(packs, 1):
+            losses, weights, rows = reader.row_losses(pack)
+            np.add.at(nll, start + rows, losses * weights)
+            np.add.at(targets, start + rows, weights)
+            if on_pack:
+                on_pack(start + len(block) * done // len(packs), len(examples))
     return RowScores(nll, targets)
 
 

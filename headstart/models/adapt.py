@@ -67,9 +67,13 @@ def adapt(
         )
     targets: Any = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
     whole = [] if task else _head_parameters(model, fresh)
+    # What a head shares with the embeddings can't have an adapter: merged, it would change the embeddings too.
+    tied = _embedding(model)
     if whole and targets == "all-linear":
         targets = [
-            name for name, module in model.named_modules() if _is_linear(module) and f"{name}.weight" not in whole
+            name
+            for name, module in model.named_modules()
+            if _is_linear(module) and f"{name}.weight" not in whole and module.weight is not tied
         ]
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -77,7 +81,7 @@ def adapt(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        trainable_token_indices=list(lora.tokens) or None,
+        trainable_token_indices=_token_rows(model, lora.tokens),
         task_type=task,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights so
     )
@@ -95,6 +99,22 @@ def adapt(
             parameter.requires_grad_(True)
     modules = sum("lora_A" in name for name, _ in model.named_parameters())
     return Adapted(wrapped.get_base_model(), wrapped, modules)
+
+
+def _embedding(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # a model of images
+        return None
+
+
+def _token_rows(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """Return which rows of the embedding train, and of the head where that is another matrix."""
+    if not tokens:
+        return None
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = ends[:1] if ends[1] is None or ends[1].weight is ends[0].weight else ends
+    return {name: list(tokens) for name, module in model.named_modules() if any(module is end for end in ends)}
 
 
 def _head_parameters(model: Any, fresh: Collection[str]) -> list[str]:

@@ -173,6 +173,7 @@ def can_pack(model: Any, *, share: bool = True) -> bool:
         return False
     finally:
         model.train(training)
+    setattr(model, FIRST_POSITION, 0)
     return False
 
 

@@ -280,7 +280,10 @@ def stop_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
 def model_length(model_config: Any) -> int:
     """Return the most positions that a model has; a very large number where it names none."""
     config = model_config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
+    # RoBERTa and its kin count positions from behind their padding.
+    behind = any(name in config.model_type for name in ("roberta", "camembert", "data2vec-text"))
+    return int(length) - ((config.pad_token_id or 0) + 1) * behind
 
 
 def _load_error(source: Source, error: Exception, code: str) -> ModelError:

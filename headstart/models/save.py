@@ -91,8 +91,8 @@ def _last_linear(model: Any) -> Any:
     return linear[-1] if linear and linear[-1].bias is not None else None
 
 
-def saved_scale(model: Any, labels: Labels | None) -> dict[str, float] | None:
+def saved_scale(model: Any, labels: Labels | None) -> dict[str, list[float]] | None:
     """Return by what the numbers of a saved model must be multiplied, and what is added; None where it gives them plainly."""
     if labels is None or labels.task != "regression" or _last_linear(model) is not None:
         return None
-    return {"spread": labels.spread[0], "mean": labels.mean[0]}
+    return {"spread": list(labels.spread), "mean": list(labels.mean)}

@@ -86,7 +86,7 @@ RANDOM = ", from random weights of its shape"
 ROOM = """if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
     base.resize_token_embeddings(len(tokenizer))
 """
-UNITS = "found = found * {spread} + {mean}  # in the units of the data\n"
+UNITS = "found = found * found.new_tensor({spread}) + found.new_tensor({mean})  # in the units of the data\n"
 
 
 def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:

@@ -397,3 +397,33 @@ def test_an_image_model_carries_its_own_code(pictures: list[Example], tmp_path: 
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     again = output_rows(ImageReader(loaded, look=LOOK), pictures, 1000)
     assert again == pytest.approx(outputs, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_adapter_merged_is_the_adapter_for_masked_tokens(name: str, tmp_path: Path) -> None:
+    """A head that shares its matrix with the embeddings has no adapter: merged, it would change the embeddings."""
+    model = twin(name, "AutoModelForMaskedLM", dtype=torch.float32, tie_word_embeddings=True)
+    adapted = adapt(model, Lora(4, 8.0, 0.0, ("all-linear",)), 0, task=None)
+    with torch.no_grad():
+        for key, parameter in adapted.model.named_parameters():
+            if "lora_B" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    assert adapted.modules
+    ids = torch.arange(3, 12)[None]
+    use_attention(adapted.model, packed=False)
+    adapted.model.eval()
+    with torch.no_grad():
+        ours = adapted.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        save_result(adapted.saved, make_tokenizer("chatml"), (), tmp_path / "model")
+        loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+        theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_a_template_brings_are_learned_in_the_head_too(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, tie_word_embeddings=tied))
+    adapted = adapt(model, Lora(4, 8.0, 0.0, ("all-linear",), (5, 7)), 0)
+    rows_of = [key for key in adapted.trainable() if "trainable_tokens" in key]
+    assert len(rows_of) == (1 if tied else 2), rows_of

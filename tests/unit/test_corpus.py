@@ -151,3 +151,11 @@ def test_what_is_large_and_text_goes_through_in_a_stream(
     found = peek(find_files([str(labels)]), DataSettings(), "auto")
     assert found is not None
     assert found.format == "labels"
+
+
+def test_rows_of_another_format_in_a_stream_are_refused(renderer: Renderer, file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()[:512]
+    other = ['{"prompt": "a", "completion": "b"}'] * 512
+    file.write_text("\n".join([*lines, *other]), encoding="utf-8")
+    with pytest.raises(DataError, match="no row has a column 'text'"):
+        stream(renderer, DataSettings(train=(str(file),)))

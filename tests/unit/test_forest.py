@@ -80,3 +80,13 @@ def test_one_row_a_pack_where_a_model_needs_it() -> None:
     examples = [example([1, 2, 3]), example([1, 2, 3])]
     packs = build_packs(examples, 100, one_row=True)
     assert [pack.parent.tolist() for pack in packs] == [[-1], [-1]]
+
+
+def test_rows_that_share_nothing_are_packed_without_loss_and_within_the_budget() -> None:
+    chance = np.random.default_rng(0)
+    rows = [example(chance.integers(3, 90, int(n)).tolist()) for n in chance.integers(2, 60, 300)]
+    packs = build_packs(rows, 64, share=False)
+    assert all(len(pack) <= 64 for pack in packs)
+    assert sorted(int(row) for pack in packs for row in pack.segment_rows) == list(range(300))
+    total = sum(row.token_count for row in rows)
+    assert len(packs) <= 1.25 * total / 64  # best fit, the longest first, wastes little

@@ -136,3 +136,15 @@ def test_metrics_of_rows_without_any_entity_are_zero_and_finite() -> None:
     assert {item.name: item.after.value for item in compare_all(found, found)}["entity_f1"] == 0
     plain = [RowResult("f:1", 1.0, 2.0, truth=["DET", "NOUN"], found=["DET", "VERB"])] * 9
     assert list(task_metrics("tagging", plain)) == ["tag_accuracy", "nll"]
+
+
+def test_bioes_and_bilou_say_what_bio_says() -> None:
+    wanted = [("a", 0, 1), ("b", 1, 4)]
+    for tags in (["B-a", "B-b", "I-b", "I-b"], ["S-a", "B-b", "I-b", "E-b"], ["U-a", "B-b", "I-b", "L-b"]):
+        assert [tuple(entity) for entity in entities(tags)] == wanted
+
+
+def test_numbers_that_are_all_the_same_have_no_r2() -> None:
+    rows = [RowResult("f:1", 1.0, 1.0, truth=[3.0], found=[float(n)]) for n in range(9)]
+    assert "r2" not in task_metrics("regression", rows)
+    assert best_threshold(np.zeros((4, 2)), np.zeros((4, 2))) == 0.5

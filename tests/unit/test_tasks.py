@@ -54,6 +54,12 @@ def encoder(tiny_encoder: Path) -> Encoder:
         ({"sentence1": "a", "sentence2": "b", "score": 2.5}, {"task": "embedding"}, "labels", "embedding"),
         ({"anchor": "a", "positive": "b"}, {}, "related", "embedding"),
         ({"q": "a", "d": "b"}, {"text": "q", "text_pair": "d", "task": "embedding"}, "related", "embedding"),
+        (
+            {"q": "a", "d": "b", "s": 2.0},
+            {"text": "q", "text_pair": "d", "label": ("s",), "task": "embedding"},
+            "labels",
+            "embedding",
+        ),
         ({"tokens": ["a"], "ner_tags": ["O"]}, {}, "tags", "tagging"),
         ({"w": ["a"], "t": ["O"]}, {"text": "w", "label": ("t",), "task": "tagging"}, "tags", "tagging"),
         ({"text": "a"}, {"task": "embedding"}, "text", "embedding"),
@@ -118,16 +124,19 @@ def test_labels_that_cannot_be_are_named() -> None:
 
 def test_conll_files_are_read_with_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.conll"
-    file.write_text("-DOCSTART- O\n\nthe DT O\ncat NN B-x\n\n\na\tO\nb c\tI-x\n\nbad\nrow O\n\nend O", encoding="utf-8")
+    file.write_text(
+        "-DOCSTART- O\n\nthe DT O\ncat NN B-x\n# # O\n\n\n# a comment\na\tO\nb c\tI-x\n\nbad\nrow O\n\nend O",
+        encoding="utf-8",
+    )
     items = list(read(find_files([str(file)])))
     rows = [(item.where.line, item.fields) for item in items if isinstance(item, Row)]
     assert rows == [
-        (3, {"tokens": ["the", "cat"], "tags": ["O", "B-x"]}),
-        (7, {"tokens": ["a", "b c"], "tags": ["O", "I-x"]}),
-        (13, {"tokens": ["end"], "tags": ["O"]}),
+        (3, {"tokens": ["the", "cat", "#"], "tags": ["O", "B-x", "O"]}),
+        (9, {"tokens": ["a", "b c"], "tags": ["O", "I-x"]}),
+        (15, {"tokens": ["end"], "tags": ["O"]}),
     ]
     (problem,) = [item for item in items if isinstance(item, Problem)]
-    assert (problem.code, problem.where.endswith("a.conll:10")) == ("row.tags", True)
+    assert (problem.code, problem.where.endswith("a.conll:12")) == ("row.tags", True)
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
@@ -233,6 +242,9 @@ def test_each_words_first_token_is_held_against_its_tag(encoder: Encoder) -> Non
     cut = segment_tagged(rows, encoder, labels, max_length=5, over_length="cut").examples[0]
     assert (len(cut.segments[0]), cut.cut) == (3, "7-8 9")
     assert segment_tagged(rows, encoder, labels, max_length=5).dropped == [(rows[0].where, 7)]
+    long = [Tagged(Where("f", 2), ("1-2-3-4-5-6-7-8", "9"), ("B-x", "O"))]
+    (short,) = segment_tagged(long, encoder, labels, max_length=6, over_length="cut").examples
+    assert (len(short.segments[0]), short.target_count, short.cut) == (6, 1, "9")
     notes = label_notes([Tagged(Where("f", 3), ("a", "b"), ("O", "I-x")), *rows], [], labels)
     assert any("1 rows have an entity that begins with I-" in note and "f:3" in note for note in notes)
 
@@ -295,6 +307,9 @@ def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
 
 def test_related_texts_and_their_scores(encoder: Encoder) -> None:
     rows = [Related(Where("f", n), (f"text {n}", "2 3"), score) for n, score in enumerate((1.0, 3.0, 5.0))]
+    with pytest.raises(DataError, match="every score is 1"):
+        scale_scores(rows[:1] * 3, rows[:1] * 3)
+    assert [row.score for row in scale_scores(rows, [])] == [0.0, 0.5, 1.0]
     made = segment_related(scale_scores(rows, rows), encoder, max_length=10)
     assert [float(e.label[0]) for e in made.examples] == [0.0, 0.5, 1.0]  # type: ignore[index]
     assert made.examples[0].segments[1].ids.tolist() == encoder.tokenizer("2 3")["input_ids"]
@@ -311,3 +326,17 @@ def test_names_of_columns_become_names_of_numbers() -> None:
     assert labels.spread == pytest.approx((np.std([0, 1, 2, 3]), np.std([0, 2, 4, 6])))
     assert Labels.from_json(labels.to_json()) == labels
     assert labels.encode("") == pytest.approx([0.0, 0.0])  # a row that is yet to be labelled
+
+
+def test_a_text_that_no_token_spells_is_scored_all_the_same(encoder: Encoder) -> None:
+    masking = find_masking(encoder, 0, whole_words=False)
+    (example,) = segment_masked(
+        [Document(Where("f", 1), "\u2603 \u2603")], encoder, masking, max_length=20, whole=True
+    ).examples
+    assert example.target_count == 2
+
+
+def test_a_row_with_another_number_of_numbers_is_named(encoder: Encoder) -> None:
+    labels = Labels("regression", ("a", "b"), (), (0.0, 0.0), (1.0, 1.0))
+    made = segment_labelled([Labelled(Where("f", 3), "1", (1.5,))], encoder, labels, max_length=20)
+    assert [(p.code, p.where) for p in made.problems] == [("row.label", "f:3")]
