@@ -45,6 +45,7 @@ from headstart.evaluate.measure import Measured, answer_limit, measure
 from headstart.files import read_json
 from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.load import (
+    POOLINGS,
     find_base,
     is_encoder,
     load_config,
@@ -415,8 +416,7 @@ def beside(source: Source, renderer: Encoder | Look, reader: Reader) -> dict[str
         "sentence_bert_config.json": {"do_lower_case": False},
         "1_Pooling/config.json": {
             "word_embedding_dimension": _hidden_size(reader.model.config),
-            "pooling_mode_mean_tokens": reader.pooling == "mean",
-            "pooling_mode_lasttoken": reader.pooling == "lasttoken",
+            **{f"pooling_mode_{key}": reader.pooling == mode for mode, key in POOLINGS.items()},
         },
     }
 

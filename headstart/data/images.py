@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from headstart.data.labels import Labels
 from headstart.data.records import Picture
 from headstart.data.segments import Example, Image, Segment, Segmented
-from headstart.errors import Problem
+from headstart.errors import ModelError, Problem
 
 PIXELS_MAX = 64_000_000
 PATCH = 16  # an image counts as many tokens as it has patches of this size
+DEEP = ("I", "F")  # how Pillow calls pixels of 16 bits, of 32 bits and of fractions
 CROP = (0.6, 1.0)  # sides of the part of an image that training looks at, as parts of the whole
 
 
@@ -65,8 +66,14 @@ class Look:
         crop = values.get("crop_size") if values.get("do_center_crop") else None
         crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
         shorter = asked.get("shortest_edge")
+        if not shorter and not {"height", "width"} <= set(asked):
+            cure = "use a model whose images have one size"
+            raise ModelError(
+                Problem("model.kind", f"its images have no one size: {asked}", "preprocessor_config.json", cure)
+            )
         final = crop or ({"height": shorter, "width": shorter} if shorter else asked)
-        resize = shorter if shorter and crop else asked["height"] if crop and "height" in asked else None
+        whole = round(shorter / (values.get("crop_pct") or 1)) if shorter else None
+        resize = whole or (asked["height"] if crop else None)
         plain = not values.get("do_normalize", True)
         mean = (0.0, 0.0, 0.0) if plain else tuple(values.get("image_mean", (0.485, 0.456, 0.406)))
         spread = (1.0, 1.0, 1.0) if plain else tuple(values.get("image_std", (0.229, 0.224, 0.225)))
@@ -130,6 +137,9 @@ def _fault(picture: Picture) -> Problem | None:
             if wide * high > PIXELS_MAX:
                 what = f"{wide:,} x {high:,} pixels, over {PIXELS_MAX:,}"
                 return Problem("row.image", what, picture.path, "make it smaller, or delete it")
+            if file.mode.startswith(DEEP):
+                what = f"its colours have more than 8 bits ({file.mode}), which would be cut off"
+                return Problem("row.image", what, picture.path, "scale it to 8 bits, as suits what is seen")
             file.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         return Problem("row.image", f"no image that can be read: {error}", picture.path, "mend it, or delete it")

@@ -18,6 +18,7 @@ from headstart.data.segments import Example
 from headstart.models.attention import Forest, can_pack, run_decoder, use_attention
 from headstart.models.head import OwnHead, read_head
 from headstart.models.labels import body_packing, find_packing, own_logits, row_logits
+from headstart.models.load import POOLING
 from headstart.objectives.labels import RowLosses, class_losses
 
 LOGITS_COPIES = 4
@@ -252,12 +253,13 @@ class ImageReader(RowReader):
 class EmbeddingReader(Reader):
     """An encoder of texts: outputs are the embeddings of a pack's segments, [S, D], of length 1.
 
-    An embedding is the mean over the states of a text's tokens, or the state of its last for models that look back only.
+    An embedding is the mean over the states of a text's tokens, or the state of its last for models that look back only;
+    for a model of sentence-transformers what that says.
     """
 
     def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
         packing = body_packing(model)
-        self.pooling = "mean" if packing != "forest" else "lasttoken"
+        self.pooling = getattr(model, POOLING, None) or ("mean" if packing != "forest" else "lasttoken")
         super().__init__(model, packing, bfloat16=bfloat16)
 
     def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
@@ -276,8 +278,8 @@ class EmbeddingReader(Reader):
                 hidden = output.last_hidden_state[0]
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         begins, ends = self.tensors(pack.begins, pack.ends)
-        if self.pooling == "lasttoken":
-            pooled = hidden[ends]
+        if self.pooling != "mean":
+            pooled = hidden[ends if self.pooling == "lasttoken" else begins]
         else:
             lengths = ends - begins + 1
             # Segments are roots of their own, so their tokens stand together in the order of their places.

@@ -76,6 +76,8 @@ PROBLEM_TYPES = {
     "multi_label_classification": "multilabel",
     "regression": "regression",
 }
+POOLING = "headstart_pooling"  # an attribute of models: how texts become one vector
+POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
 LABELS_KEY = "headstart_labels"  # in the config of a model that tells labels
 
 
@@ -135,6 +137,7 @@ def load_model(
     if AUTO[task] == "AutoModelForCausalLM" or labels or task == "embedding":
         _check_whole(model, fresh, source, new_head=bool(labels))
     _mend_generation_config(model)
+    setattr(model, POOLING, _own_pooling(base))
     model.to(device)
     adapted = model
     if source.is_adapter:
@@ -147,6 +150,15 @@ def load_model(
         model = adapted.get_base_model()
     model.eval()
     return Loaded(model, adapted, source, base, frozenset(fresh))
+
+
+def _own_pooling(source: Source) -> str | None:
+    """Return how a model of sentence-transformers pools, where it says so: mean, cls or lasttoken."""
+    file = source.path / "1_Pooling" / "config.json"
+    said = read_json(file) if file.exists() else {}
+    if said.get("pooling_mode") in POOLINGS:
+        return str(said["pooling_mode"])
+    return next((mode for mode, key in POOLINGS.items() if said.get(f"pooling_mode_{key}")), None)
 
 
 def _head_config(labels: Labels) -> dict[str, Any]:

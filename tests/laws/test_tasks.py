@@ -427,3 +427,18 @@ def test_tokens_that_a_template_brings_are_learned_in_the_head_too(tied: bool) -
     adapted = adapt(model, Lora(4, 8.0, 0.0, ("all-linear",), (5, 7)), 0)
     rows_of = [key for key in adapted.trainable() if "trainable_tokens" in key]
     assert len(rows_of) == (1 if tied else 2), rows_of
+
+
+def test_a_model_that_says_how_it_pools_is_pooled_so(tmp_path: Path) -> None:
+    twin("bert", "AutoModel", dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'
+    )
+    model = load_model(find_model(str(tmp_path)), "cpu", task="embedding").model
+    examples = related(False)
+    ids = torch.from_numpy(examples[0].segments[0].ids.astype(np.int64))[None]
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 0]
+    found = embed_rows(EmbeddingReader(model), examples, 1000)[0]
+    assert found == pytest.approx((first / first.norm()).numpy(), abs=1e-5)

@@ -340,3 +340,32 @@ def test_a_row_with_another_number_of_numbers_is_named(encoder: Encoder) -> None
     labels = Labels("regression", ("a", "b"), (), (0.0, 0.0), (1.0, 1.0))
     made = segment_labelled([Labelled(Where("f", 3), "1", (1.5,))], encoder, labels, max_length=20)
     assert [(p.code, p.where) for p in made.problems] == [("row.label", "f:3")]
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        ({"size": {"height": 24, "width": 32}}, (24, 32, None)),
+        ({"size": 24}, (24, 24, None)),
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224}, (224, 224, 256)),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 224, 256)),
+        ({"size": {"shortest_edge": 224}}, (224, 224, 224)),
+    ],
+)
+def test_how_a_model_sees_is_read_as_transformers_means_it(said: dict[str, Any], seen: tuple[Any, ...]) -> None:
+    look = Look.from_json(said, 1)
+    assert (look.height, look.width, look.resize) == seen
+    with pytest.raises(ModelError, match="no one size"):
+        Look.from_json({"size": {"longest_edge": 500}}, 1)
+
+
+def test_images_of_more_than_eight_bits_are_named(tmp_path: Path) -> None:
+    from PIL import Image as Pillow
+
+    path = tmp_path / "deep.png"
+    Pillow.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path)
+    made = segment_pictures(
+        [Picture(Where(str(path), 1), str(path), "a", "")], None, Look(8, 8, (0.5,) * 3, (0.5,) * 3)
+    )
+    assert [problem.code for problem in made.problems] == ["row.image"]
+    assert "more than 8 bits" in made.problems[0].what
