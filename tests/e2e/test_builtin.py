@@ -12,7 +12,7 @@ import torch
 from headstart.config import DataSettings
 from headstart.data.feed import content_hash
 from headstart.data.forest import build_packs
-from headstart.data.formats import format_rows
+from headstart.data.formats import Named, format_rows
 from headstart.data.prepare import form_rows
 from headstart.data.read import Row, find_files, read
 from headstart.data.render import Renderer
@@ -62,7 +62,7 @@ def test_real_dialogues_are_rendered_as_the_tokenizer_itself_does(renderer: Rend
     rows = [item for item in read(find_files([str(mts_dialog / "validation.csv")])) if isinstance(item, Row)]
     with (mts_dialog / "validation.csv").open(encoding="utf-8-sig", newline="") as file:
         assert [row.fields for row in rows] == list(csv.DictReader(file))
-    formatted = format_rows(rows, prompt="As '{section_header}':\n{dialogue}", completion="{section_text}")
+    formatted = format_rows(rows, named=Named("As '{section_header}':\n{dialogue}", "{section_text}"))
     assert len(formatted.examples) == 100
     segmented = segment_rows(formatted.examples, renderer, max_length=8192)
     for row, item in zip(formatted.examples, segmented.examples, strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from headstart.cli import app
@@ -178,6 +179,10 @@ def test_the_readme_does_what_it_says(data: Path) -> None:
     Path("requests.csv").write_text(
         "text,label\n" + "".join(f"text {n},{n % 2}\n" for n in range(40)), encoding="utf-8"
     )
+    for n in range(40):
+        path = Path("vehicles", ("cars", "trucks")[n % 2], f"{n}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (n, 200 * (n % 2), 0)).save(path)
     lines = [line for block in readme("sh") for line in block.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("make ")] == ["make demo", "make test"]
     commands = [line for line in lines if line.startswith("headstart ")]

@@ -165,7 +165,7 @@ from headstart.tune import resume, tune
 import json
 class Killed(Display):
     def progress(self, label, done, total, detail=""):
-        if label == sys.argv[1] and done == int(sys.argv[2]):
+        if label == sys.argv[1] and done >= int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGKILL)
 data, model, out, settings = json.loads(sys.argv[3])
 tune(data, model=model, out=out, settings=settings, display=Killed(live=False))
