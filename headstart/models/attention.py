@@ -7,57 +7,57 @@ not looked up in a list but tried (`can_pack`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
+
+from headstart.models.attend import Block, Nodes, Rule, attend, cut_blocks
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
-class Forest:
-    """The nodes of a pack as attention needs them: lengths, ancestors, positions, and masks made once a pack."""
+class Asked(NamedTuple):
+    """What an attention module asks for: how its scores become weights, what it sees."""
 
-    def __init__(self, length: Sequence[int], parent: Sequence[int], positions: Tensor) -> None:
-        self.lengths = list(length)
-        self.ancestors: list[list[int]] = []
+    rule: Rule
+    window: int
+    causal: bool
+
+
+class Forest:
+    """The nodes of a pack as attention needs them; what follows from them is made once a pack.
+
+    `chosen` are the places [P] of the tokens whose last states are wanted. `asked` is what each module that attends asked
+    for, by its id.
+    """
+
+    def __init__(
+        self, length: Sequence[int], parent: Sequence[int], positions: Tensor, chosen: Tensor | None = None
+    ) -> None:
         for node, above in enumerate(parent):
             if above >= node:
                 raise ValueError(f"node {node} stands before its parent {above}")
-            self.ancestors.append([*self.ancestors[above], above] if above >= 0 else [])
-        self._positions = torch.split(positions, self.lengths)
-        self._masks: dict[tuple[int, int], Tensor | None] = {}
-        self.windows: set[int] = set()
+        self.nodes = Nodes.of(length, parent, positions.cpu().numpy())
+        self.chosen = chosen
+        self._device = positions.device
+        self.asked: dict[int, Asked] = {}
+        self._blocks: dict[tuple[int, bool, bool], list[Block]] = {}
 
-    def mask(self, node: int, window: int, causal: bool) -> Tensor | None:
-        """Return which keys the tokens of a node see, bool [n, a + n]; None where plain causality or all says it.
+    def blocks(self, window: int, causal: bool, *, chosen: bool = False) -> list[Block]:
+        """Return the pack, or its chosen tokens, cut into blocks of queries.
 
         `window` is the number of last positions that are seen, 0 for all.
         """
-        self.windows.add(window)
-        if not causal:
-            if window:
-                raise ValueError("a window that looks both ways is not known here")
-            return None
-        if (node, window) not in self._masks:
-            self._masks[node, window] = self._build_mask(node, window)
-        return self._masks[node, window]
-
-    def _build_mask(self, node: int, window: int) -> Tensor | None:
-        query = self._positions[node]
-        last = int(query[-1]) if len(query) else 0
-        within = not window or last < window
-        if within and not self.ancestors[node]:
-            return None
-        key = torch.cat([self._positions[a] for a in (*self.ancestors[node], node)])
-        distance = query[:, None] - key[None, :]
-        seen = distance >= 0
-        return seen if within else seen & (distance < window)
+        key = (window, causal, chosen)
+        if key not in self._blocks:
+            places = self.chosen.cpu().numpy() if chosen and self.chosen is not None else None
+            blocks = cut_blocks(self.nodes, window, causal, chosen=places)
+            self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(self._device)) for b in blocks]
+        return self._blocks[key]
 
 
 def forest_attention(
@@ -83,48 +83,10 @@ def forest_attention(
         raise ValueError("forest attention was called without a forest")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # split, and not slices: the gradient of a split is one concatenation, that of each slice a whole tensor of zeros.
-    queries = torch.split(query, forest.lengths, dim=2)
-    keys = torch.split(key, forest.lengths, dim=2)
-    values = torch.split(value, forest.lengths, dim=2)
-    attended = []
-    for node, ancestors in enumerate(forest.ancestors):
-        seen = (*ancestors, node)
-        k = torch.cat([keys[n] for n in seen], dim=2) if ancestors else keys[node]
-        v = torch.cat([values[n] for n in seen], dim=2) if ancestors else values[node]
-        mask = forest.mask(node, sliding_window or 0, causal)
-        if softcap is not None:
-            attended.append(_softcapped(queries[node], k, v, mask, causal, scale, dropout, softcap))
-        else:
-            attended.append(_fused(queries[node], k, v, mask, causal, scale, dropout))
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.device.type != "cpu":
-        # Elsewhere grouped heads under a mask would fall back to the slowest kernel.
-        k, v, grouped = _repeat(k, q), _repeat(v, q), False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
-    )
-
-
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float, softcap: float
-) -> Tensor:
-    scores = q @ _repeat(k, q).transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout, training=dropout > 0)
-    return weights @ _repeat(v, q)
-
-
-def _repeat(heads: Tensor, query: Tensor) -> Tensor:
-    return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
+    rule = Rule(scale, softcap, dropout)
+    forest.asked[id(module)] = Asked(rule, sliding_window or 0, causal)
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return attend(q, k, v, forest.blocks(sliding_window or 0, causal), rule)[None], None
 
 
 def register() -> None:
@@ -165,7 +127,7 @@ def can_pack(model: Any, *, share: bool = True) -> bool:
                 forest = Forest(lengths, parents, positions)
                 packed = run_decoder(model, torch.tensor(ids, device=model.device), positions, forest)
                 # The rows of the trial are shorter than any real window, so only its coming along shows that it is kept.
-                if _has_window(config, kinds) and forest.windows == {0}:
+                if _has_window(config, kinds) and not any(asked.window for asked in forest.asked.values()):
                     return False
                 if _alike(model, packed, rows, places):
                     return True
@@ -199,7 +161,8 @@ def run_decoder(
 ) -> Tensor:
     """Run the layers of a model on a pack, or on one plain row where `forest` is None.
 
-    `ids`, `positions` and, of pairs of texts, `types` [T] -> hidden states [T, D], after the last norm and before the head.
+    `ids`, `positions` and, of pairs of texts, `types` [T] -> hidden states [T, D], after the last norm and before the head;
+    of a forest with `chosen` tokens theirs alone, [P, D].
 
     Raises ValueError where the architecture doesn't let its attention be chosen.
     """
@@ -211,7 +174,9 @@ def run_decoder(
         extra["position_ids"] = (positions + getattr(model, FIRST_POSITION, 0))[None]
     output = model.base_model(input_ids=ids[None], use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    chosen = None if forest is None else forest.chosen
+    # A last layer that computes what is wanted alone has chosen already.
+    return hidden if chosen is None or len(hidden) < len(ids) else hidden[chosen]
 
 
 def use_attention(model: Any, *, packed: bool) -> None:

@@ -130,7 +130,8 @@ def test_wrong_attention_is_found_out(broken: str, monkeypatch: pytest.MonkeyPat
     def forgets_ancestors(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, forest: Forest, **rest: Any
     ) -> Any:
-        roots = Forest(forest.lengths, [-1] * len(forest.lengths), torch.arange(q.shape[2]))
+        lengths = forest.nodes.length
+        roots = Forest(lengths, [-1] * len(lengths), torch.arange(q.shape[2]))
         return forest_attention(module, q, k, v, mask, forest=roots, **rest)
 
     broken_attention: Callable[..., Any] = {"sees_all": sees_all, "forgets_ancestors": forgets_ancestors}[broken]

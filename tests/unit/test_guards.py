@@ -72,9 +72,9 @@ def test_a_target_that_is_no_linear_module_is_told_with_those_that_are() -> None
 
 def test_a_window_that_looks_both_ways_is_refused() -> None:
     forest = Forest([3], [-1], torch.arange(3))
-    assert forest.mask(0, 0, causal=False) is None
+    assert [block.mask for block in forest.blocks(0, causal=False)] == [None]
     with pytest.raises(ValueError, match="looks both ways"):
-        forest.mask(0, 2, causal=False)
+        forest.blocks(2, causal=False)
 
 
 def test_classes_that_are_uneven_or_have_one_row_are_told() -> None:

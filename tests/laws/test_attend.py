@@ -1,0 +1,111 @@
+"""Attention in blocks = dense attention in which each token sees its own path, on any forest; and its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headstart.models.attend import Nodes, Rule, attend, cut_blocks
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Nodes:
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=7))
+    parents = [draw(st.integers(-1, node - 1)) for node in range(len(lengths))]
+    ends: list[int] = []
+    positions: list[int] = []
+    for length, parent in zip(lengths, parents, strict=True):
+        first = 0 if parent < 0 else ends[parent]
+        ends.append(first + length)
+        positions += range(first, first + length)
+    return Nodes.of(lengths, parents, np.array(positions))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, nodes: Nodes, window: int, causal: bool, rule: Rule) -> Tensor:
+    """The same with all scores at once, and who sees whom written down token by token."""
+    seen = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for i, owner in enumerate(nodes.owner):
+        path = nodes.path(int(owner))
+        for j, other in enumerate(nodes.owner):
+            distance = int(nodes.positions[i] - nodes.positions[j])
+            seen[i, j] = other in path and not (causal and (distance < 0 or (window and distance >= window)))
+    k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    nodes=forests(),
+    size=st.sampled_from([8, 16, 64]),
+    window=st.sampled_from([0, 0, 5]),
+    softcap=st.sampled_from([None, 2.0]),
+    heads=st.sampled_from([(6, 3), (4, 4), (2, 1)]),
+    part=st.booleans(),
+)
+def test_blocks_equal_dense(
+    nodes: Nodes, size: int, window: int, softcap: float | None, heads: tuple[int, int], part: bool
+) -> None:
+    torch.manual_seed(0)
+    tokens = len(nodes.owner)
+    q, k, v = (
+        torch.randn(tokens, n, 4, dtype=torch.float64, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
+    rule = Rule(0.7, softcap)
+    chosen = np.arange(tokens)[:: 3 if part else 1]
+    blocks = cut_blocks(nodes, window, True, size, chosen)
+    assert all(block.end - block.begin <= size for block in blocks)
+    ours = attend(q[torch.from_numpy(chosen)], k, v, blocks, rule)
+    theirs = dense(q, k, v, nodes, window, True, rule)[torch.from_numpy(chosen)]
+    torch.testing.assert_close(ours, theirs)
+    wanted = torch.randn_like(theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (q, k, v), wanted), torch.autograd.grad(theirs, (q, k, v), wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_tokens_that_look_both_ways_see_their_own_row() -> None:
+    nodes = Nodes.of([3, 9, 20], [-1, -1, -1], np.array([*range(3), *range(9), *range(20)]))
+    q, k, v = (torch.randn(32, 2, 4, dtype=torch.float64) for _ in range(3))
+    rule = Rule(0.5)
+    ours = attend(q, k, v, cut_blocks(nodes, causal=False, size=16), rule)
+    torch.testing.assert_close(ours, dense(q, k, v, nodes, 0, False, rule))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_hold_under_dropout(softcap: float | None) -> None:
+    """Against finite differences, with the same draw each time."""
+    nodes = Nodes.of([4, 9, 3], [-1, 0, 0], np.array([*range(4), *range(4, 13), *range(4, 7)]))
+    blocks, rule = cut_blocks(nodes, size=8), Rule(0.6, softcap, dropout=0.3)
+    q, k, v = (torch.randn(16, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+
+    def drawn(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return attend(*inputs, blocks, rule)
+
+    assert torch.autograd.gradcheck(drawn, (q, k, v))
+
+
+def test_what_is_dropped_out_is_made_up_for() -> None:
+    nodes = Nodes.of([200], [-1], np.arange(200))
+    q = torch.zeros(200, 4, 8)  # all keys weigh the same, so the mean of values of one comes out
+    v = torch.ones(200, 4, 8)
+    torch.manual_seed(0)
+    attended = attend(q, q, v, cut_blocks(nodes), Rule(1.0, dropout=0.5))
+    assert float(attended[100:].mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(attended[100:].std()) > 0.01
+
+
+def test_short_rows_share_a_block_and_long_ones_are_cut_evenly() -> None:
+    nodes = Nodes.of([5, 6, 7, 100], [-1] * 4, np.concatenate([np.arange(n) for n in (5, 6, 7, 100)]))
+    assert [(block.begin, block.end) for block in cut_blocks(nodes, size=64)] == [(0, 18), (18, 74), (74, 118)]
