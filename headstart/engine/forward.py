@@ -16,6 +16,7 @@ from headstart.data.forest import Pack, build_packs
 from headstart.data.images import Look, load_pixels
 from headstart.data.segments import Example
 from headstart.models.attention import Forest, can_pack, run_decoder, use_attention
+from headstart.models.fast import Sped, speed_up
 from headstart.models.head import OwnHead, read_head
 from headstart.models.labels import body_packing, find_packing, own_logits, row_logits
 from headstart.models.load import POOLING
@@ -69,6 +70,10 @@ class Reader(ABC):
         enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
         enable({"use_reentrant": False})
 
+    def speed_up(self) -> Sped:
+        """Run known layers as fused functions from now on; what comes out stays the same."""
+        return speed_up(self.model) if self.packs else Sped()
+
     def train(self) -> None:
         """Make the model ready to learn."""
         self.model.train()
@@ -91,10 +96,14 @@ class Reader(ABC):
     def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:
         """Return the loss of each target, its weight, and the number of its row, without gradients."""
 
-    def hidden(self, pack: Pack) -> Tensor:
-        """Return the hidden states of a pack, [T, D]."""
+    def hidden(self, pack: Pack, places: Ints | None = None) -> Tensor:
+        """Return the hidden states of a pack, [T, D], or those of the tokens at `places` [P], ascending, alone."""
         ids, positions = self.tensors(pack.ids, pack.positions)
-        forest = Forest(pack.length.tolist(), pack.parent.tolist(), positions) if self.packs else None
+        chosen = None if places is None else self.tensors(places)[0]
+        if not self.packs:
+            hidden = run_decoder(self.model, ids, positions, None, self.types(pack))
+            return hidden if chosen is None else hidden[chosen]
+        forest = Forest(pack.length.tolist(), pack.parent.tolist(), positions, chosen)
         return run_decoder(self.model, ids, positions, forest, self.types(pack))
 
     def types(self, pack: Pack) -> Tensor | None:
@@ -126,9 +135,9 @@ class PackReader(Reader):
 
     def outputs(self, pack: Pack) -> Tensor:
         """Return the log-probability of each target."""
-        sources, target_sources, target_ids = self.tensors(pack.sources, pack.target_sources, pack.target_ids)
+        target_sources, target_ids = self.tensors(pack.target_sources, pack.target_ids)
         with self.precision():
-            return self.head.logprobs(self.hidden(pack)[sources], target_sources, target_ids)
+            return self.head.logprobs(self.hidden(pack, pack.sources), target_sources, target_ids)
 
     def targets(self, pack: Pack) -> Tensor:
         """Return the weight of each target."""
@@ -159,7 +168,7 @@ class TokenReader(PackReader):
         (sources,) = self.tensors(pack.sources)
         with self.precision():
             if self.packs:
-                return self.head.logits(self.hidden(pack)[sources])
+                return self.head.logits(self.hidden(pack, pack.sources))
             logits = row_logits(self.model, self.tensors(pack.ids)[0])[0][sources]
             return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -216,6 +225,10 @@ class ImageReader(RowReader):
     def __init__(self, model: Any, losses: RowLosses = class_losses, *, look: Look, bfloat16: bool = False) -> None:
         super().__init__(model, "roots", losses, bfloat16=bfloat16)
         self._look = look
+
+    def speed_up(self) -> Sped:
+        """Nothing: no layer of images is known."""
+        return Sped()
 
     def train(self) -> None:
         """Make the model ready to learn, but for the statistics of batch norms."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from headstart.models.attention import use_attention
 from headstart.models.labels import own_logits
+from headstart.models.linear import add_gradient, add_product
 
 LOGITS_AT_ONCE = 1 << 24
 
@@ -95,31 +96,46 @@ class OwnHead(Head):
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Log-probabilities of targets under a linear head, and their gradient: softmax minus one-hot, in place."""
+    """Log-probabilities of targets under a linear head, and their gradient: softmax minus one-hot, in place.
+
+    Where the head is frozen, what its rows are on average under the softmax says all that the backward pass needs:
+    d logprob(i) / d hidden = W[i] - sum_v p_v W[v]. It is made while the logits are at hand, which are then never made again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sources: Tensor, ids: Tensor, head: Head
     ) -> Tensor:
+        frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]) and head.softcap is None
+        mean = torch.empty_like(hidden) if frozen and ctx.needs_input_grad[0] else None
         logprobs, normalizers = [], []
+        row = 0
         for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
             logits = head.shape(F.linear(chunk, weight, bias))
             picked = logits[chunk_sources, chunk_ids]
             highest = logits.amax(-1, keepdim=True)
-            normalizer = logits.sub_(highest).exp_().sum(-1).log_().add_(highest[:, 0])
+            total = logits.sub_(highest).exp_().sum(-1)
+            if mean is not None:
+                torch.mm(logits, weight, out=mean[row : row + len(chunk)]).div_(total[:, None])
+            normalizer = total.log_().add_(highest[:, 0])
             logprobs.append(picked - normalizer[chunk_sources])
             normalizers.append(normalizer)
-        ctx.head, ctx.has_bias = head, bias is not None
-        ctx.save_for_backward(hidden, weight, bias, sources, ids, torch.cat(normalizers))
+            row += len(chunk)
+        ctx.head, ctx.weight, ctx.bias = head, weight, bias
+        ctx.save_for_backward(hidden, sources, ids, torch.cat(normalizers), mean)
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, sources, ids, normalizers = ctx.saved_tensors
-        head: Head = ctx.head
+        hidden, sources, ids, normalizers, mean = ctx.saved_tensors
+        head, weight, bias = ctx.head, ctx.weight, ctx.bias
+        nothing = (None,) * 5
+        if mean is not None:
+            per_source = torch.zeros_like(normalizers).index_add_(0, sources, gradient)
+            d_hidden = mean.mul(per_source[:, None].neg_())
+            d_hidden.index_add_(0, sources, weight[ids].mul_(gradient[:, None]))
+            return d_hidden.mul_(head.scale) if head.scale != 1.0 else d_hidden, *nothing
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias) if ctx.has_bias and ctx.needs_input_grad[2] else None
         row = target = 0
         for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
             part = gradient[target : target + len(chunk_ids)]
@@ -128,12 +144,12 @@ class _TargetLogprobs(torch.autograd.Function):
             )
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[row : row + len(chunk)])
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), chunk)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
+            if ctx.needs_input_grad[1]:
+                add_product(weight, d_logits.t(), chunk)
+            if ctx.needs_input_grad[2]:
+                add_gradient(bias, d_logits.sum(0))
             row, target = row + len(chunk), target + len(chunk_ids)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, *nothing
 
 
 def _logits_gradient(
