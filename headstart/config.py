@@ -137,6 +137,9 @@ class EngineSettings(Section):
     checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="Recompute activations in the backward pass: less memory, more time."
     )
+    fast: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="Run known layers as fused functions; auto does on the CPU in float32. Same gradient."
+    )
     threads: Count | None = Field(None, description="CPU threads.")
 
 

@@ -44,6 +44,7 @@ from headstart.evaluate.generate import PROMPTS_AT_ONCE
 from headstart.evaluate.measure import Measured, answer_limit, measure
 from headstart.files import read_json
 from headstart.models.adapt import Adapted, Lora, adapt
+from headstart.models.fast import Sped
 from headstart.models.load import (
     POOLINGS,
     find_base,
@@ -113,6 +114,7 @@ class Job:
     engine: Engine
     layout: Layout
     estimate: Estimate
+    engine_facts: str
 
     @cached_property
     def proof(self) -> Segmented:
@@ -175,6 +177,7 @@ class Job:
             "packs": self.layout.packs,
             "tokens_per_pack": settings.engine.tokens_per_pack,
             "packed": self.engine.reader.packs,
+            "engine": self.engine_facts,
             **self.estimate.to_json(),
         }
 
@@ -344,6 +347,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     device = machine.pick_device()
     config = _decide_machine(data.config, device)
     torch.set_num_threads(config.settings.engine.threads or 1)
+    kept = device == "cpu" and machine.keep_freed_memory()
     bfloat16 = config.settings.engine.precision == "bfloat16"
     lora = config.settings.lora if config.settings.method == "lora" else None
     dtype = torch.bfloat16 if bfloat16 and lora else torch.float32
@@ -371,6 +375,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
+    sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
     engine = Engine(
@@ -383,7 +388,14 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     )
     config, layout, memory_bytes = _fit_memory(config, data, engine)
     estimate = _estimate(config, data, engine, layout, memory_bytes)
-    return Job(data, config, adapted, engine, layout, estimate)
+    return Job(data, config, adapted, engine, layout, estimate, _describe_engine(settings, sped, kept))
+
+
+def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:
+    """Return how the work is laid on the machine, in words."""
+    threads = f"{settings.engine.threads} threads" if settings.engine.threads != 1 else "1 thread"
+    facts = [threads, str(settings.engine.precision), str(sped) if sped.of else "plain layers"]
+    return ", ".join(facts + ["freed memory is kept"] * kept)
 
 
 def build_reader(model: Any, task: str, renderer: Encoder | Look, *, bfloat16: bool) -> Reader:
@@ -476,9 +488,18 @@ def _decide_machine(config: Config, device: str) -> Config:
     decided: dict[str, tuple[Any, str]] = {}
     if config.settings.engine.threads is None:
         decided["engine.threads"] = (machine.cpu_count(), "cores of this machine")
-    if config.settings.engine.precision == "auto":
+    precision = config.settings.engine.precision
+    if precision == "auto":
         bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported()
-        decided["engine.precision"] = ("bfloat16" if bfloat16 else "float32", f"on {device}")
+        precision = "bfloat16" if bfloat16 else "float32"
+        decided["engine.precision"] = (precision, f"on {device}")
+    if config.settings.engine.fast == "auto":
+        fast = device == "cpu" and precision == "float32"
+        decided["engine.fast"] = ("on" if fast else "off", f"on {device} in {precision}")
+    elif config.settings.engine.fast == "on" and precision != "float32":
+        cure = "leave one of them out"
+        what = f"fused layers compute in float32, and engine.precision is {precision}"
+        raise UsageError(Problem("config.no_effect", what, "engine.fast", cure))
     return config.decide(decided)
 
 

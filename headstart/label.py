@@ -69,6 +69,8 @@ def predict(
     length = config.settings.data.max_length or row_length(task, source, tokenizer)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
     reader = build_reader(load_here(source, task, labels).model, task, renderer, bfloat16=False)
+    if reader.device.type == "cpu":
+        reader.speed_up()
     reading = config.settings.data.model_copy(update={"over_length": "cut"})
     problems: list[Problem] = []
     done = 0

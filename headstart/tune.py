@@ -31,6 +31,7 @@ from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.score import output_rows, score_rows
 from headstart.files import read_json, sha256, write_atomic, write_json
 from headstart.job import Data, Job, beside, build_data, build_job
+from headstart.models.fast import slow_down
 from headstart.models.save import save_result, saved_scale
 from headstart.models.source import Source, weights_hash
 from headstart.report.card import model_card
@@ -236,6 +237,7 @@ class _Session:
         return replace(labels, threshold=best_threshold(outputs, np.array([example.label for example in watched])))
 
     def _save(self) -> None:
+        slow_down(self.job.adapted.model)  # a merged copy is then of plain layers
         data, adapted = self.job.data, self.job.adapted
         save_result(
             adapted.saved,

@@ -261,8 +261,11 @@ def _measure(
     model = load_here(reading.source, reading.task, reading.labels).model
     if isinstance(reading.renderer, Encoder):
         make_room(model, reading.renderer.tokenizer)
+    reader = build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda")
+    if reader.device.type == "cpu":
+        reader.speed_up()
     measured = measure(
-        build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda"),
+        reader,
         reading.renderer,
         reading.rows.kept,
         reading.rows.examples,

@@ -157,6 +157,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        # The fused AdamW doesn't say that it changed them; what is made of adapters and weights must know (models/linear.py).
+        torch.autograd.graph.increment_version(list(self.trainable.values()))
         self.optimizer.zero_grad()
         return norm
 

@@ -67,6 +67,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("tokens", f"{plan['row_tokens']:,}" + f", {plan['targets']:,} trained" * bool(plan["targets"]) + saved),
         ("packs", packs),
+        ("engine", plan["engine"]),
         ("memory", f"{in_bytes(plan['memory_bytes'])} of {in_bytes(plan['memory_free_bytes'])} free"),
         (
             "time",

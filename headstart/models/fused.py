@@ -1,0 +1,316 @@
+"""The parts of a transformer layer as functions with gradients of their own: few passes over memory, little kept for later.
+
+T tokens, D model width, N outputs, F feed-forward width, H query heads, K key-value heads, d head width. What a backward
+pass can make anew cheaply (norms, activations, attention weights) is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+
+from headstart.models.attend import Block, Rule, attend_backward, attend_forward
+from headstart.models.linear import Product, add_gradient
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: x / rms(x) * (offset + weight) (Zhang and Sennrich, 2019; Gemma's has an offset of 1)."""
+
+    weight: nn.Parameter
+    eps: float
+    offset: float = 0.0
+
+    def scale(self) -> Tensor:
+        """Return what a normed row is multiplied by, [D]."""
+        weight = self.weight.detach()
+        return weight if self.offset == 0.0 else weight + self.offset
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Return 1 / rms(x), [T, 1]."""
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+
+    def apply(self, x: Tensor, inverse: Tensor) -> Tensor:
+        """Return the normed rows."""
+        return torch.mul(x, inverse).mul_(self.scale())
+
+    def backward(self, x: Tensor, inverse: Tensor, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return the gradient of x, plus `add`; `gradient`, that of the normed rows, is used up.
+
+        With y = x r w and r = (mean(x^2) + eps)^-1/2: dx = r (w dy) - x r^3 mean(x w dy).
+        """
+        if self.weight.requires_grad:
+            add_gradient(self.weight, (gradient * x).mul_(inverse).sum(0))
+        gradient.mul_(self.scale())
+        mean = torch.linalg.vecdot(gradient, x)[:, None].div_(x.shape[-1])
+        gradient.mul_(inverse).addcmul_(x, mean.mul_(inverse.pow(3)), value=-1)
+        return gradient if add is None else gradient.add_(add)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trigger: Tensor, norm: Norm) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        inverse = norm.inverse(flat)
+        ctx.norm = norm
+        ctx.save_for_backward(flat, inverse)
+        return norm.apply(flat, inverse).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flat, inverse = ctx.saved_tensors
+        own = gradient.reshape(flat.shape).clone()
+        return ctx.norm.backward(flat, inverse, own).view(gradient.shape), None, None
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """Return x [..., D], normed."""
+    return _RmsNorm.apply(x, norm.weight, norm)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trigger: Tensor | None, norm: Norm | None, product: Product) -> Tensor:
+        ctx.norm, ctx.product = norm, product
+        inverse = norm.inverse(x) if norm else None
+        ctx.save_for_backward(x, inverse)
+        return product.apply(x if norm is None or inverse is None else norm.apply(x, inverse))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse = ctx.saved_tensors
+        norm, product = ctx.norm, ctx.product
+        if ctx.needs_input_grad[1]:
+            product.accumulate(gradient, x if norm is None else norm.apply(x, inverse))
+        if not ctx.needs_input_grad[0] and not (norm and norm.weight.requires_grad):
+            return None, None, None, None
+        d_normed = product.backward(gradient)
+        return d_normed if norm is None else norm.backward(x, inverse, d_normed), None, None, None
+
+
+def project(x: Tensor, norm: Norm | None, product: Product) -> Tensor:
+    """Norm x [T, D] where there is a norm, and put it through linear layers: [T, N]."""
+    return _Project.apply(x, _trigger(product, norm), norm, product)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _trigger(product: Product, norm: Norm | None = None) -> Tensor | None:
+    """Return a parameter that trains in one of these, so that autograd asks for its gradient."""
+    found = product.trigger
+    return norm.weight if found is None and norm is not None and norm.weight.requires_grad else found
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, trigger: Tensor | None, product: Product, scale: float
+    ) -> Tensor:
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(x)
+        return product.add_to(residual, x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        scaled = gradient if ctx.scale == 1.0 else gradient * ctx.scale
+        if ctx.needs_input_grad[2]:
+            ctx.product.accumulate(scaled, x)
+        d_x = ctx.product.backward(scaled) if ctx.needs_input_grad[1] else None
+        return gradient, d_x, None, None, None
+
+
+def add_product(residual: Tensor, x: Tensor, product: Product, scale: float = 1.0) -> Tensor:
+    """Return `residual` [T, N] plus `scale` times what linear layers give for x [T, D]."""
+    return _AddProduct.apply(residual, x, product.trigger, product, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def activate(gate: Tensor, name: str) -> Tensor:
+    """Return the activation of a tensor."""
+    if name == "silu":
+        return F.silu(gate)
+    if name == "relu":
+        return F.relu(gate)
+    return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _activation_gradient(gradient: Tensor, gate: Tensor, name: str) -> Tensor:
+    if name == "silu":
+        return torch.ops.aten.silu_backward(gradient, gate)  # type: ignore[no-any-return]
+    if name == "relu":
+        return gradient * (gate > 0)
+    kind = "tanh" if name == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(gradient, gate, approximate=kind)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020): `wide` gives [gate | up], [T, 2F]; `gate_first` or up first."""
+
+    wide: Product
+    down: Product
+    activation: str
+    norm: Norm | None = None
+    scale: float = 1.0
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, t1: Tensor | None, t2: Tensor | None, t3: Tensor | None, mlp: GatedMlp, residual: bool
+    ) -> Tensor:
+        inverse = mlp.norm.inverse(x) if mlp.norm else None
+        wide = mlp.wide.apply(x if mlp.norm is None or inverse is None else mlp.norm.apply(x, inverse))
+        gate, up = wide.chunk(2, -1)
+        hot = activate(gate, mlp.activation).mul_(up)
+        ctx.mlp, ctx.residual = mlp, residual
+        ctx.save_for_backward(x, inverse, wide)
+        return mlp.down.add_to(x, hot, mlp.scale) if residual else mlp.down.apply(hot)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, wide = ctx.saved_tensors
+        mlp: GatedMlp = ctx.mlp
+        scaled = gradient if mlp.scale == 1.0 else gradient * mlp.scale
+        gate, up = wide.chunk(2, -1)
+        active = activate(gate, mlp.activation)
+        d_hot = mlp.down.backward(scaled)
+        d_wide = torch.empty_like(wide)
+        d_gate, d_up = d_wide.chunk(2, -1)
+        torch.mul(d_hot, active, out=d_up)
+        d_gate.copy_(_activation_gradient(d_hot.mul_(up), gate, mlp.activation))
+        if ctx.needs_input_grad[2]:
+            mlp.down.accumulate(scaled, active.mul_(up))
+        del active, d_hot
+        if ctx.needs_input_grad[1]:
+            mlp.wide.accumulate(d_wide, x if mlp.norm is None else mlp.norm.apply(x, inverse))
+        d_x = mlp.wide.backward(d_wide)
+        through = gradient if ctx.residual else None
+        if mlp.norm is not None:
+            d_x = mlp.norm.backward(x, inverse, d_x, through)
+        elif through is not None:
+            d_x.add_(through)
+        return d_x, None, None, None, None, None
+
+
+def gated_mlp(x: Tensor, mlp: GatedMlp, *, residual: bool) -> Tensor:
+    """Put x [T, D] through norm and feed-forward; with `residual` x is added to what comes out."""
+    norm = mlp.norm.weight if mlp.norm and mlp.norm.weight.requires_grad else None
+    triggers = (mlp.wide.trigger, mlp.down.trigger, norm)
+    return _Mlp.apply(x, *triggers, mlp, residual)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the columns of [T, N] are heads: H of queries, then K of keys, then K of values, each d wide."""
+
+    queries: int
+    groups: int
+    width: int
+
+    def split(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N] -> [T, H, d], [T, K, d], [T, K, d], as views."""
+        heads = columns.view(len(columns), -1, self.width)
+        q, k, v = torch.split(heads, [self.queries, self.groups, self.groups], 1)
+        return q, k, v
+
+    def turned(self, columns: Tensor) -> Tensor:
+        """[T, N] -> [T, H + K, d]: queries and keys, which rotary positions turn, as a view."""
+        return columns.view(len(columns), -1, self.width)[:, : self.queries + self.groups]
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn heads [T, n, d] by their positions, in place (Su et al., 2021): the first r with the next r, as Llama does. cos, sin [T, r]."""
+    half = cos.shape[-1]
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    cos, sin = cos[:, None], sin[:, None]
+    kept = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(kept, sin)
+
+
+class _AttendColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        columns: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        chosen: Tensor | None,
+        heads: Heads,
+        blocks: Sequence[Block],
+        rule: Rule,
+    ) -> Tensor:
+        q, k, v = heads.split(columns)
+        if cos is not None and sin is not None:
+            # In place: the product that made these columns keeps none of them.
+            rotate_(heads.turned(columns), cos, sin)
+        q = q if chosen is None else q[chosen]
+        output = torch.empty(q.shape, dtype=q.dtype)
+        kept = attend_forward(q, k, v, blocks, rule, output)
+        ctx.heads, ctx.blocks, ctx.rule = heads, blocks, rule
+        ctx.save_for_backward(columns, cos, sin, chosen, *kept)
+        return output.view(len(q), -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        columns, cos, sin, chosen, *kept = ctx.saved_tensors
+        heads: Heads = ctx.heads
+        d_columns = torch.empty_like(columns)
+        q, k, v = heads.split(columns)
+        d_q, d_k, d_v = heads.split(d_columns)
+        wanted = gradient.view(-1, heads.queries, heads.width)
+        if chosen is None:
+            attend_backward(q, k, v, ctx.blocks, ctx.rule, kept, wanted, (d_q, d_k, d_v))
+        else:
+            d_chosen = torch.empty(wanted.shape, dtype=q.dtype)
+            attend_backward(q[chosen], k, v, ctx.blocks, ctx.rule, kept, wanted, (d_chosen, d_k, d_v))
+            d_q.zero_()[chosen] = d_chosen
+        if cos is not None:
+            rotate_(heads.turned(d_columns), cos, -sin)
+        return d_columns, None, None, None, None, None, None
+
+
+def attend_columns(
+    columns: Tensor,
+    turn: tuple[Tensor, Tensor] | None,
+    heads: Heads,
+    blocks: Sequence[Block],
+    rule: Rule,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Attend within blocks: [T, N] -> [T, H d]; `columns` are used up.
+
+    `turn` is cos and sin [T, r] of the rotary positions. With `chosen` [P] only these tokens ask, and the result is
+    [P, H d]; `blocks` are then of their places in it.
+    """
+    cos, sin = turn or (None, None)
+    return _AttendColumns.apply(columns, cos, sin, chosen, heads, blocks, rule)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        weight = ctx.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
+        return None, None
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Look up rows of `weight` [V, D]; their gradients are added to its own in place, and no other [V, D] is made."""
+    return _Embed.apply(ids, weight)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,78 @@
+"""Fast layers = plain layers: outputs and every gradient, for every form that is known, with adapters and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.data.forest import build_packs
+from headstart.engine.engine import Engine
+from headstart.engine.forward import PackReader
+from headstart.models.adapt import Lora, adapt
+from headstart.models.attention import register
+from headstart.models.fast import slow_down, speed_up
+from headstart.objectives.tokens import nll
+from tests.laws.test_packing import TOLERANCE, assert_same, rows
+from tests.twins import PACKED, twin
+
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "granite"]
+
+Gradients = tuple[float, dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+def trained(name: str, dtype: torch.dtype, *, lora: Lora | None) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    adapted = adapt(twin(name, dtype), lora, seed=1)
+    parameters = adapted.trainable()
+    chance = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            if "lora_B" in key:  # at its start an adapter adds nothing, and hides what is wrong
+                parameter.copy_(torch.randn(parameter.shape, generator=chance, dtype=parameter.dtype) * 0.1)
+    return adapted.model.to(dtype), parameters
+
+
+def step(model: Any, parameters: dict[str, torch.nn.Parameter], tokens_per_pack: int) -> Gradients:
+    engine = Engine(PackReader(model), parameters, nll)
+    model.zero_grad()
+    total = sum(engine.forward_backward(pack).loss for pack in build_packs(rows(), tokens_per_pack))
+    return total, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
+@pytest.mark.parametrize("name", PACKED)
+def test_fast_equals_plain(name: str, lora: Lora | None, dtype: torch.dtype) -> None:
+    model, parameters = trained(name, dtype, lora=lora)
+    plain = step(model, parameters, 60)
+    sped = speed_up(model)
+    assert sped.layers == (2 if name in FUSED else 0)
+    # Two packs and more, so that gradients are also added up.
+    assert_same(step(model, parameters, 60), plain, TOLERANCE[dtype])
+    assert_same(step(model, parameters, 1), plain, TOLERANCE[dtype])
+    slow_down(model)
+    assert_same(step(model, parameters, 60), plain, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
+def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
+    """An update must reach what is made of weights and adapters: the fused AdamW doesn't say that it changed them."""
+    weights = []
+    for fast in (False, True):
+        model, parameters = trained("llama", torch.float64, lora=lora)
+        if fast:
+            speed_up(model)
+        engine = Engine(PackReader(model), parameters, nll)
+        for _ in range(3):
+            engine.forward_backward_all(build_packs(rows(), 60))
+            engine.optim_step(1e-2)
+        weights.append({name: p.detach().clone() for name, p in parameters.items()})
+    for name, plain in weights[0].items():
+        torch.testing.assert_close(weights[1][name], plain, rtol=1e-3, atol=1e-4)
