@@ -135,7 +135,9 @@ class _Between:
 def long_rows(tokens: int, wanted: int) -> list[Row]:
     """Return made rows of about this many tokens each, a quarter of them to be learned."""
     chance = random.Random(tokens)
-    words = max(8, tokens - 40)  # a word of the list is about one token; the template adds some forty
+    words = max(
+        8, round((tokens - 40) * 0.96)
+    )  # a word of the list is a little more than a token; the template adds forty
     return [_turns(_prose(chance, words * 3 // 4), _prose(chance, words // 4)) for _ in range(wanted)]
 
 

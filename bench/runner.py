@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Bench:
     work: Path
     size: Size
     threads: int
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = partial(print, flush=True)
     sources: dict[str, str] = field(default_factory=dict)
     _files: dict[str, tuple[Files, dict[str, Any]]] = field(default_factory=dict)
     _rounds: dict[str, Round] = field(default_factory=dict)
@@ -167,7 +168,7 @@ class Bench:
     def _prepare(self, kind: str, spec: dict[str, Any]) -> tuple[Files, dict[str, Any]]:
         wanted = spec.get("rows") or getattr(self.size, kind)
         spec.setdefault("steps", max(1, wanted // spec["batch_size"]))
-        names = ("method", "steps", "batch_size", "seed", "max_length", "length")
+        names = ("steps", "batch_size", "seed", "max_length", "length")
         key = json.dumps([kind, wanted, Path(spec["model_path"]).name, *(spec.get(name) for name in names)])
         if key not in self._files:
             folder = self.work / "rows" / f"{kind}-{len(self._files)}"
