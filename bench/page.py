@@ -56,7 +56,7 @@ def write_page(results: Path, docs: Path) -> None:
 
 def _about(kept: Mapping[str, Any]) -> str:
     if not kept:
-        return "Nothing was run yet."
+        return "Nothing is kept yet: `make bench` fills this in.\n"
     lines = ["## This run\n"]
     seen = {}
     for name, found in kept.items():
@@ -136,7 +136,7 @@ def _contenders(kept: Mapping[str, Any]) -> str:
                 lines.append(
                     f"| {work} | {CONTENDERS[name].title} | {len(rounds)} | {cells[0]} | {cells[1]} | {peak} GB |"
                 )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 def _spread(values: Iterable[float], form: str) -> str:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +71,11 @@ class Outcome:
         }
 
 
+def say_at_once(text: str) -> None:
+    """Print a line without waiting for more."""
+    print(text, flush=True)
+
+
 @dataclass
 class Bench:
     """One call of the bench: its rows, what ran so far, and where things lie.
@@ -83,7 +87,7 @@ class Bench:
     work: Path
     size: Size
     threads: int
-    say: Callable[[str], None] = partial(print, flush=True)
+    say: Callable[[str], None] = say_at_once
     sources: dict[str, str] = field(default_factory=dict)
     _files: dict[str, tuple[Files, dict[str, Any]]] = field(default_factory=dict)
     _rounds: dict[str, Round] = field(default_factory=dict)

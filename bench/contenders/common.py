@@ -35,6 +35,11 @@ def now() -> float:
 
 def peak_bytes() -> int:
     """Return the most resident memory that this process had so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage says begins, on Linux, at what the process had that started this one.
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
