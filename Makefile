@@ -1,8 +1,8 @@
-# Everything runs in .venv, which `make setup` makes with the tested versions of constraints.txt.
+# Everything runs in .venv, which `make setup` makes with the tested versions of constraints.txt; the bench has its own.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check test format
+.PHONY: setup demo check test format bench bench-peers
 
 setup: .venv/ready
 
@@ -26,3 +26,16 @@ test: check  # everything that needs no GPU
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: bench/.venv/ready  # headstart beside its peers, and docs/benchmarks.md from it: well over an hour on two cores
+	bench/.venv/bin/python -m bench $(BENCH)
+
+bench/.venv/ready: pyproject.toml constraints.txt bench/constraints.txt
+	$(PYTHON) -m venv bench/.venv
+	bench/.venv/bin/python -m pip install --quiet -c constraints.txt -c bench/constraints.txt \
+		torch==2.13.0 -e . trl==1.16.0 accelerate datasets
+	touch $@
+
+bench-peers:  # peers whose pins clash with ours, each in an environment of its own
+	$(PYTHON) -m venv bench/.venv-litgpt
+	bench/.venv-litgpt/bin/python -m pip install --quiet torch==2.13.0 litgpt==0.5.13
