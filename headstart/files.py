@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +54,34 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file that `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def take_room(folder: Path, size: int) -> None:
+    """Take `size` bytes of the disk for a moment, to show that they are there and may be written. Raises OSError."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{TEMPORARY_PREFIX}room-")
+    try:
+        with contextlib.suppress(AttributeError):  # a system without it
+            os.posix_fallocate(handle, 0, max(1, size))
+    finally:
+        os.close(handle)
+        Path(name).unlink()
+
+
+def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
+    """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash."""
+    folder = path.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f"{TEMPORARY_PREFIX}pace-")
+    os.close(handle)
+    begun = time.perf_counter()
+    try:
+        Path(name).write_bytes(bytes(size))
+        _sync_file(Path(name))
+        sha256(Path(name))
+        return (time.perf_counter() - begun) / size
+    finally:
+        Path(name).unlink()
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from headstart import machine
-from headstart.choose import Facts, choose
+from headstart.choose import EVALS_PER_RUN, Facts, choose
 from headstart.config import Config, Settings, setting
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
@@ -28,21 +29,22 @@ from headstart.data.templates import template_ids
 from headstart.engine.engine import Engine, Objective
 from headstart.engine.forward import EmbeddingReader, ImageReader, LabelReader, PackReader, Reader, TokenReader
 from headstart.engine.plan import (
-    FORWARD_COST,
     MEMORY_SHARE,
     STATES_PER_WEIGHT,
     Estimate,
     Layout,
-    estimate_generation_s,
-    estimate_memory,
+    Memory,
+    Scoring,
     lay_out,
-    probe_memory,
+    lay_out_scoring,
+    measure_memory,
     rehearse,
 )
+from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
-from headstart.evaluate.generate import PROMPTS_AT_ONCE
 from headstart.evaluate.measure import Measured, answer_limit, measure
-from headstart.files import read_json
+from headstart.evaluate.rehearse import answering_bytes, answering_s
+from headstart.files import read_json, seconds_per_byte
 from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.fast import Sped
 from headstart.models.load import (
@@ -63,7 +65,8 @@ from headstart.objectives.labels import class_losses, number_losses, several_los
 from headstart.objectives.tokens import nll
 
 DOCUMENT_TOKENS = 2048
-PROBE_ROWS = 1024
+LEAST_PACK = 256  # smaller packs cost more than they save
+LEAST_LENGTH = 16
 IMAGE_MODEL = "efficientnet-lite0"
 WRITES = ("chat", "causal")  # tasks of models that write text; their adapters are kept as adapters
 SMALL_MODEL_BYTES = 250_000_000
@@ -115,6 +118,7 @@ class Job:
     layout: Layout
     estimate: Estimate
     engine_facts: str
+    shape: Shape | None = None
 
     @cached_property
     def proof(self) -> Segmented:
@@ -375,6 +379,8 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
+    # What is needed is counted on plain layers: fused ones call none of their linear modules.
+    shape = read_shape(reader, probe_pack(reader, data.prepared.train.examples))
     sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
@@ -386,9 +392,10 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         clip=settings.optim.clip,
         joint=task == "embedding",
     )
-    config, layout, memory_bytes = _fit_memory(config, data, engine)
-    estimate = _estimate(config, data, engine, layout, memory_bytes)
-    return Job(data, config, adapted, engine, layout, estimate, _describe_engine(settings, sped, kept))
+    fitted = _fit_memory(config, data, engine)
+    estimate = _estimate(data, engine, fitted, shape)
+    facts = _describe_engine(settings, sped, kept)
+    return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape)
 
 
 def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:
@@ -531,37 +538,117 @@ def _tokens(examples: list[Example]) -> int:
     return sum(example.token_count for example in examples)
 
 
-def _fit_memory(config: Config, data: Data, engine: Engine) -> tuple[Config, Layout, int]:
-    """Find packs that fit into the memory: as chosen, then with activations recomputed, then smaller.
+@dataclass(frozen=True)
+class Fitted:
+    """A way to run that was looked at: its settings, how rows fall into packs there, and what it fills."""
 
-    Raises ResourceError where nothing fits, or where what would fit was ruled out by the user.
+    config: Config
+    layout: Layout
+    scoring: Scoring | None
+    memory: Memory
+
+
+def _fit_memory(config: Config, data: Data, engine: Engine) -> Fitted:
+    """Find packs that fit into the memory, the fastest way first: as chosen, in smaller packs, with activations recomputed.
+
+    Packs a half or a quarter as large cost little; activations made anew cost a third of the time. Raises ResourceError
+    where nothing fits, or where what would fit was ruled out by the user, with the setting that would do.
     """
-    examples = data.prepared.train.examples
-    feed = build_feed(config, data.prepared)
     device = engine.reader.device.type
+    machine.trim_memory()
     total = machine.device_used_bytes(device) + machine.device_free_bytes(device)
-    checkpointing = config.settings.engine.checkpointing
-    per_pack = config.settings.engine.tokens_per_pack or 1
-    attempts = [("off", per_pack)] if checkpointing != "on" else []
-    attempts += [("on", per_pack)] if checkpointing != "off" else []
-    if not config.given("engine.tokens_per_pack"):
-        attempts.append((attempts[-1][0], data.prepared.longest))
-    for mode, tokens in attempts:
-        if mode == "on" and not _recompute(engine, wanted=checkpointing == "on"):
+    limit = total * MEMORY_SHARE
+    ways = sorted(_ways(config, data.prepared.longest), key=lambda way: not _allowed(config, *way))
+    least: Fitted | None = None
+    recomputing = False
+    for mode, tokens in ways:
+        if mode == "on":
+            recomputing = recomputing or _recompute(engine, wanted=config.settings.engine.checkpointing == "on")
+        if recomputing != (mode == "on"):
             continue
-        layout = lay_out(engine.reader, examples, feed, tokens)
-        needed = estimate_memory(engine, probe_memory(engine, feed.varied(examples[:PROBE_ROWS])), len(layout.worst))
-        if needed <= total * MEMORY_SHARE:
-            why = "it fits into the memory" if mode == "off" else "needed to fit into the memory"
-            decided: dict[str, tuple[Any, str]] = {}
-            if checkpointing == "auto":
-                decided["engine.checkpointing"] = (mode, why)
-            if tokens != per_pack:
-                decided["engine.tokens_per_pack"] = (tokens, "what fits into the memory: the longest row")
-            return config.decide(decided), layout, needed
+        found = _look(config, data, engine, mode, tokens)
+        allowed, fits = _allowed(config, mode, tokens), found.memory.peak() <= limit
+        if fits and allowed:
+            return found
+        if fits:
+            raise _too_large(least or found, total, _cure_of(config, mode, tokens))
+        least = found if least is None or found.memory.peak() < least.memory.peak() else least
+    if least is None:
+        raise TypeError("a way that is allowed is always looked at")
+    raise _too_large(least, total, _cure(config, least, data, limit))
+
+
+def _ways(config: Config, longest: int) -> list[tuple[str, int]]:
+    """Return what can be tried, as (checkpointing, tokens_per_pack), the fastest first."""
+    first = config.settings.engine.tokens_per_pack or 1
+    sizes = [size for size in (first, first // 2, first // 4) if size >= max(longest, LEAST_PACK)] or [first]
+    sizes += [longest] * (longest < sizes[-1])
+    return [(mode, size) for mode in ("off", "on") for size in sizes]
+
+
+def _allowed(config: Config, mode: str, tokens: int) -> bool:
+    """Tell whether the user left this open."""
+    engine = config.settings.engine
+    own = not config.given("engine.tokens_per_pack") or tokens == engine.tokens_per_pack
+    return own and engine.checkpointing in ("auto", mode)
+
+
+def _look(config: Config, data: Data, engine: Engine, mode: str, tokens: int) -> Fitted:
+    """Lay the run out and measure what it would fill."""
+    prepared, settings = data.prepared, config.settings
+    layout = lay_out(engine.reader, prepared.train.examples, build_feed(config, prepared), tokens)
+    scored = [lay_out_scoring(engine.reader, part.examples, tokens) for part in (prepared.proof, prepared.watch)]
+    scoring = max((one for one in scored if one), key=lambda one: len(one.worst), default=None)
+    others = {"saving": _saving_bytes(engine, settings)}
+    if settings.eval.generate and settings.eval.choices != "on":
+        others["answering"] = answering_bytes(engine.reader, *_answering(data, settings))
+    memory = measure_memory(engine, layout, scoring, others)
+    decided: dict[str, tuple[Any, str]] = {}
+    if settings.engine.checkpointing == "auto":
+        why = "it fits into the memory" if mode == "off" else "needed to fit into the memory"
+        decided["engine.checkpointing"] = (mode, why)
+    if tokens != settings.engine.tokens_per_pack:
+        decided["engine.tokens_per_pack"] = (tokens, "what fits into the memory")
+    return Fitted(config.decide(decided), layout, scoring, memory)
+
+
+def _saving_bytes(engine: Engine, settings: Settings) -> int:
+    """Return what writing the result fills for a while: an adapter that is merged, a second model."""
+    if settings.method != "lora" or settings.task in WRITES:
+        return 0
+    parameters = list(engine.reader.model.parameters())
+    largest = max(p.numel() * p.element_size() for p in parameters)
+    return int(sum(p.numel() * p.element_size() for p in parameters) + 2 * largest)
+
+
+def _cure_of(config: Config, mode: str, tokens: int) -> str:
+    """Return the settings that lead to a way that the user ruled out."""
+    parts = []
+    if config.settings.engine.checkpointing not in ("auto", mode):
+        parts.append(f"-s engine.checkpointing={mode}")
+    if config.given("engine.tokens_per_pack") and tokens != config.settings.engine.tokens_per_pack:
+        parts.append(f"-s engine.tokens_per_pack={tokens}")
+    return " ".join(parts)
+
+
+def _cure(config: Config, found: Fitted, data: Data, limit: float) -> str:
+    """Return the settings with which the run would fit, by the same measure; where there are none, say so."""
+    longest = data.prepared.longest
+    mode = found.config.settings.engine.checkpointing
+    for part in (0.5, 0.25, 0.125, 0.0625):
+        length = int(longest * part)
+        if length >= LEAST_LENGTH and found.memory.peak(round(len(found.layout.worst) * part)) <= limit:
+            return f"{_cure_of(config, mode, length)} -s data.max_length={length}".strip()
+    without = found.memory.peak() - found.memory.fixed_bytes
+    if found.config.settings.method == "full" and without <= limit:
+        return "--method lora"
+    return "a smaller model, or a machine with more memory"
+
+
+def _too_large(found: Fitted, total: int, cure: str) -> ResourceError:
+    needed = found.memory.peak()
     what = f"{needed / machine.GIB:.1f} GiB are needed and {total / machine.GIB:.1f} GiB are there"
-    cure = f"-s engine.checkpointing=on, -s data.max_length={max(64, data.prepared.longest // 2)}, --method lora, or a smaller model"
-    raise ResourceError(Problem("memory.plan", what, "", cure))
+    return ResourceError(Problem("memory.plan", what, "", cure))
 
 
 def _recompute(engine: Engine, *, wanted: bool) -> bool:
@@ -576,28 +663,59 @@ def _recompute(engine: Engine, *, wanted: bool) -> bool:
     return True
 
 
-def _estimate(config: Config, data: Data, engine: Engine, layout: Layout, memory_bytes: int) -> Estimate:
-    settings, prepared = config.settings, data.prepared
+def _estimate(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -> Estimate:
+    settings, layout, prepared = fitted.config.settings, fitted.layout, data.prepared
     device = engine.reader.device.type
     free = machine.device_free_bytes(device)
-    train_s = rehearse(engine, layout)
-    forward_s = train_s * FORWARD_COST
-    answers = settings.eval.generate or 0
-    proof = prepared.proof.examples[: settings.eval.rows]
-    answering_s = estimate_generation_s(
-        forward_s,
-        prompt_tokens=round(sum(e.token_count - e.target_count for e in proof) / len(proof) * answers),
-        new_tokens=round(sum(map(answer_limit, proof)) / len(proof)),
-        batches=-(-answers // PROMPTS_AT_ONCE),
-        at_once=min(PROMPTS_AT_ONCE, answers),
-    )
-    watches = layout.steps // settings.eval.every if settings.eval.every else 0
-    scored = 2 * _tokens(proof) + watches * _tokens(prepared.watch.examples)
+    pace = rehearse(engine, layout, fitted.scoring)
     weights = sum(p.numel() * p.element_size() for p in engine.trainable.values())
+    every = settings.save.every
+    saves = -(-layout.steps // every) if every else 1
+    written = weights * (STATES_PER_WEIGHT * saves + min(saves, EVALS_PER_RUN) + 1)
+    dtype = torch.bfloat16 if settings.engine.precision == "bfloat16" else torch.float32
+    rows = min(settings.engine.tokens_per_pack or 512, RATE_ROWS)
     return Estimate(
-        memory_bytes=memory_bytes,
+        memory_bytes=fitted.memory.planned(pace.peak_bytes),
         memory_free_bytes=free,
-        train_s=train_s * layout.tokens,
-        eval_s=forward_s * scored + 2 * answering_s,
+        train_s=pace.train_s * layout.tokens + (pace.step_s + layout.data_s) * layout.steps,
+        eval_s=pace.forward_s * _scored_tokens(settings, prepared, layout, engine.reader)
+        + _answering_s(data, engine, settings, pace.forward_s),
+        save_s=written * seconds_per_byte(Path(settings.out or ".")),
         disk_bytes=weights * ((settings.save.keep + 1) * STATES_PER_WEIGHT + 2),
+        phases_bytes=fitted.memory.phases(),
+        rehearsed_bytes=pace.peak_bytes,
+        product_rate=best_rate(shape, rows, dtype, device) if shape else 0.0,
     )
+
+
+def _scored_tokens(settings: Settings, prepared: Prepared, layout: Layout, reader: Reader) -> int:
+    """Return how many tokens go forward to score: the proof twice, what is watched as often as it is."""
+    budget = settings.engine.tokens_per_pack or 1
+    parts = [prepared.proof.examples[: settings.eval.rows], prepared.watch.examples]
+    parts += [mixed.proof.examples for mixed in prepared.mixed]
+    proof, watch, *mixed = (one.tokens if (one := lay_out_scoring(reader, part, budget)) else 0 for part in parts)
+    watches = -(-layout.steps // settings.eval.every) if settings.eval.every else 0
+    twice = 2 if settings.task == "tagging" else 1  # losses, and then the tags
+    if settings.eval.choices == "on":
+        chosen = prepared.proof.examples[: settings.eval.generate or 0]
+        aims = sum(example.target_count for example in chosen)
+        prompts = _tokens(chosen) - aims
+        count = len(prepared.choices)
+        proof += (prompts if reader.packing == "forest" else prompts * count) + aims * count
+    return 2 * (proof * twice + sum(mixed)) + watches * watch
+
+
+def _answering(data: Data, settings: Settings) -> tuple[list[int], list[int]]:
+    """Return how many tokens the prompts have that are answered, and how many their answers may have."""
+    rows = data.prepared.proof.examples[: settings.eval.generate or 0]
+    return [row.token_count - row.target_count for row in rows], [answer_limit(row) for row in rows]
+
+
+def _answering_s(data: Data, engine: Engine, settings: Settings, forward_s: float) -> float:
+    """Return the seconds that answering takes, before and after."""
+    if not settings.eval.generate or settings.eval.choices == "on":
+        return 0.0
+    prompts, limits = _answering(data, settings)
+    wanted = [row.target_count for row in data.prepared.proof.examples[: settings.eval.generate]]
+    # Untouched, a model mostly goes on to the limit; tuned, it ends where the references do.
+    return sum(answering_s(engine.reader, prompts, ends, forward_s) for ends in (limits, wanted))

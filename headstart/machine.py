@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import gc
 import os
 import platform
 import shutil
@@ -19,7 +21,7 @@ from headstart.errors import Problem, ResourceError
 
 PACKAGES = ("headstart", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 GIB = 1 << 30
-MEMORY_MARKS = ("allocate memory", "out of memory")
+MEMORY_MARKS = ("allocate memory", "out of memory", "not enough memory")
 
 
 def home() -> Path:
@@ -81,14 +83,48 @@ def memory_used_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+_highest_bytes = 0  # of the peaks that `begin_peak` forgot
+
+
 def memory_peak_bytes() -> int:
     """Return the most resident memory that this process ever had."""
+    return max(_highest_bytes, _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    """Return the most resident memory since the process began, or since the last `begin_peak`."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def begin_peak(device: str) -> None:
+    """Count the peak of what follows by itself, for `peak_since`. `device_peak_bytes` still tells of everything."""
+    global _highest_bytes  # noqa: PLW0603 (the system keeps one peak a process, and so do we)
+    if device == "cuda":
+        return
+    _highest_bytes = max(_highest_bytes, _peak_bytes())
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since(device: str) -> int:
+    """Return the most memory since `begin_peak`; where the system forgets no peak, what is filled now."""
+    if device == "cuda":
+        return device_peak_bytes(device)
+    peak = _peak_bytes()
+    return peak if peak > _highest_bytes or Path("/proc/self/clear_refs").exists() else memory_used_bytes()
+
+
+def trim_memory() -> None:
+    """Give memory that is free back to the system, where the allocator keeps it and can be told to."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def device_peak_bytes(device: str) -> int:
@@ -118,16 +154,21 @@ def device_free_bytes(device: str) -> int:
     return memory_free_bytes()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out; torch has a class of its own for that on some devices only."""
+    said = str(error).partition("\n")[0]
+    return isinstance(error, MemoryError) or any(mark in said for mark in MEMORY_MARKS)
+
+
 @contextlib.contextmanager
 def resources() -> Iterator[None]:
     """Turn what the system says when memory or disk runs out into errors that say what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error).splitlines()[0] if str(error) else "out of memory"
-        # torch has a class of its own for this on some devices only.
-        if not isinstance(error, MemoryError) and not any(mark in said for mark in MEMORY_MARKS):
+        if not is_out_of_memory(error):
             raise
+        said = str(error).splitlines()[0] if str(error) else "out of memory"
         cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model"
         raise ResourceError(Problem("memory.exhausted", said, "", cure)) from None
     except OSError as error:

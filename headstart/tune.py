@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,14 +30,14 @@ from headstart.errors import DataError, Problem, ResourceError, StoppedError
 from headstart.evaluate.measure import Measured, measure
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.score import output_rows, score_rows
-from headstart.files import read_json, sha256, write_atomic, write_json
-from headstart.job import Data, Job, beside, build_data, build_job
+from headstart.files import TEMPORARY_PREFIX, read_json, sha256, take_room, write_atomic, write_json
+from headstart.job import WRITES, Data, Job, beside, build_data, build_job
 from headstart.models.fast import slow_down
 from headstart.models.save import save_result, saved_scale
 from headstart.models.source import Source, weights_hash
 from headstart.report.card import model_card
 from headstart.report.page import report_page
-from headstart.report.result import build_result
+from headstart.report.result import build_result, rate_share
 from headstart.report.words import data_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stop import StopRequest
@@ -139,7 +140,6 @@ class _Session:
     display: Display
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
-    eval_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.job.config.settings.save.keep)
@@ -148,11 +148,15 @@ class _Session:
 
     def carry_out(self) -> Run:
         """Take the run from where it stands to its end."""
+        machine.begin_peak(self.job.engine.reader.device.type)  # of what was planned, without the planning itself
+        self._rehearse_save()
         before = self._evaluate("before")
         self._train()
         self._use_best()
         after = self._evaluate("after")
-        self._save()
+        slow_down(self.job.adapted.model)  # what is copied to be merged is then of plain layers
+        with self._timed_save():
+            self._save(self.folder.model)
         self._conclude(before, after)
         return Run(self.folder.path)
 
@@ -163,12 +167,25 @@ class _Session:
         rate = self.progress.row_tokens_seen / self.progress.train_s
         peak = machine.device_peak_bytes(self.job.engine.reader.device.type)
         values = {key: value for key, value in asdict(record).items() if key != "rows"}
-        self.folder.add_metrics({**values, "real_tokens_per_s": rate, "peak_bytes": peak})
+        share = rate_share(record.operations, record.step_s, self.job.estimate.product_rate)
+        self.folder.add_metrics({**values, "real_tokens_per_s": rate, "peak_bytes": peak, "product_rate_frac": share})
         left = (self.job.layout.steps - record.step) * self.progress.train_s / record.step
         detail = (
             f"loss {record.loss:.3f}  lr {record.lr:.1e}  {rate:,.0f} tokens/s  {in_bytes(peak)}  {in_time(left)} left"
         )
         self.display.progress("training", record.step, self.job.layout.steps, detail)
+
+    def use_smaller_packs(self, tokens_per_pack: int, said: str) -> None:
+        """Say that memory ran out, and go on, now and after a stop, with packs that fill less."""
+        at = f"step {self.progress.step + 1}"
+        self.display.warn(f"{at}: out of memory ({said}); it is taken anew with {tokens_per_pack:,} tokens a pack")
+        self.folder.add_metrics(
+            {"step": self.progress.step + 1, "out_of_memory": True, "tokens_per_pack": tokens_per_pack}
+        )
+        self.job.config = self.job.config.decide(
+            {"engine.tokens_per_pack": (tokens_per_pack, f"the memory ran out at {at}")}
+        )
+        self.folder.write_config(self.job.config)
 
     def watch(self) -> float:
         """Return the loss on the watched rows."""
@@ -177,7 +194,7 @@ class _Session:
         scores = score_rows(
             self.job.engine.reader, self.job.data.prepared.watch.examples, settings.tokens_per_pack or 1
         )
-        self.eval_s += time.perf_counter() - begun
+        self.progress.eval_s += time.perf_counter() - begun
         if not math.isfinite(scores.mean):
             return scores.mean  # the loop refuses it
         best = self.progress.best_value
@@ -188,13 +205,16 @@ class _Session:
 
     def keep_best(self, progress: Progress) -> None:
         """Keep the weights as they are."""
-        self.checkpoints.save_best(progress.step, self.job.engine.trainable)
+        with self._timed_save():
+            self.checkpoints.save_best(progress.step, self.job.engine.trainable)
 
     def save(self, progress: Progress) -> None:
         """Commit a checkpoint."""
-        tensors, numbers = self.job.engine.state()
-        self.folder.sync_metrics()
-        self.checkpoints.save(progress.step, tensors, {**numbers, "progress": progress.to_json()}, progress.best_step)
+        with self._timed_save():
+            tensors, numbers = self.job.engine.state()
+            self.folder.sync_metrics()
+            values = {**numbers, "progress": progress.to_json()}
+            self.checkpoints.save(progress.step, tensors, values, progress.best_step)
 
     def should_stop(self) -> bool:
         """Tell whether the run was asked to stop."""
@@ -223,7 +243,7 @@ class _Session:
             on_progress=self._on_eval,
         )
         measured = self.job.measure_mixed(measured)
-        self.eval_s += time.perf_counter() - begun
+        self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
 
@@ -236,18 +256,37 @@ class _Session:
         outputs = output_rows(reader, watched, self.job.config.settings.engine.tokens_per_pack or 1)
         return replace(labels, threshold=best_threshold(outputs, np.array([example.label for example in watched])))
 
-    def _save(self) -> None:
-        slow_down(self.job.adapted.model)  # a merged copy is then of plain layers
+    def _rehearse_save(self) -> None:
+        """Show that the result can be written, before anything is learned.
+
+        An adapter is written as it is now and taken away again; of a larger result the room is taken and given back.
+        """
+        if self.folder.read_evaluation("before") is not None:
+            return
+        if self.job.adapted.saved is not self.job.adapted.model and self.job.config.settings.task in WRITES:
+            trial = self.folder.path / f"{TEMPORARY_PREFIX}model"
+            self._save(trial)
+            shutil.rmtree(trial)
+        else:
+            take_room(self.folder.path, sum(p.numel() * p.element_size() for p in self.job.adapted.model.parameters()))
+
+    def _save(self, path: Path) -> None:
         data, adapted = self.job.data, self.job.adapted
         save_result(
             adapted.saved,
             data.tokenizer,
             data.stop_ids,
-            self.folder.model,
+            path,
             data.source,
             labels=self._labels(),
             beside=beside(data.source, data.renderer, self.job.engine.reader),
         )
+
+    @contextlib.contextmanager
+    def _timed_save(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.progress.save_s += time.perf_counter() - begun
 
     def _on_eval(self, label: str, done: int, total: int) -> None:
         self.display.progress(label, done, total)
@@ -275,6 +314,7 @@ class _Session:
             eval_every=(settings.eval.every or 0) if self.job.data.prepared.watch.examples else 0,
             save_every=settings.save.every or 0,
             patience=settings.eval.patience,
+            shape=self.job.shape,
         )
         end = train(self.job.engine, self.feed, self.job.data.prepared.train.examples, plan, self.progress, self)
         self.display.end_progress()
@@ -323,7 +363,6 @@ class _Session:
             progress=self.progress,
             before=before,
             after=after,
-            eval_s=self.eval_s,
             device=self.job.engine.reader.device.type,
         )
         settings = self.job.config.settings

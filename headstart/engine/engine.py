@@ -6,9 +6,11 @@ that how rows are packed or split never changes it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,23 @@ import torch
 from torch import Tensor
 
 from headstart.data.forest import Pack
+from headstart.engine.clock import Clock
 from headstart.engine.forward import Reader
 from headstart.engine.optim import build_adamw
 from headstart.errors import DivergedError, Problem
+from headstart.machine import is_out_of_memory
 from headstart.objectives.tokens import Total
 
 Objective = Callable[[Tensor, Tensor], Total]
+RandomState = tuple[Tensor, ...]
+
+
+class PackTooLargeError(Exception):
+    """The memory ran out on a pack with these `rows` (numbers in the step). The gradient of the step is incomplete."""
+
+    def __init__(self, rows: Sequence[int], said: str) -> None:
+        super().__init__(said)
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -67,14 +80,25 @@ class Engine:
         self._joint = joint
         self._sums = Sums()
         self.optimizer = build_adamw(self.trainable, weight_decay)
+        self.clock = Clock(reader.device.type)
+
+    @property
+    def joint(self) -> bool:
+        """Tell whether the objective is about all packs of a step at once."""
+        return self._joint
 
     def forward_backward_all(self, packs: Sequence[Pack]) -> Sums:
-        """Add the gradient of the loss SUM of a step's packs, and return their sums."""
+        """Add the gradient of the loss SUM of a step's packs, and return their sums.
+
+        Raises PackTooLargeError where the memory runs out; then the step's gradient has to be discarded.
+        """
         if self._joint:
-            return self._forward_backward_joint(packs)
+            with _naming(max(packs, key=len)):
+                return self._forward_backward_joint(packs)
         sums = Sums()
         for pack in packs:
-            sums += self.forward_backward(pack)
+            with _naming(pack):
+                sums += self.forward_backward(pack)
         return sums
 
     def _forward_backward_joint(self, packs: Sequence[Pack]) -> Sums:
@@ -85,28 +109,33 @@ class Engine:
         """
         self.reader.train()
         if len(packs) == 1:
-            return self._backward(packs, self._objective(self.reader.outputs(packs[0]), self.reader.targets(packs[0])))
+            return self._through(packs[0])
         states, outputs = [], []
-        with torch.no_grad():
+        with self.clock.phase("forward"), torch.no_grad():
             for pack in packs:
-                states.append(self._random_state())
+                states.append(self.random_state())
                 outputs.append(self.reader.outputs(pack))
         joined = torch.cat(outputs).requires_grad_(True)
         total = self._objective(joined, torch.cat([self.reader.targets(pack) for pack in packs]))
         (gradient,) = torch.autograd.grad(total.loss, joined)
-        after = self._random_state()
+        after = self.random_state()
         for pack, state, part in zip(packs, states, torch.split(gradient, [len(o) for o in outputs]), strict=True):
-            self._set_random_state(state)
-            torch.autograd.backward(self.reader.outputs(pack), part)
-        self._set_random_state(after)
+            self.set_random_state(state)
+            with self.clock.phase("forward"):
+                again = self.reader.outputs(pack)
+            with self.clock.phase("backward"):
+                torch.autograd.backward(again, part)
+        self.set_random_state(after)
         return self._note(packs, total)
 
-    def _random_state(self) -> tuple[Tensor, ...]:
+    def random_state(self) -> RandomState:
+        """Return the state of the generators that dropout draws from."""
         cuda = (torch.cuda.get_rng_state(),) if self.reader.device.type == "cuda" else ()
         return (torch.get_rng_state(), *cuda)
 
     @staticmethod
-    def _set_random_state(state: tuple[Tensor, ...]) -> None:
+    def set_random_state(state: RandomState) -> None:
+        """Let dropout draw what it drew from this state on."""
         torch.set_rng_state(state[0])
         if state[1:]:
             torch.cuda.set_rng_state(state[1])
@@ -116,11 +145,14 @@ class Engine:
         if self._joint:
             return self._forward_backward_joint([pack])
         self.reader.train()
-        return self._backward([pack], self._objective(self.reader.outputs(pack), self.reader.targets(pack)))
+        return self._through(pack)
 
-    def _backward(self, packs: Sequence[Pack], total: Total) -> Sums:
-        torch.autograd.backward(total.loss)
-        return self._note(packs, total)
+    def _through(self, pack: Pack) -> Sums:
+        with self.clock.phase("forward"):
+            total = self._objective(self.reader.outputs(pack), self.reader.targets(pack))
+        with self.clock.phase("backward"):
+            torch.autograd.backward(total.loss)
+        return self._note([pack], total)
 
     def _note(self, packs: Sequence[Pack], total: Total) -> Sums:
         tokens, row_tokens = sum(map(len, packs)), sum(pack.row_tokens for pack in packs)
@@ -129,13 +161,42 @@ class Engine:
         return sums
 
     def rehearse(self, pack: Pack) -> None:
-        """Run a pack forward and backward for what that takes alone; no gradient is kept."""
+        """Run a pack forward and backward for what that takes alone; its gradient stays until `discard`."""
         self.reader.train()
         outputs = self.reader.outputs(pack)
         # Without the rest of its step a joint objective says nothing; what it costs is next to nothing.
         loss = outputs.sum() if self._joint else self._objective(outputs, self.reader.targets(pack)).loss
         torch.autograd.backward(loss)
+
+    def rehearse_optim_step(self) -> float:
+        """Take two steps that change no weight, and return the seconds of the second; the gradient is gone then.
+
+        All that a step fills is filled after it, and the moments are zero as before the first step.
+        """
+        self.prepare_optimizer()
+        for parameter in self.trainable.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # so that nothing that isn't finite can reach the weights
+        for _ in range(2):
+            begun = time.perf_counter()
+            self._update(Sums(count=1.0), 0.0)
+            taken = time.perf_counter() - begun
         self.discard()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        return taken
+
+    def prepare_optimizer(self) -> None:
+        """Make the moments of every parameter that has a gradient, as AdamW would in its first step.
+
+        So where the memory runs out for them, no weight was changed and no parameter has half of its moments.
+        """
+        for parameter in self.trainable.values():
+            if parameter.grad is not None and not self.optimizer.state.get(parameter):
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                self.optimizer.state[parameter] = {"step": step, **moments}
 
     def optim_step(self, lr: float) -> float:
         """Divide by the step's count, clip, update and clear; return the gradient's norm before clipping.
@@ -143,7 +204,17 @@ class Engine:
         Raises DivergedError, with the weights untouched and the gradient cleared, where the loss or the gradient is
         not finite.
         """
+        with self.clock.phase("optimizer"):
+            return self._optim_step(lr)
+
+    def _optim_step(self, lr: float) -> float:
+        self.prepare_optimizer()
         sums, self._sums = self._sums, Sums()
+        norm = self._update(sums, lr)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _update(self, sums: Sums, lr: float) -> float:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         torch._foreach_div_(gradients, sums.count)
         norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -159,7 +230,6 @@ class Engine:
         self.optimizer.step()
         # The fused AdamW doesn't say that it changed them; what is made of adapters and weights must know (models/linear.py).
         torch.autograd.graph.increment_version(list(self.trainable.values()))
-        self.optimizer.zero_grad()
         return norm
 
     def discard(self) -> None:
@@ -200,3 +270,15 @@ class Engine:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def _naming(pack: Pack) -> Iterator[None]:
+    """Say of which rows the pack was on which the memory ran out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise PackTooLargeError(sorted(set(pack.segment_rows.tolist())), said) from None

@@ -1,41 +1,64 @@
-"""When things happen: steps, evaluations, checkpoints, the best model, the end."""
+"""When things happen: steps, evaluations, checkpoints, the best model, the end; and what is done when memory runs out."""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from headstart.data.feed import Feed
+from headstart.data.forest import Pack
 from headstart.data.segments import Example
-from headstart.engine.engine import Engine
+from headstart.engine.clock import PHASES
+from headstart.engine.engine import Engine, PackTooLargeError, Sums
 from headstart.engine.optim import Schedule
-from headstart.errors import DivergedError, Problem
+from headstart.engine.work import Shape
+from headstart.errors import DivergedError, Problem, ResourceError
 
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """What the loop needs to know. Cadences are in steps, 0 for never; `patience` is in evaluations."""
+    """What the loop needs to know. Cadences are in steps, 0 for never; `patience` is in evaluations.
+
+    With the `shape` of the model, what a step needs to compute is counted.
+    """
 
     schedule: Schedule
     tokens_per_pack: int
     eval_every: int = 0
     save_every: int = 0
     patience: int = 0
+    shape: Shape | None = None
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint. `best_value` is the lowest loss on the watched rows."""
+    """Where a run stands; saved with every checkpoint. `best_value` is the lowest loss on the watched rows.
+
+    Seconds are those of all sessions of a run; `data_s` to `optimizer_s` are parts of `train_s`. `operations` are those
+    that training needed. `tokens_per_pack` is what the packs were cut down to where memory ran out, and at `smaller_at`.
+    """
 
     step: int = 0
     seen: int = 0
     tokens_seen: int = 0
     row_tokens_seen: int = 0
     targets_seen: float = 0.0
+    operations: float = 0.0
     train_s: float = 0.0
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    eval_s: float = 0.0
+    save_s: float = 0.0
+    tokens_per_pack: int | None = None
+    smaller_at: list[int] = field(default_factory=list)
     best_step: int | None = None
     best_value: float | None = None
     worse_evals: int = 0
@@ -48,7 +71,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. `loss` is per target; `tokens` count shared prefixes once, `row_tokens` each time."""
+    """What one step did. `loss` is per target; `tokens` count shared prefixes once, `row_tokens` each time.
+
+    `data_s` to `optimizer_s` are parts of `step_s`; on CUDA the last of them may be told with the next step. `tokens_per_pack`
+    is the budget that the step was taken with: less than before where memory ran out.
+    """
 
     step: int
     epoch: float
@@ -60,6 +87,12 @@ class StepRecord:
     targets: float
     packs: int
     step_s: float
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    operations: float = 0.0
+    tokens_per_pack: int = 0
     rows: Sequence[int] = field(repr=False, default=())
 
 
@@ -68,6 +101,9 @@ class Hooks(Protocol):
 
     def on_step(self, record: StepRecord) -> None:
         """Take note of a step."""
+
+    def use_smaller_packs(self, tokens_per_pack: int, said: str) -> None:
+        """Remember that memory ran out, and how large packs are from now on."""
 
     def watch(self) -> float:
         """Return the loss on the watched rows."""
@@ -88,7 +124,11 @@ def train(
     """Take steps until the rows are used up (`finished`), nothing gets better (`patience`) or one asks (`stopped`)."""
     while feed.seen < feed.total:
         rows, chosen = feed.next_examples(examples)
-        record = take_step(engine, chosen, rows, plan, progress.step, feed.epoch)
+        budget = progress.tokens_per_pack or plan.tokens_per_pack
+        record = take_step(engine, chosen, rows, plan, progress.step, feed.epoch, budget, hooks)
+        if record.tokens_per_pack < budget:
+            progress.tokens_per_pack = record.tokens_per_pack
+            progress.smaller_at.append(record.step)
         _advance(progress, record, feed)
         hooks.on_step(record)
         last = feed.seen >= feed.total
@@ -107,15 +147,22 @@ def train(
 
 
 def take_step(
-    engine: Engine, examples: Sequence[Example], rows: Sequence[int], plan: LoopPlan, step: int, epoch: float
+    engine: Engine,
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    plan: LoopPlan,
+    step: int,
+    epoch: float,
+    budget: int | None = None,
+    hooks: Hooks | None = None,
 ) -> StepRecord:
-    """Take one optimizer step on `examples`.
+    """Take one optimizer step on `examples`, in packs of at most `budget` tokens (as planned where it is None).
 
-    Raises DivergedError, with the weights untouched, where its numbers are not finite; it names the rows.
+    Raises DivergedError, with the weights untouched, where its numbers are not finite; it names the rows. Raises
+    ResourceError where the memory isn't enough for a single row.
     """
     begun = time.perf_counter()
-    packs = engine.reader.build_packs(examples, plan.tokens_per_pack)
-    sums = engine.forward_backward_all(packs)
+    packs, sums, budget = _add_gradient(engine, examples, budget or plan.tokens_per_pack, hooks)
     lr = plan.schedule.lr(step)
     try:
         grad_norm = engine.optim_step(lr)
@@ -134,9 +181,48 @@ def take_step(
         row_tokens=sums.row_tokens,
         targets=sums.count,
         packs=len(packs),
+        operations=sum(map(plan.shape.operations, packs)) if plan.shape else 0.0,
+        tokens_per_pack=budget,
         step_s=time.perf_counter() - begun,
         rows=rows,
+        **{f"{phase}_s": seconds for phase, seconds in engine.clock.take().items()},
     )
+
+
+def _add_gradient(
+    engine: Engine, examples: Sequence[Example], budget: int, hooks: Hooks | None
+) -> tuple[list[Pack], Sums, int]:
+    """Add the gradient of a whole step; return its packs, its sums, and the budget that its packs were laid out in.
+
+    Where the memory runs out, what was added is forgotten and the step is begun anew in packs of half the size, from the
+    same random state: it is then the very step that it would have been with such packs.
+    """
+    state = engine.random_state()
+    while True:
+        with engine.clock.phase("data"):
+            packs = engine.reader.build_packs(examples, budget)
+        try:
+            return packs, engine.forward_backward_all(packs), budget
+        except PackTooLargeError as error:
+            rows, said = error.rows, str(error)
+        # Here, where nothing holds what the pack had filled any more.
+        engine.discard()
+        engine.set_random_state(state)
+        _free(engine)
+        longest = max(map(len, packs))
+        if len(rows) == 1:
+            where = str(examples[rows[0]].where)
+            cure = f"-s engine.checkpointing=on, -s data.max_length={max(1, longest // 2)}, or a smaller model"
+            raise ResourceError(Problem("memory.exhausted", f"one row alone is too much: {said}", where, cure))
+        budget = max(1, min(budget, longest) // 2)
+        if hooks:
+            hooks.use_smaller_packs(budget, said)
+
+
+def _free(engine: Engine) -> None:
+    gc.collect()
+    if engine.reader.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _advance(progress: Progress, record: StepRecord, feed: Feed) -> None:
@@ -145,7 +231,10 @@ def _advance(progress: Progress, record: StepRecord, feed: Feed) -> None:
     progress.tokens_seen += record.tokens
     progress.row_tokens_seen += record.row_tokens
     progress.targets_seen += record.targets
+    progress.operations += record.operations
     progress.train_s += record.step_s
+    for phase in PHASES:
+        setattr(progress, f"{phase}_s", getattr(progress, f"{phase}_s") + getattr(record, f"{phase}_s"))
 
 
 def _judge(progress: Progress, value: float, hooks: Hooks) -> None:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart import machine
 from headstart.data.feed import Feed
-from headstart.data.forest import Pack, build_packs
+from headstart.data.forest import Pack
 from headstart.data.segments import Example, lengths_of
 from headstart.engine.engine import Engine
 from headstart.engine.forward import Reader
+from headstart.engine.memory import Growth, measure_growth
 
-PROBE_TOKENS = 64
 FORWARD_COST = 0.4  # of a token forward, against forward and backward
 STEPS_LAID_OUT = 64
+ROWS_LAID_OUT = 128
 MEMORY_SHARE = 0.9
 STATES_PER_WEIGHT = 3  # gradient and AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a run fall into packs: over all steps, from at most `STEPS_LAID_OUT` of them laid out."""
+    """How the rows of a run fall into packs: over all steps, from at most `STEPS_LAID_OUT` of them laid out.
+
+    `most_packs` is how many a step has at most, `data_s` how long laying out a step takes.
+    """
 
     steps: int
     row_tokens: int
@@ -36,6 +39,8 @@ class Layout:
     packs: int
     worst: Pack
     usual: Pack
+    most_packs: int = 1
+    data_s: float = 0.0
 
     @property
     def shared_frac(self) -> float:
@@ -45,18 +50,26 @@ class Layout:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take: bytes of memory at the worst moment, seconds by phase, bytes of disk."""
+    """What a run will take: bytes of memory at the worst moment and by phase, seconds by phase, bytes of disk.
+
+    `memory_bytes` is the most of what was foreseen and of what the rehearsal filled; `product_rate` is the best rate
+    (operations a second) of a product of the model's, 0 where it isn't made of any.
+    """
 
     memory_bytes: int
     memory_free_bytes: int
     train_s: float
     eval_s: float
+    save_s: float
     disk_bytes: int
+    phases_bytes: Mapping[str, int]
+    rehearsed_bytes: int
+    product_rate: float
 
     @property
     def total_s(self) -> float:
-        """Seconds from the first score to the last."""
-        return self.train_s + self.eval_s
+        """Seconds from the first score to the result."""
+        return self.train_s + self.eval_s + self.save_s
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as plain values."""
@@ -66,12 +79,15 @@ class Estimate:
 def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_pack: int) -> Layout:
     """Lay out the first steps of a run as they will be taken, and count up to all of them."""
     trial = Feed(feed.rows, feed.batch_size, feed.total, feed.seed, vary=feed.vary)
-    packs: list[Pack] = []
+    steps: list[list[Pack]] = []
     rows = 0
+    begun = time.perf_counter()
     for _ in range(min(STEPS_LAID_OUT, trial.steps)):
         numbers, chosen = trial.next_examples(examples)
         rows += len(numbers)
-        packs += reader.build_packs(chosen, tokens_per_pack)
+        steps.append(reader.build_packs(chosen, tokens_per_pack))
+    data_s = (time.perf_counter() - begun) / len(steps)
+    packs = [pack for step in steps for pack in step]
     longest = examples[int(lengths_of(examples).argmax())]
     packs_of_longest = reader.build_packs(feed.varied([longest]), tokens_per_pack)
     scale = feed.total / rows
@@ -83,79 +99,130 @@ def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_
         packs=round(len(packs) * scale),
         worst=max([*packs, *packs_of_longest], key=len),
         usual=sorted(packs, key=len)[len(packs) // 2],
+        most_packs=max(map(len, steps)),
+        data_s=data_s,
     )
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The bytes that a pack keeps for its backward pass: for each token, and whatever its length."""
+class Scoring:
+    """How rows that are scored fall into packs: all tokens, from some of them laid out, and the largest pack."""
 
-    per_token: float
-    always: float
+    tokens: int
+    worst: Pack
 
 
-def probe_memory(engine: Engine, examples: Sequence[Example]) -> Kept:
-    """Return what packs keep for their backward pass, measured on two short ones.
+def lay_out_scoring(reader: Reader, examples: Sequence[Example], tokens_per_pack: int) -> Scoring | None:
+    """Lay out some rows as they will be scored, with the longest, and count up to all; None where there are none."""
+    if not len(examples):
+        return None
+    some = [examples[index] for index in range(min(len(examples), ROWS_LAID_OUT))]
+    packs = reader.build_packs(some, tokens_per_pack)
+    lengths = lengths_of(examples)
+    longest = reader.build_packs([examples[int(lengths.argmax())]], tokens_per_pack)
+    scale = float(lengths.sum()) / max(1, sum(example.token_count for example in some))
+    return Scoring(round(sum(map(len, packs)) * scale), max([*packs, *longest], key=len))
 
-    Counted are the storages that autograd saves, so nothing large has to be run to know what something large needs.
+
+@dataclass(frozen=True)
+class Memory:
+    """The most bytes of each phase of a run, with what the process holds anyway (`used_bytes`).
+
+    `growth` is that of a training step with the tokens of its largest pack; `fixed_bytes` are gradients and moments.
     """
-    by_length = sorted(examples, key=lambda example: abs(example.token_count - PROBE_TOKENS))
-    short = build_packs(by_length[:1], 1, one_row=True)[0]
-    longer = min(examples, key=lambda example: abs(example.token_count - 4 * PROBE_TOKENS))
-    long = build_packs([longer], 1, one_row=True)[0]
-    kept = _kept_bytes(engine, short)
-    if len(long) < 2 * len(short):
-        return Kept(kept / len(short), 0.0)
-    per_token = (_kept_bytes(engine, long) - kept) / (len(long) - len(short))
-    return Kept(per_token, max(0.0, kept - per_token * len(short)))
+
+    used_bytes: int
+    fixed_bytes: int
+    growth: Growth
+    tokens: int
+    others: Mapping[str, int]
+
+    def phases(self, tokens: int | None = None) -> dict[str, int]:
+        """Return the bytes of each phase, with packs of at most `tokens` (None: as they are)."""
+        training = self.fixed_bytes + self.growth.bytes_at(tokens or self.tokens)
+        return {name: self.used_bytes + value for name, value in {"training": training, **self.others}.items()}
+
+    def peak(self, tokens: int | None = None) -> int:
+        """Return the most bytes of any phase."""
+        return max(self.phases(tokens).values())
+
+    def planned(self, rehearsed_bytes: int) -> int:
+        """Return the most bytes of any phase, given what the rehearsal of the worst step filled.
+
+        What is foreseen of training takes the waste of small packs for that of large ones, and is mostly high; a rehearsal is
+        a few passes, after which the allocator still keeps more, and is low. The truth is taken to lie midway.
+        """
+        foreseen = self.phases()
+        midway = (foreseen.pop("training") + rehearsed_bytes) // 2
+        return max(rehearsed_bytes, midway, *foreseen.values())
 
 
-def _kept_bytes(engine: Engine, pack: Pack) -> int:
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in engine.reader.model.parameters()}
+def measure_memory(engine: Engine, layout: Layout, scoring: Scoring | None, others: Mapping[str, int]) -> Memory:
+    """Tell what each phase will fill, from the same work on less (`engine.memory`). No weight changes.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        engine.rehearse(pack)
-    return sum(kept.values())
-
-
-def estimate_memory(engine: Engine, kept: Kept, tokens: int) -> int:
-    """Return the most memory that training on packs of `tokens` will fill, with what is filled already."""
-    reader = engine.reader
-    trained = sum(p.numel() * p.element_size() for p in engine.trainable.values())
-    used = machine.device_used_bytes(reader.device.type)
-    return int(used + trained * STATES_PER_WEIGHT + kept.always + kept.per_token * tokens + reader.head_bytes)
-
-
-def rehearse(engine: Engine, layout: Layout) -> float:
-    """Run the worst pack forward and backward, then a usual one twice; return the least seconds per token of that.
-
-    Nothing is updated.
-
-    The worst pack shows that it fits. It isn't timed, since the first pass also pays for memory that is touched for the
-    first time.
+    A training step holds gradients, both moments and what its largest pack fills; scoring holds the moments and a pack
+    forward; `others` are phases beside these, with what each fills for a while.
     """
-    engine.rehearse(layout.worst)
-    taken = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        engine.rehearse(layout.usual)
-        taken.append(time.perf_counter() - begun)
-    return min(taken) / len(layout.usual)
+    reader, device = engine.reader, engine.reader.device.type
+    state = engine.random_state()
+    head = getattr(reader, "head", None)
+    for parameter in reader.model.parameters():
+        parameter.detach().sum()  # weights in a mapped file are in memory from now on
+
+    several = layout.most_packs > 1
+    growth = measure_growth(engine.rehearse, layout.worst, device, head=head, begin=engine.discard, added=several)
+    trained = sum(p.numel() * p.element_size() for p in engine.trainable.values() if p.grad is not None)
+    engine.discard()
+    moments = (STATES_PER_WEIGHT - 1) * trained
+    others = {name: moments + value for name, value in others.items()}
+    if scoring is not None:
+        forward = measure_growth(reader.forward, scoring.worst, device, head=head)
+        others["scoring"] = moments + forward.bytes_at(len(scoring.worst))
+    engine.set_random_state(state)
+    machine.trim_memory()
+    used = machine.device_used_bytes(device)
+    # Of a step with a single pack the gradients come into being while it goes backward, and are seen there.
+    held = STATES_PER_WEIGHT if several else STATES_PER_WEIGHT - 1
+    return Memory(used, held * trained, growth, len(layout.worst), others)
 
 
-def estimate_generation_s(
-    forward_s: float, *, prompt_tokens: int, new_tokens: int, batches: int, at_once: int
-) -> float:
-    """Return about how long answering takes: the prompts once, then each new token as one narrow pass a batch.
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, as measured: of training a token and of scoring one, of a step beside its packs; and bytes at the most."""
 
-    `new_tokens` is what an answer has on average; `batches` go through one after the other, `at_once` prompts in each.
+    train_s: float
+    forward_s: float
+    step_s: float
+    peak_bytes: int
+
+
+def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
+    """Take the worst step before the first: the largest pack twice, a usual one, the optimizer, the largest to be scored.
+
+    No weight is changed, but all that a step fills is filled, so that what doesn't fit fails here. The first pass isn't
+    timed, since it also pays for memory that is touched for the first time.
     """
-    # A pass of one token a row reads every weight for little work, which costs about as much as forty tokens of a pack.
-    return forward_s * (prompt_tokens + batches * new_tokens * (at_once + 40))
+    device = engine.reader.device.type
+    state = engine.random_state()
+    machine.begin_peak(device)
+    _timed(engine.rehearse, layout.worst, device)
+    paces = []
+    for pack in (layout.worst, layout.usual):
+        if layout.most_packs == 1:
+            engine.discard()
+        paces.append(_timed(engine.rehearse, pack, device) / len(pack))
+    train_s = paces[1] if 2 * len(layout.usual) < len(layout.worst) else min(paces)
+    step_s = engine.rehearse_optim_step()
+    forward_s = train_s * FORWARD_COST
+    if scoring is not None:
+        forward_s = _timed(engine.reader.forward, scoring.worst, device) / len(scoring.worst)
+    engine.set_random_state(state)
+    return Pace(train_s, forward_s, step_s, machine.peak_since(device))
+
+
+def _timed(work: Callable[[Pack], Any], pack: Pack, device: str) -> float:
+    begun = time.perf_counter()
+    work(pack)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.templates import TEMPLATES
-from headstart.report.words import score_table, sentence
+from headstart.report.words import score_table, sentence, speed_facts
 
 LORA = """```python
 from peft import PeftModel
@@ -127,6 +127,10 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             *scores,
             "",
             "What it knew before was not measured.",
+            "",
+            "## Training",
+            "",
+            *(f"- {name}: {value}" for name, value in speed_facts(result)),
             "",
             "## Use",
             "",

@@ -15,7 +15,7 @@ from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
 from headstart.report.tables import cell, table
 from headstart.report.told import told_sections
-from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence
+from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence, speed_facts
 
 TEXT_MAX = 4_000
 FILES = 3  # named in the title
@@ -45,6 +45,7 @@ def report_page(
         _section(SAMPLES[result["kind"]], _samples(before, after)),
         *(_section(title, part) for title, part in told_sections(before, after)),
         _section("Training", _curves(metrics)),
+        _section("Where the time went", _facts(speed_facts(result))),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
         _section("Plan and what happened", _plan_and_actual(result)),
         _section("Settings", _settings(config)),
@@ -159,6 +160,7 @@ def _plan_and_actual(result: Mapping[str, Any]) -> str:
     rows = [
         ("time training", in_time(plan["train_s"]), in_time(speed["train_s"])),
         ("time scoring", in_time(plan["eval_s"]), in_time(speed["eval_s"])),
+        ("time saving", in_time(plan["save_s"]), in_time(speed["save_s"])),
         ("memory", in_bytes(plan["memory_bytes"]), in_bytes(result["memory"]["peak_bytes"])),
         (
             "steps",

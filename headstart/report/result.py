@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headstart import machine
+from headstart.engine.clock import PHASES
 from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
 from headstart.evaluate.measure import PRIMARY, Measured
@@ -19,7 +20,6 @@ def build_result(
     progress: Progress,
     before: Measured,
     after: Measured,
-    eval_s: float,
     device: str,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
@@ -30,7 +30,6 @@ def build_result(
     measured = {item.name: item for item in compared}
     name = next(name for name in PRIMARY[facts["task"]] if name in measured)
     primary = measured[name]
-    train_s = max(progress.train_s, 1e-9)
     return {
         **facts,
         "verdict": verdict(compared, name),
@@ -46,14 +45,41 @@ def build_result(
             "shared_frac": 1 - progress.tokens_seen / max(1, progress.row_tokens_seen),
             "rows_seen": progress.seen,
         },
-        "speed": {
-            "real_tokens_per_s": progress.row_tokens_seen / train_s,
-            "computed_tokens_per_s": progress.tokens_seen / train_s,
-            "train_s": progress.train_s,
-            "reference_s": 0.0,
-            "eval_s": eval_s,
+        "speed": build_speed(progress, plan),
+        "memory": {
+            "peak_bytes": machine.device_peak_bytes(device),
+            "run_bytes": machine.peak_since(device),
+            "planned_bytes": plan["memory_bytes"],
+            "out_of_memory_steps": progress.smaller_at,
+            "tokens_per_pack": progress.tokens_per_pack or plan["tokens_per_pack"],
         },
-        "memory": {"peak_bytes": machine.device_peak_bytes(device), "planned_bytes": plan["memory_bytes"]},
         "plan": plan,
         "environment": machine.describe(),
     }
+
+
+def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return where the time went: rates, seconds by phase, and the share of the machine's best product rate in training.
+
+    There is no padding, by construction; what rows share is computed once, and `shared_tokens` are those that were saved.
+    """
+    train_s = max(progress.train_s, 1e-9)
+    return {
+        "real_tokens_per_s": progress.row_tokens_seen / train_s,
+        "computed_tokens_per_s": progress.tokens_seen / train_s,
+        "padding_tokens": 0,
+        "shared_tokens": progress.row_tokens_seen - progress.tokens_seen,
+        "train_s": progress.train_s,
+        **{f"{phase}_s": getattr(progress, f"{phase}_s") for phase in PHASES},
+        "reference_s": 0.0,
+        "eval_s": progress.eval_s,
+        "save_s": progress.save_s,
+        "operations": progress.operations,
+        "product_rate": plan["product_rate"],
+        "product_rate_frac": rate_share(progress.operations, train_s, plan["product_rate"]),
+    }
+
+
+def rate_share(operations: float, seconds: float, best: float) -> float | None:
+    """Return which part of the machine's best product rate was reached; None where it isn't known."""
+    return operations / seconds / best if best and operations else None

@@ -50,6 +50,44 @@ def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
     return lines
 
 
+PHASE_NAMES = {
+    "data_s": "building packs",
+    "forward_s": "forward",
+    "backward_s": "backward",
+    "optimizer_s": "optimizer",
+}
+
+
+def speed_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return where the time of a run went, as names and values."""
+    speed, memory = result["speed"], result["memory"]
+    train_s = max(speed["train_s"], 1e-9)
+    phases = [
+        (name, f"{in_time(speed[key])} ({speed[key] / train_s:.0%} of training)") for key, name in PHASE_NAMES.items()
+    ]
+    share = speed["product_rate_frac"]
+    shared = speed["shared_tokens"]
+    reached = (
+        f"{share:.0%} of the {speed['product_rate'] / 1e9:,.0f} GFLOP/s that its products reach alone"
+        if share is not None
+        else "not measured"
+    )
+    facts = [
+        ("real tokens", f"{speed['real_tokens_per_s']:,.0f} a second"),
+        ("padding", "none: packs hold real tokens only"),
+        ("shared", f"{shared:,} of {result['tokens']['rows']:,} tokens were not computed, since rows share them"),
+        ("training", in_time(speed["train_s"])),
+        *phases,
+        ("scoring", in_time(speed["eval_s"])),
+        ("saving", in_time(speed["save_s"])),
+        ("of this machine", reached),
+    ]
+    if memory["out_of_memory_steps"]:
+        steps = ", ".join(map(str, memory["out_of_memory_steps"]))
+        facts.append(("out of memory", f"at step {steps}; then packs of {memory['tokens_per_pack']:,} tokens"))
+    return facts
+
+
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a plan says, as names and values."""
     saved = f", {plan['shared_frac']:.0%} of them shared and computed once" if plan["shared_frac"] >= 0.005 else ""
@@ -71,7 +109,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{in_bytes(plan['memory_bytes'])} of {in_bytes(plan['memory_free_bytes'])} free"),
         (
             "time",
-            f"about {in_time(plan['total_s'])} ({in_time(plan['train_s'])} training, {in_time(plan['eval_s'])} scoring)",
+            f"about {in_time(plan['total_s'])} ({in_time(plan['train_s'])} training, {in_time(plan['eval_s'])} scoring, {in_time(plan['save_s'])} saving)",
         ),
         ("disk", in_bytes(plan["disk_bytes"])),
     ]

@@ -93,6 +93,14 @@ def test_a_file_in_and_a_better_model_and_the_proof_out(
     assert result["kind"] == "instruction"
     assert {"nll", "exact_match", "rouge_l", "chrf", "stop_rate"} == set(result["before"]) == set(result["after"])
     assert {"real_tokens_per_s", "train_s", "reference_s", "eval_s"} <= set(result["speed"])
+    speed = result["speed"]
+    phases = [speed[f"{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")]
+    assert min(phases) > 0
+    assert sum(phases) <= speed["train_s"]
+    assert speed["operations"] == sum(r["operations"] for r in folder.read_metrics() if "loss" in r) > 0
+    assert 0 < speed["product_rate_frac"] < 1
+    assert speed["padding_tokens"] == 0
+    assert "Where the time went" in run.report.read_text()
     assert {"peak_bytes", "planned_bytes"} <= set(result["memory"])
     assert result["rows"] == {"train": 24, "watch": 8, "proof": 8}
     assert [r["step"] for r in folder.read_metrics() if "loss" in r] == list(range(1, 13))
@@ -278,7 +286,7 @@ def test_what_cannot_fit_is_refused_before_the_first_step(
     with pytest.raises(ResourceError, match="are needed") as error:
         run_tiny(small_data, tiny_model, tmp_path / "run", quiet)
     assert error.value.exit_code == 4
-    assert "engine.checkpointing=on" in error.value.problems[0].cure
+    assert "a smaller model" in error.value.problems[0].cure  # nothing fits into no memory at all
 
 
 def test_recomputed_activations_change_nothing(

@@ -54,6 +54,9 @@ PLAN: dict[str, Any] = {
     "tokens": 900,
     "train_s": 10.0,
     "eval_s": 5.0,
+    "save_s": 1.0,
+    "product_rate": 1e9,
+    "tokens_per_pack": 512,
     "memory_bytes": 2 << 30,
 }
 SOURCE = {"name": PAYLOADS[0], "kind": "hub", "revision": "abc", "sha256": "", "path": "/x", "license": "MIT"}
@@ -73,11 +76,17 @@ def result(gain: float = 5.0) -> dict[str, Any]:
         },
         plan=PLAN,
         progress=Progress(
-            step=500, seen=100, tokens_seen=900, row_tokens_seen=1000, train_s=9.0, best_step=400, end="finished"
+            step=500,
+            seen=100,
+            tokens_seen=900,
+            row_tokens_seen=1000,
+            train_s=9.0,
+            eval_s=4.0,
+            best_step=400,
+            end="finished",
         ),
         before=rows(0),
         after=rows(gain),
-        eval_s=4.0,
         device="cpu",
     )
 

@@ -1,0 +1,101 @@
+"""Needed operations = those that torch counts, without what is made anew or masked away."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from headstart.data.forest import Pack, build_packs
+from headstart.data.read import Where
+from headstart.data.segments import Example, Segment
+from headstart.engine.engine import Engine
+from headstart.engine.forward import LabelReader, PackReader
+from headstart.engine.work import best_rate, pairs, probe_pack, read_shape
+from headstart.models.adapt import Lora, adapt
+from headstart.models.attention import Forest, register
+from headstart.objectives.labels import class_losses, summed
+from headstart.objectives.tokens import nll
+from tests.conftest import example
+from tests.twins import VOCAB, twin
+
+PREFIX = [5, 9, 11, 3, 8, 20, 31, 7, 12, 13, 14, 15, 16, 17, 18, 19]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+def rows() -> list[Example]:
+    """Rows of which some share a prefix, and of whose tokens a half are targets."""
+    tails = [list(range(20 + n, 32 + 3 * n)) for n in range(4)]
+    return [example(PREFIX + t, [0.0] * 20 + [1.0] * (len(t) - 4), line=n) for n, t in enumerate(tails)]
+
+
+def brute_force_pairs(pack: Pack, window: int) -> int:
+    forest = Forest(pack.length.tolist(), pack.parent.tolist(), torch.from_numpy(pack.positions))
+    total = 0
+    for node, length in enumerate(pack.length.tolist()):
+        mask = forest.mask(node, window, causal=True)
+        total += length * (length + 1) // 2 if mask is None else int(mask.sum())
+    return total
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_pairs_are_those_that_the_masks_let_through(window: int) -> None:
+    (pack,) = build_packs(rows(), 1000)
+    assert len(pack.length) > len(rows())  # a prefix is shared
+    assert pairs(pack, window) == brute_force_pairs(pack, window)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora on o_proj", "lora on down_proj"])
+def test_a_causal_step_needs_what_torch_counts(method: str) -> None:
+    targets = (method.removeprefix("lora on "),) if " on " in method else ("all-linear",)
+    adapted = adapt(twin("llama"), None if method == "full" else Lora(4, 8, 0.0, targets), seed=0)
+    engine = Engine(PackReader(adapted.model), adapted.trainable(), nll)
+    (pack,) = build_packs(rows(), 1000)
+    shape = read_shape(engine.reader, probe_pack(engine.reader, rows()))
+    assert shape is not None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine.forward_backward(pack)
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    # Logits that the backward pass makes anew are counted and not needed. The gradient of the head's weight is needed, and
+    # as large, but added in place, which the counter doesn't know.
+    again = 0 if method == "full" else 2 * len(pack.sources) * 32 * VOCAB
+    attention = sum(layer.per_pair for layer in shape.attention) * pairs(pack)
+    assert shape.operations(pack) - attention == counts["aten.mm"] + counts.get("aten.addmm", 0) - again
+    ends = [int(sum(pack.length[a] for a in (*above, n))) for n, above in enumerate(forest_of(pack).ancestors)]
+    dense = sum(int(length) * end for length, end in zip(pack.length, ends, strict=True))
+    assert sum(layer.per_pair for layer in shape.attention) * dense == counts["aten.bmm"]
+
+
+def forest_of(pack: Pack) -> Forest:
+    return Forest(pack.length.tolist(), pack.parent.tolist(), torch.from_numpy(pack.positions))
+
+
+def test_an_encoder_with_a_head_needs_all_that_torch_counts() -> None:
+    small = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.BertConfig(**small, num_attention_heads=4, num_labels=5)
+    model = transformers.BertForSequenceClassification(config)
+    engine = Engine(LabelReader(model), dict(model.named_parameters()), summed(class_losses, None))
+    made = [Segment(np.arange(3, 13 + 4 * n, dtype=np.int32), np.zeros(10 + 4 * n, np.float32)) for n in range(3)]
+    labelled = [Example(Where("rows", n), (segment,), label=n) for n, segment in enumerate(made)]
+    (pack,) = engine.reader.build_packs(labelled, 1000)
+    shape = read_shape(engine.reader, probe_pack(engine.reader, labelled))
+    assert shape is not None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine.forward_backward(pack)
+    unused = 2 * 32 * 32  # the body pools the first token of the pack, and nobody reads it
+    assert shape.operations(pack) == counter.get_total_flops() - unused
+
+
+def test_a_rate_is_that_of_a_product_of_the_model() -> None:
+    reader = PackReader(twin("llama", torch.float32))
+    shape = read_shape(reader, probe_pack(reader, rows()))
+    assert shape is not None
+    rate = best_rate(shape, 256, torch.float32, "cpu")
+    assert 1e6 < rate < 1e15
