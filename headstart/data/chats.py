@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.config import DataSettings
-from headstart.data.feed import Keys, content_hash, side_of
+from headstart.data.feed import Keys, content_hash
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
 from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split
@@ -262,8 +262,13 @@ class _Writing:
         encoded = encode_rows(parts, self.renderer, max_length=self.max_length, over_length=self.over_length)
         for number, outcomes in enumerate(encoded):
             numbers = columns[number]
-            for place, outcome in enumerate(outcomes):
-                self._add(writer, outcome, numbers[place : place + 1])
+            numbers["dropped"] = [outcome.length for outcome in outcomes]
+            numbers["kept"] = [outcome.example is not None for outcome in outcomes]
+            numbers["cut"] = [outcome.example is not None and bool(outcome.example.cut) for outcome in outcomes]
+            spells = self.renderer.spells_control
+            numbers["spells"] = [any(map(spells, outcome.conversation.texts)) for outcome in outcomes]
+            for outcome in outcomes:
+                self._add(writer, outcome)
                 if outcome.problem is not None:
                     unfit.append([row, *_values(outcome.problem)])
                 row += 1
@@ -282,25 +287,21 @@ class _Writing:
             "unfit": unfit,
         }
 
-    def _add(self, writer: StoreWriter, outcome: Outcome, numbers: NDArray[Any]) -> None:
+    @staticmethod
+    def _add(writer: StoreWriter, outcome: Outcome) -> None:
         conversation, example = outcome.conversation, outcome.example
         writer.add(conversation.where, () if example is None else example.segments)
-        cut = example.cut if example is not None else ""
         try:
-            writer.add_record(_from_conversation(conversation, cut))
+            writer.add_record(_from_conversation(conversation, "" if example is None else example.cut))
         except (TypeError, ValueError):  # a value in the arguments of a call that is no JSON
             raise _UnlikeError from None
-        numbers["dropped"] = outcome.length
-        numbers["kept"] = example is not None
-        numbers["cut"] = bool(cut)
-        numbers["spells"] = any(map(self.renderer.spells_control, conversation.texts))
 
     def _keyed(self, columns: list[NDArray[Any]]) -> Iterator[Sequence[Conversation]]:
         """Yield the conversations in parts; what decides where each goes is put into `columns`."""
         for conversations in self._conversations():
             numbers = np.zeros(len(conversations), COLUMNS)
-            numbers["digest"] = [int(content_hash(c), 16) for c in conversations]
-            numbers["side"] = [side_of(c) for c in conversations]
+            keys = Keys.of(conversations)
+            numbers["digest"], numbers["side"] = keys.digests, keys.sides
             numbers["thought"] = [any(m.reasoning for m in c.messages) for c in conversations]
             numbers["answer"] = [_digest(c.messages[-1].content) for c in conversations]
             columns.append(numbers)

@@ -31,6 +31,7 @@ MANIFEST, IDS, WEIGHTS, RECORDS = "manifest.json", "ids.bin", "weights.bin", "re
 HASHED_BYTES = 1 << 30
 STORES_BYTES = 32 << 30  # of all stores together; those that were of no use for the longest time make room
 REMEMBERED_BYTES, SETTLED_NS = 1 << 28, 2_000_000_000
+PENDING = 1024  # pieces that are written at once
 # The numbers of a row, each an array of its own: tokens and pieces up to its end, the place of its file among the names, its
 # line, its targets.
 ROW = {"token_end": "q", "piece_end": "q", "file": "i", "line": "q", "targets": "i"}
@@ -127,6 +128,7 @@ class StoreWriter:
         self._columns = {name: array(kind) for name, kind in ROW.items()}
         self._piece_ends, self._firsts, self._record_ends = array("q"), array("i"), array("q")
         self._names: dict[str, int] = {}
+        self._pending: list[Segment] = []
         self._tokens = self._bytes = 0
         self._weight: float | None = None
         self._more: dict[str, NDArray[Any]] = {}
@@ -156,18 +158,27 @@ class StoreWriter:
             self._tokens += len(piece.ids)
             self._piece_ends.append(self._tokens)
             self._firsts.append(piece.first)
-            self.highest_id = max(self.highest_id, int(piece.ids.max()))
-            self._ids.write(piece.ids.astype(self._dtype).tobytes())
+            self._pending.append(piece)
             if self._weight is None:
-                self._weights.write((piece.weights != 0).tobytes())
                 targets += piece.target_count
             else:
                 targets += len(piece.ids) - 1 if self._weight else 0
+        if len(self._pending) >= PENDING:
+            self._write_tokens()
         columns["token_end"].append(self._tokens)
         columns["piece_end"].append(len(self._piece_ends))
         columns["file"].append(self._names.setdefault(where.path, len(self._names)))
         columns["line"].append(where.line)
         columns["targets"].append(targets)
+
+    def _write_tokens(self) -> None:
+        if self._pending:
+            ids = np.concatenate([piece.ids for piece in self._pending])
+            self.highest_id = max(self.highest_id, int(ids.max()))
+            self._ids.write(ids.astype(self._dtype).tobytes())
+            if self._weight is None:
+                self._weights.write((np.concatenate([piece.weights for piece in self._pending]) != 0).tobytes())
+        self._pending.clear()
 
     def add_record(self, value: Any) -> None:
         """Add a record as plain values."""
@@ -180,6 +191,7 @@ class StoreWriter:
 
     def finish(self, known: dict[str, Any]) -> None:
         """Write what is left, the manifest last."""
+        self._write_tokens()
         for file in (self._ids, self._weights, self._records):
             file.flush()
         arrays = {name: np.frombuffer(values, values.typecode) for name, values in self._columns.items()}
