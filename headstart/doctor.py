@@ -35,6 +35,7 @@ def examine() -> dict[str, Any]:
         "memory_free_bytes": machine.memory_free_bytes(),
         "home": str(machine.home()),
         "disk_free_bytes": machine.disk_free_bytes(machine.home()),
+        "tokens_bytes": sum(path.stat().st_size for path in _tokens().rglob("*") if path.is_file()),
         "problems": [{"level": level, "what": what, "cure": cure} for level, what, cure in problems],
     }
 
@@ -45,6 +46,8 @@ def say_examined(display: Display, found: Mapping[str, Any]) -> None:
     display.fact("device", f"{found['device']}, {found['cores']} cores")
     display.fact("memory", f"{in_bytes(found['memory_free_bytes'])} free of {in_bytes(found['memory_bytes'])}")
     display.fact("disk", f"{in_bytes(found['disk_free_bytes'])} free at {found['home']}")
+    if found["tokens_bytes"]:
+        display.fact("tokens", f"{in_bytes(found['tokens_bytes'])} at {_tokens()}, which may be deleted")
     for name, version in found["versions"].items():
         display.fact(name, version)
     display.line()
@@ -53,6 +56,11 @@ def say_examined(display: Display, found: Mapping[str, Any]) -> None:
         display.line(f"      to mend: {problem['cure']}")
     if found["ok"]:
         display.line("  headstart can work here", "green")
+
+
+def _tokens() -> Path:
+    """Return where the tokens of large data are kept from run to run."""
+    return machine.home() / "tokens"
 
 
 def _missing(versions: Mapping[str, str]) -> list[tuple[str, str, str]]:

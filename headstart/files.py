@@ -85,10 +85,11 @@ def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends well, and vanishes when it doesn't.
 
-    Every file in it is synced before the rename. An existing `path` is replaced.
+    Every file in it is synced before the rename. An existing `path` is replaced; without `replace` it stays as it is, so
+    that of several processes that make the same folder the first one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
@@ -100,10 +101,33 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _sync_file(file)
                 file.chmod(0o666 & ~_umask())
         sync_folder(temporary)
-        replace_folder(temporary, path)
+        if replace:
+            replace_folder(temporary, path)
+        else:
+            _rename_where_free(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _rename_where_free(source: Path, target: Path) -> None:
+    """Rename a folder, or delete it where another stands in its place by then."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(source, ignore_errors=True)
+    else:
+        sync_folder(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder such that nobody finds it half deleted."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
+    with contextlib.suppress(FileNotFoundError):  # another was quicker
+        path.rename(aside / path.name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def replace_folder(source: Path, target: Path) -> None:

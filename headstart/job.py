@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from headstart import machine
 from headstart.choose import EVALS_PER_RUN, Facts, choose
 from headstart.config import Config, Settings, setting
+from headstart.data.chats import find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
-from headstart.data.feed import Feed, content_hash
+from headstart.data.feed import Feed, hashes_of
 from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
@@ -124,7 +125,8 @@ class Job:
     def proof(self) -> Segmented:
         """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
         whole = self.data.prepared.proof
-        order = sorted(range(len(whole.kept)), key=lambda index: content_hash(whole.kept[index]))
+        hashes = hashes_of(whole.kept)
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
         chosen = sorted(order[: self.config.settings.eval.rows])
         return Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
 
@@ -190,9 +192,10 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     """Find the model's tokenizer and read, split and render the data. Raises DataError, ModelError."""
     settings = config.settings
     files, corpus = _find_corpus(settings)
-    sides = None if corpus else form_sides(settings.data, settings.kind, settings.task)
+    chats = None if corpus else find_chats(settings.data, settings.kind, settings.task)
+    sides = None if corpus or chats else form_sides(settings.data, settings.kind, settings.task)
     decided: dict[str, tuple[Any, str]] = {}
-    found = corpus or sides.train.detection  # type: ignore[union-attr]
+    found = corpus or (chats.detection if chats else sides.train.detection)  # type: ignore[union-attr]
     if config.source("model") == "default" and found.format == "images":
         decided["model"] = (IMAGE_MODEL, "the rows are images")
     source = find_model(decided.get("model", (settings.model,))[0])
@@ -220,10 +223,15 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     _check_settings(config)
     watch = settings.eval.every != 0
     how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
-    if sides is not None:
-        prepared = prepare(sides, settings.data, renderer, limit, **how)
-    elif isinstance(renderer, Encoder):
+    if corpus and isinstance(renderer, Encoder):
         prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
+    else:
+        stored = None
+        if chats and isinstance(renderer, Renderer):
+            stored = prepare_chats(chats, settings.data, renderer, limit, watch=watch)
+        prepared = stored or prepare(
+            sides or form_sides(settings.data, settings.kind, settings.task), settings.data, renderer, limit, **how
+        )
     _mix_in(config, prepared, source, tokenizer, limit, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
@@ -292,7 +300,7 @@ def _mix_in(
             raise TypeError(f"{task} rows have no text")
         return found
 
-    held = [*prepared.parts.watch, *prepared.parts.proof]
+    held = [*hashes_of(prepared.parts.watch), *hashes_of(prepared.parts.proof)]
     own = len(prepared.train.examples)
     prepared.mixed = mix(settings.data, own, held, settings.task, renderer, length)
     for mixed in prepared.mixed:
@@ -467,17 +475,11 @@ def _check_vocabulary(data: Data, model: Any) -> None:
     """Raise ModelError where the tokenizer makes ids for which the model has no embedding."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     parts = (data.prepared.train, data.prepared.watch, data.prepared.proof)
-    highest = max(_highest_id(part.examples) for part in parts)
+    highest = max(part.highest_id for part in parts)
     if highest >= rows:
         what = f"the tokenizer makes the id {highest}, and the model has {rows:,} embeddings"
         cure = "use the tokenizer that belongs to the model"
         raise ModelError(Problem("model.vocabulary", what, data.source.name, cure))
-
-
-def _highest_id(examples: Sequence[Example]) -> int:
-    if not isinstance(examples, list):  # rows on disk: known since they were written
-        return int(examples.highest_id)  # type: ignore[attr-defined]
-    return max((int(segment.ids.max()) for example in examples for segment in example.segments), default=0)
 
 
 def build_feed(config: Config, prepared: Prepared) -> Feed:

@@ -55,10 +55,9 @@ class Stretch(NamedTuple):
 def find(prepared: Prepared, renderer: Encoder | Look) -> Findings:
     """Look through prepared data."""
     parts = (prepared.train, prepared.watch, prepared.proof)
-    kept = [record for part in parts for record in part.kept]
     lengths = np.concatenate([part.lengths for part in parts])
     spells = renderer.spells_control if isinstance(renderer, Encoder) else bool
-    spelled = [str(record.where) for record in kept if any(map(spells, record.texts))]
+    spelled = [where for part in parts for where in part.where_spelled(spells)]
     return Findings(
         formats=[str(formed.detection) for formed in prepared.formed],
         rows=sum(formed.rows for formed in prepared.formed),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +18,14 @@ from headstart.errors import ModelError, Problem
 CONTROL_LIKE = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A stretch of one kind: a control token by id, or text to be encoded as text."""
+class Run(NamedTuple):
+    """A stretch of one kind: a control token by id, tokens that are `known`, or text to be encoded as text."""
 
     text: str
     control_id: int | None = None
     trained: bool = False
     after_control: bool = True
+    known: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,13 @@ class Encoder:
         self._newline = self._raw(["\n"])[0]
         self._anchored = self._find_anchored()
 
+    @property
+    def identity(self) -> list[Any]:
+        """All that the ids depend on: the tokenizer, its special tokens, the versions of what encodes."""
+        tokens = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        versions = [metadata.version(name) for name in ("tokenizers", "transformers")]
+        return [tokens, sorted(map(str, self.tokenizer.special_tokens_map.items())), list(self.stop_ids), versions]
+
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Encode words as they stand in the middle of a text."""
         return self._encode_texts([(f" {word}", False) for word in words])
@@ -61,18 +70,27 @@ class Encoder:
     def encode(self, sequences: Iterable[Sequence[Run]]) -> list[Tokens]:
         """Encode sequences of runs, all at once."""
         sequences = list(sequences)
-        texts = [(run.text, run.after_control) for runs in sequences for run in runs if run.control_id is None]
+        texts = [
+            (text, after)
+            for runs in sequences
+            for text, control_id, _, after, known in runs
+            if control_id is None and known is None
+        ]
         encoded = iter(self._encode_texts(texts))
-        rendered = []
+        ids: list[int] = []
+        flags, lengths, ends = [], [], [0]
         for runs in sequences:
-            ids: list[int] = []
-            trained: list[bool] = []
-            for run in runs:
-                new = next(encoded) if run.control_id is None else [run.control_id]
+            for _, control_id, trained, _, known in runs:
+                if known is not None:
+                    new: Sequence[int] = known
+                else:
+                    new = next(encoded) if control_id is None else (control_id,)
                 ids += new
-                trained += [run.trained] * len(new)
-            rendered.append(Tokens(np.array(ids, np.int32), np.array(trained, np.bool_)))
-        return rendered
+                flags.append(trained)
+                lengths.append(len(new))
+            ends.append(len(ids))
+        all_ids, all_trained = np.array(ids, np.int32), np.repeat(np.array(flags, np.bool_), lengths)
+        return [Tokens(all_ids[a:b], all_trained[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, without control tokens."""

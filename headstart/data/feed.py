@@ -24,13 +24,46 @@ def content_hash(record: Record) -> str:
     return hashlib.blake2b(record.content.encode(), digest_size=8).hexdigest()
 
 
+def hashes_of(records: Sequence[Record]) -> list[str]:
+    """Return the hash of each record; of records on disk it is known."""
+    known = getattr(records, "hashes", None)
+    return known if known is not None else [content_hash(record) for record in records]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What decides where rows go: `digests` uint64 [N], the hash of what each says, and `sides` float64 [N] in [0, 1)."""
+
+    digests: NDArray[np.uint64]
+    sides: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @staticmethod
+    def of(records: Sequence[Record]) -> Keys:
+        """Return the keys of records."""
+        hashes = hashes_of(records)
+        sides = [_side(record.group, digest) for record, digest in zip(records, hashes, strict=True)]
+        return Keys(np.array([int(digest, 16) for digest in hashes], np.uint64), np.array(sides, np.float64))
+
+
 def choose_held_out(count: int) -> float:
     """Return the part of `count` rows that is held out where the user didn't say."""
     return 0.2 if count < 150 else 0.1 if count < 2_000 else 0.05 if count < 10_000 else 0.02
 
 
 def split_rows(records: Sequence[Record], held_out: float) -> tuple[list[Record], list[Record]]:
-    """Split rows into those to train on and those held out, by a hash of their content or their group.
+    """Split rows into those to train on and those held out, as `split_sides` says."""
+    held = split_sides(np.array([side_of(record) for record in records], np.float64), held_out)
+    return (
+        [record for record, aside in zip(records, held, strict=True) if not aside],
+        [record for record, aside in zip(records, held, strict=True) if aside],
+    )
+
+
+def split_sides(sides: NDArray[np.float64], held_out: float) -> NDArray[np.bool_]:
+    """Tell which rows are held out, by a hash of their content or their group.
 
     `held_out` is a part below 1 or a number of rows. Under a part, a row's side never changes when rows are added; equal
     rows and rows of one group are always on the same side. Where a part gives fewer than `HELD_OUT_MIN` rows (of
@@ -38,25 +71,27 @@ def split_rows(records: Sequence[Record], held_out: float) -> tuple[list[Record]
 
     Raises DataError where one of the sides would be empty.
     """
-    keys = [side_of(record) for record in records]
-    count = len(records)
+    count = len(sides)
     least = min(HELD_OUT_MIN, count // 2)
     wanted = max(least, round(held_out * count)) if held_out < 1 else int(held_out)
     limit = held_out if held_out < 1 else 0.0
-    if sum(key < limit for key in keys) < min(wanted, least) or held_out >= 1:
-        ordered = sorted(keys)
-        limit = math.nextafter(ordered[wanted - 1], 2.0) if 0 < wanted <= count else 2.0
-    train = [c for c, key in zip(records, keys, strict=True) if key >= limit]
-    held = [c for c, key in zip(records, keys, strict=True) if key < limit]
-    if not train or not held:
+    if (sides < limit).sum() < min(wanted, least) or held_out >= 1:
+        limit = math.nextafter(float(np.sort(sides)[wanted - 1]), 2.0) if 0 < wanted <= count else 2.0
+    held: NDArray[np.bool_] = sides < limit
+    aside = int(held.sum())
+    if not 0 < aside < count:
         cure = "add rows, hold out fewer (data.held_out), or give rows to score on (--eval-data)"
-        raise DataError(Problem("split.too_small", f"of {count} rows, {len(held)} would be held out", "", cure))
-    return train, held
+        raise DataError(Problem("split.too_small", f"of {count} rows, {aside} would be held out", "", cure))
+    return held
 
 
 def side_of(record: Record) -> float:
     """Return a number between 0 and 1 that follows from what a row says, or from its group: the side that it is on."""
-    return _unit_hash(record.group if record.group is not None else content_hash(record))
+    return _side(record.group, content_hash(record))
+
+
+def _side(group: str | None, digest: str) -> float:
+    return _unit_hash(group if group is not None else digest)
 
 
 def split_watch(count: int) -> int:

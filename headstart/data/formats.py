@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headstart.config import TASKS
+from headstart.config import TASKS, DataSettings
 from headstart.data.columns import (
     RowError,
     check_encodable,
@@ -120,6 +120,11 @@ class Named:
     label: Sequence[str] = ()
 
 
+def named_columns(settings: DataSettings) -> Named:
+    """Return what settings say of the columns."""
+    return Named(settings.prompt, settings.completion, settings.text, settings.text_pair, settings.label)
+
+
 def format_rows(
     rows: Sequence[Row],
     *,
@@ -137,27 +142,73 @@ def format_rows(
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
-    if group_by is not None:
-        need_columns(rows, [group_by], "data.group_by")
-    tally = _Tally(reasoning)
-    detection, take = _find_format(rows, format, named or Named(), task, tally, train_on)
-    formatted = Formatted(detection)
-    for row in rows:
-        try:
-            record = take(row)
-            group = take_group(row, group_by)
-        except RowError as error:
-            formatted.problems += error.problems
-            continue
-        except KeyError as error:
-            what = f"no {error}"
-            cure = f"the row has {sorted(row.fields)}"
-            formatted.problems.append(Problem("row.field_missing", what, str(row.where), cure))
-            continue
-        formatted.examples.append(replace(record, group=group) if group is not None else record)
-        tally.columns.update(row.fields)
-    formatted.notes = tally.notes({group_by})
+    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by)
+    formatted = Formatted(formatting.detection)
+    formatting.take(rows, formatted)
+    formatted.notes = formatting.notes()
     return formatted
+
+
+class Formatting:
+    """How rows become records, found from the first of them; the others may come in parts.
+
+    Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        format: str,
+        named: Named,
+        task: str,
+        train_on: str = "all",
+        reasoning: str = "keep",
+        group_by: str | None = None,
+    ) -> None:
+        if group_by is not None:
+            need_columns(rows, [group_by], "data.group_by")
+        self._group_by = group_by
+        self._named = named
+        self._tally = _Tally(reasoning)
+        self.detection, self._take = _find_format(rows, format, named, task, self._tally, train_on)
+
+    def take(self, rows: Sequence[Row], formatted: Formatted) -> None:
+        """Add what becomes of rows: records, and problems of those of which nothing does."""
+        for row in rows:
+            try:
+                record = self._take(row)
+                group = take_group(row, self._group_by)
+            except RowError as error:
+                formatted.problems += error.problems
+                continue
+            except KeyError as error:
+                what = f"no {error}"
+                cure = f"the row has {sorted(row.fields)}"
+                formatted.problems.append(Problem("row.field_missing", what, str(row.where), cure))
+                continue
+            formatted.examples.append(replace(record, group=group) if group is not None else record)
+            self._tally.columns.update(row.fields)
+
+    def fitting(self, rows: Sequence[Row]) -> int | None:
+        """Return how many further rows fit the format of conversations; None where one is of another format."""
+        name = self.detection.format
+        if name == "columns":
+            needed = [
+                column
+                for text in (self._named.prompt, self._named.completion)
+                for column in template_columns(text or "")
+            ]
+            return sum(all(column in row.fields for column in needed) for row in rows)
+        fits, count = _FITS[name][1], 0
+        for row in rows:
+            count += fits(row.fields)
+            if self.detection.certainty != "given" and _format_of(row) not in (name, ""):
+                return None
+        return count
+
+    def notes(self) -> list[str]:
+        """Return what there is to tell of all rows so far."""
+        return self._tally.notes({self._group_by})
 
 
 # --- which format ---
@@ -212,7 +263,7 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
     counts: Counter[str] = Counter()
     first: dict[str, Row] = {}
     for row in rows:
-        name = next((name for name, (_, fits) in _FITS.items() if fits(row.fields)), "")
+        name = _format_of(row)
         counts[name] += 1
         first.setdefault(name, row)
     found = [name for name in counts if name]
@@ -227,6 +278,10 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
         "text": set(fields) <= TEXT_ONLY,
     }.get(name, True)
     return name, "certain" if sure else "likely"
+
+
+def _format_of(row: Row) -> str:
+    return next((name for name, (_, fits) in _FITS.items() if fits(row.fields)), "")
 
 
 def _unknown(row: Row) -> Problem:
@@ -427,7 +482,7 @@ class _Tally:
     reasoning: str = "keep"
     thoughts: int = 0
     aliases: Counter[str] = field(default_factory=Counter)
-    columns: Counter[str] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
     trailing: int = 0
     opening: int = 0
     keys: Counter[str] = field(default_factory=Counter)
@@ -437,7 +492,7 @@ class _Tally:
     def notes(self, known: set[str | None]) -> list[str]:
         """Return what there is to tell; `known` columns are used elsewhere."""
         said = [f"role `{old}` read as `{ALIASES[old]}` in {count:,} turns" for old, count in self.aliases.items()]
-        if unused := sorted(set(self.columns) - self.used - known):
+        if unused := sorted(self.columns - self.used - known):
             said.append("columns not used: " + ", ".join(unused))
         if self.thoughts:
             what = {"keep": "is learned", "drop": "is left out", "untrained": "is read and not learned"}[self.reasoning]
@@ -503,7 +558,8 @@ def _message(
     if role not in ROLES:
         problems.append(Problem("row.role", f"the role is {role!r}", f"{place}.role", f"one of {', '.join(ROLES)}"))
         return None
-    tally.keys.update(set(turn) - TURN_KEYS)
+    if unknown := turn.keys() - TURN_KEYS:
+        tally.keys.update(unknown)
     weight = turn.get("weight", 1)
     if weight not in (0, 1, None):
         problems.append(Problem("row.weight", f"the weight is {weight!r}", f"{place}.weight", "0 or 1"))

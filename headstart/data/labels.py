@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -118,7 +118,11 @@ def find_choices(records: Sequence[Record]) -> tuple[str, ...]:
     rows = [record for record in records if isinstance(record, Conversation)]
     if any(message.reasoning for row in rows for message in row.messages):
         return ()  # what is told depends on what was thought
-    answers = Counter(row.messages[-1].content for row in rows)
+    return choose_answers(Counter(row.messages[-1].content for row in rows))
+
+
+def choose_answers(answers: Mapping[str, int]) -> tuple[str, ...]:
+    """Return answers, each with the number of its rows, in order, where a few stand again and again."""
     repeated = sum(answers.values()) >= ANSWERS_REPEATED * len(answers)
     short = all(answer.strip() and len(answer) <= ANSWER_MAX for answer in answers)
     return tuple(sorted(answers)) if repeated and short and 1 < len(answers) <= CHOICES_MAX else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from headstart.config import DataSettings
 from headstart.data.encode import Encoder
 from headstart.data.feed import choose_held_out, content_hash, split_rows
 from headstart.data.prepare import Coding, Formed, form_rows, segment
-from headstart.data.records import Record
 from headstart.data.segments import Segmented
 from headstart.errors import DataError, Problem, UsageError
 
@@ -56,18 +55,18 @@ def read_mix(entries: Sequence[str]) -> list[Part]:
 def mix(
     settings: DataSettings,
     own: int,
-    held: Sequence[Record],
+    held: Collection[str],
     task: str,
     renderers: Callable[[str], Encoder],
     lengths: Callable[[str], int],
 ) -> list[Mixed]:
-    """Read what is mixed in beside `own` rows to train on, none of which may be a `held` row; empty without `data.mix`.
+    """Read what is mixed in beside `own` rows to train on, none of which may be held out (`held` are hashes); empty without `data.mix`.
 
     `renderers` gives what turns rows of a task into tokens, `lengths` the most of them. Raises DataError where rows are of a task that can't stand
     beside `task`: both must be text to continue or to answer.
     """
     found: list[Mixed] = []
-    seen = {content_hash(record) for record in held}
+    seen = set(held)
     plain = settings.model_copy(
         update={"format": "auto", "prompt": None, "completion": None, "text": None, "label": (), "group_by": None}
     )

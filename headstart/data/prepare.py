@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headstart.config import TASKS, DataSettings
 from headstart.data.documents import Fit, measure_fit, segment_documents
 from headstart.data.encode import Encoder
-from headstart.data.feed import choose_held_out, content_hash, split_rows, split_watch
-from headstart.data.formats import Detection, Formatted, Named, format_rows
+from headstart.data.feed import Keys, choose_held_out, split_sides, split_watch
+from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
@@ -18,7 +21,7 @@ from headstart.data.read import Note, Row, SourceFile, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
-from headstart.data.segments import Example, Segmented, lengths_of, segment_rows
+from headstart.data.segments import Segmented, segment_rows
 from headstart.errors import DataError, Problem
 
 LABELLED = ("classification", "multilabel", "regression", "tagging", "images")
@@ -53,9 +56,9 @@ class Formed:
 class Parts:
     """Records by what they are for. `proof` rows are used for nothing before the verdict."""
 
-    train: list[Record]
-    watch: list[Record]
-    proof: list[Record]
+    train: Sequence[Record]
+    watch: Sequence[Record]
+    proof: Sequence[Record]
     held_out: float | None
     duplicates: int = 0
     leaked: int = 0
@@ -80,13 +83,7 @@ class Prepared:
     @property
     def longest(self) -> int:
         """The tokens of the longest segment of any part."""
-        return max(_longest(part.examples) for part in (self.train, self.watch, self.proof))
-
-
-def _longest(examples: Sequence[Example]) -> int:
-    if not isinstance(examples, list):  # rows on disk have one segment each
-        return int(lengths_of(examples).max(initial=0))
-    return max((len(segment) for example in examples for segment in example.segments), default=0)
+        return max(part.longest for part in (self.train, self.watch, self.proof))
 
 
 @dataclass
@@ -141,7 +138,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
         formatted = format_rows(
             rows,
             format=settings.format,
-            named=Named(settings.prompt, settings.completion, settings.text, settings.text_pair, settings.label),
+            named=named_columns(settings),
             task=task,
             train_on=settings.train_on,
             reasoning=settings.reasoning,
@@ -174,46 +171,75 @@ def reject_bad_rows(problems: Sequence[Problem], allowed: int) -> None:
         raise DataError(problems)
 
 
-def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings, *, watch: bool) -> Parts:
+@dataclass(frozen=True)
+class Split:
+    """Which rows are for what, by their numbers: `watch` and `proof` among the rows to score on, where these were named."""
+
+    train: NDArray[np.int64]
+    watch: NDArray[np.int64]
+    proof: NDArray[np.int64]
+    held_out: float | None
+    duplicates: int
+    leaked: int
+
+
+def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch: bool) -> Split:
     """Decide which rows are trained on, watched and kept for the proof.
 
     Rows to score on that also stand in the training data are taken out of the training data. Raises DataError where
     a side would be empty.
     """
-    rows = train.formatted.examples
-    hashes = [content_hash(c) for c in rows]
     held_out: float | None = None
-    leaked = 0
     if evaluation is None:
-        held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(rows))
-        kept, held = split_rows(rows, held_out)
+        held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(train))
+        aside = split_sides(train.sides, held_out)
+        held, digests = np.flatnonzero(aside), train.digests
     else:
-        held = evaluation.formatted.examples
-        seen = {content_hash(c) for c in held}
-        kept = [c for c, digest in zip(rows, hashes, strict=True) if digest not in seen]
-        leaked = len(rows) - len(kept)
-        if not kept or not held:
-            what = f"{len(kept)} rows to train on and {len(held)} to score on"
+        aside = np.isin(train.digests, evaluation.digests)
+        held, digests = np.arange(len(evaluation)), evaluation.digests
+        if aside.all() or not len(held):
+            what = f"{len(train) - int(aside.sum())} rows to train on and {len(held)} to score on"
             raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
-    watched, proof = split_held(held, watch=watch)
-    return Parts(
-        train=kept,
-        watch=watched,
-        proof=proof,
+    watched = _watched(digests[held], watch=watch)
+    return Split(
+        train=np.flatnonzero(~aside),
+        watch=held[watched],
+        proof=held[~watched],
         held_out=held_out,
-        duplicates=len(hashes) - len(set(hashes)),
-        leaked=leaked,
+        duplicates=len(train) - len(np.unique(train.digests)),
+        leaked=0 if evaluation is None else int(aside.sum()),
+    )
+
+
+def _watched(digests: NDArray[np.uint64], *, watch: bool) -> NDArray[np.bool_]:
+    """Tell which held-out rows are watched: those of the least hashes."""
+    count = split_watch(len(digests)) if watch else 0
+    watched = np.zeros(len(digests), np.bool_)
+    watched[np.argsort(digests, kind="stable")[:count]] = True
+    return watched
+
+
+def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings, *, watch: bool) -> Parts:
+    """Split records as `split` says."""
+    rows = train.formatted.examples
+    others = rows if evaluation is None else evaluation.formatted.examples
+    found = split(Keys.of(rows), None if evaluation is None else Keys.of(others), settings, watch=watch)
+    return Parts(
+        [rows[row] for row in found.train],
+        [others[row] for row in found.watch],
+        [others[row] for row in found.proof],
+        found.held_out,
+        found.duplicates,
+        found.leaked,
     )
 
 
 def split_held(held: Sequence[Record], *, watch: bool) -> tuple[list[Record], list[Record]]:
     """Split held-out rows into those that are watched and those for the proof."""
-    count = split_watch(len(held)) if watch else 0
-    ordered = sorted(range(len(held)), key=lambda index: content_hash(held[index]))
-    watched = set(ordered[:count])
+    watched = _watched(Keys.of(held).digests, watch=watch)
     return (
-        [record for index, record in enumerate(held) if index in watched],
-        [record for index, record in enumerate(held) if index not in watched],
+        [record for record, seen in zip(held, watched, strict=True) if seen],
+        [record for record, seen in zip(held, watched, strict=True) if not seen],
     )
 
 
@@ -253,16 +279,22 @@ def prepare(
     )
     segmented = (to_train, to_watch, to_prove)
     problems += [problem for part in segmented for problem in part.problems]
-    if not to_train.examples or not to_prove.examples:
-        dropped = sum(len(part.dropped) for part in segmented)
-        what = f"no rows are left: {dropped} are over {max_length:,} tokens, {len(problems)} can't be used"
-        raise DataError(
-            [Problem("data.empty", what, "", "raise data.max_length, or choose data.over_length=cut"), *problems]
-        )
+    need_rows(segmented, problems, max_length)
     documents = [record for record in parts.train if isinstance(record, Document)]
     fit = measure_fit(documents, renderer) if documents and isinstance(renderer, Encoder) else None
     choices = find_choices(parts.train) if task == "chat" else ()
     return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking, choices)
+
+
+def need_rows(parts: tuple[Segmented, Segmented, Segmented], problems: Sequence[Problem], max_length: int) -> None:
+    """Raise DataError where no row is left to train on, or none to prove with."""
+    to_train, _, to_prove = parts
+    if not len(to_train.examples) or not len(to_prove.examples):
+        dropped = sum(len(part.dropped) for part in parts)
+        what = f"no rows are left: {dropped} are over {max_length:,} tokens, {len(problems)} can't be used"
+        raise DataError(
+            [Problem("data.empty", what, "", "raise data.max_length, or choose data.over_length=cut"), *problems]
+        )
 
 
 @dataclass(frozen=True)

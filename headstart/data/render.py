@@ -17,7 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 from headstart.data.encode import Encoder, Run, split_keep
+from headstart.data.opaque import is_opaque
+from headstart.data.read import Where
 from headstart.data.records import Conversation, Message
+from headstart.data.shapes import Shape, ShapeKey, join_known, shape_of, stand_in
 from headstart.data.templates import TEMPLATES, give_template
 from headstart.errors import ModelError, Problem
 
@@ -25,6 +28,7 @@ from headstart.errors import ModelError, Problem
 MARK = re.compile('\ue000(\\d+)(\\\\*)"\ue001')
 WRITTEN = ("content", "tool_calls", "reasoning_content")
 THOUGHT = "<think>\n{}\n</think>\n\n"  # how models write it that know it
+SHAPES_MAX = 4096
 Strip = Callable[[str], str]
 
 
@@ -59,7 +63,17 @@ class Renderer(Encoder):
         self.stop_ids = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
         self._stop_id = self._find_stop()
         self._writes_reasoning = not self._plain and self._find_reasoning()
+        self._opaque = (
+            not self._plain and isinstance(tokenizer.chat_template, str) and is_opaque(tokenizer.chat_template)
+        )
+        self._shapes: dict[ShapeKey, Shape | None] = {}
         self._stop_text = next((text for text, (id_, _) in self._control.items() if id_ == self._stop_id), "")
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that the ids depend on, the template included, and the date if it writes one."""
+        template = "plain" if self._plain else str(self.tokenizer.chat_template)
+        return [*super().identity, template, self._today.isoformat() if "strftime_now" in template else ""]
 
     # --- the three uses ---
 
@@ -89,6 +103,43 @@ class Renderer(Encoder):
     # --- a chat template ---
 
     def _chat_training(self, conversation: Conversation) -> list[list[Run]]:
+        key = shape_of(conversation) if self._opaque else None
+        if key is None:
+            marked, sequences = self._sequences(conversation)
+            return [self._runs(marked, text, spans) for text, spans in sequences]
+        if key not in self._shapes:
+            if len(self._shapes) >= SHAPES_MAX:
+                self._shapes.clear()
+            self._shapes[key] = self._learn_shape(key)
+        shape = self._shapes[key]
+        if shape is None:
+            marked, sequences = self._sequences(conversation)
+            return [self._runs(marked, text, spans) for text, spans in sequences]
+        return shape.fill(conversation.messages)
+
+    def _learn_shape(self, key: ShapeKey) -> Shape | None:
+        """Return how conversations of a shape are written; None where each has to be looked at by itself."""
+        told = [
+            (role, f" \n{number}\n " if filled else "", trained) for number, (role, filled, trained) in enumerate(key)
+        ]
+        messages = tuple(Message(role, content, trained) for role, content, trained in told)
+        try:
+            marked, sequences = self._sequences(Conversation(Where("", 0), messages))
+        except _TemplateError:
+            return None
+        strips = marked.strips
+        marked.stand_in([stand_in(number) for number, (_, filled, _) in enumerate(key) if filled])
+        written = [self._runs(marked, text, spans) for text, spans in sequences]
+        if any(token.lstrip or token.rstrip for _, token in self._control.values()):
+            return None  # such tokens take white space from contents
+        return Shape([join_known(runs, self._known) for runs in written], [strips.get(role) for role, _, _ in key])
+
+    def _known(self, run: Run) -> tuple[int, ...]:
+        """Return the ids of a run that holds no content."""
+        return tuple(self.encode([[run]])[0].ids.tolist())
+
+    def _sequences(self, conversation: Conversation) -> tuple[_Marked, list[tuple[str, list[tuple[int, int]]]]]:
+        """Return a conversation's marks, and its marked texts with the places that are trained in each."""
         messages, tools = self._with_thoughts(conversation.messages), conversation.tools
         marked = _Marked(messages, tools, self._control_text)
         whole = self._render(marked.messages, marked.tools)
@@ -109,8 +160,8 @@ class Renderer(Encoder):
                 spans.append((alone, start, self._end(alone, max(len(prompt), marked.end_of(index, alone)))))
         if all(whole.startswith(alone[:end]) and self._stops(alone[:end]) for alone, _, end in spans):
             last = spans[-1][2]
-            return [self._runs(marked, whole[:last], [(start, end) for _, start, end in spans])]
-        return [self._runs(marked, alone[:end], [(start, end)]) for alone, start, end in spans]
+            return marked, [(whole[:last], [(start, end) for _, start, end in spans])]
+        return marked, [(alone[:end], [(start, end)]) for alone, start, end in spans]
 
     def _chat_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Run]:
         messages = self._with_thoughts(messages)
@@ -297,6 +348,7 @@ class _Marked:
         self._needed: list[set[int]] = []
         self._thoughts: list[int] = []
         self._starts: list[int] = []
+        self.strips: dict[str, Strip] = {}
         self.tools = [self._leaves(tool, always=False) for tool in tools]
         self.messages = [self._message(message) for message in messages]
 
@@ -328,7 +380,12 @@ class _Marked:
 
     def settle(self, strips: Mapping[str, Strip]) -> None:
         """Keep the contents as the template strips them."""
+        self.strips = dict(strips)
         self._texts = [self._stripped(index, strips) for index in range(len(self._texts))]
+
+    def stand_in(self, texts: Sequence[str]) -> None:
+        """Let the marks stand for other texts."""
+        self._texts = list(texts)
 
     def text(self, mark: str) -> str:
         """Return what a mark stands for, as JSON where the template wrote it as JSON."""

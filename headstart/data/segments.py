@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.encode import Run, Tokens
 from headstart.data.read import Where
-from headstart.data.records import Conversation, Record
+from headstart.data.records import Conversation
 from headstart.data.render import Renderer
 from headstart.errors import DataError, Problem
 
@@ -80,10 +81,13 @@ class Example:
 
 @dataclass
 class Segmented:
-    """What became of the records: `examples` and `kept` go together; `dropped` are those over the length."""
+    """What became of the records: `examples` and `kept` go together; `dropped` are those over the length.
 
-    examples: list[Example] = field(default_factory=list)
-    kept: list[Record] = field(default_factory=list)
+    Both are lists, or read from disk row by row (`store.StoredRows`), where what is asked here is known of all rows.
+    """
+
+    examples: Any = field(default_factory=list)
+    kept: Any = field(default_factory=list)
     dropped: list[tuple[Where, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -99,8 +103,8 @@ class Segmented:
     @property
     def cut(self) -> int:
         """How many examples lost context."""
-        # Of rows that lie on disk, that was told when they were written.
-        return sum(bool(example.cut) for example in self.examples) if isinstance(self.examples, list) else 0
+        known = _known(self.examples, "cut")
+        return sum(bool(example.cut) for example in self.examples) if known is None else known
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -108,11 +112,32 @@ class Segmented:
         return lengths_of(self.examples)
 
     @property
+    def longest(self) -> int:
+        """The tokens of the longest segment."""
+        known = _known(self.examples, "longest")
+        return max((len(s) for e in self.examples for s in e.segments), default=0) if known is None else known
+
+    @property
+    def highest_id(self) -> int:
+        """The highest token."""
+        known = _known(self.examples, "highest_id")
+        return max((int(s.ids.max()) for e in self.examples for s in e.segments), default=0) if known is None else known
+
+    @property
     def target_count(self) -> int:
         """How many tokens are predicted."""
-        if isinstance(self.examples, list):
-            return sum(example.target_count for example in self.examples)
-        return int(self.examples.target_count)
+        known = _known(self.examples, "target_count")
+        return sum(example.target_count for example in self.examples) if known is None else known
+
+    def where_spelled(self, spells: Callable[[str], bool]) -> list[str]:
+        """Return the places of the rows with a text that `spells` something."""
+        known = _known(self.kept, "where_spelled")
+        return [str(r.where) for r in self.kept if any(map(spells, r.texts))] if known is None else known(spells)
+
+
+def _known(rows: Any, name: str) -> Any:
+    """Return what rows on disk know of themselves; None of a list."""
+    return None if isinstance(rows, list) else getattr(rows, name)
 
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
@@ -133,19 +158,75 @@ def segment_rows(
     Raises DataError with every row that is over the length where `over_length` is `error`.
     """
     result = Segmented()
-    for row in _rendered(conversations, renderer, result.problems):
-        fitting: _Rendered | None = row
-        if row.longest > max_length:
-            fitting = _shorten(row.conversation, renderer, max_length) if over_length == "cut" else None
-        if fitting is None:
-            result.dropped.append((row.conversation.where, row.longest))
-        else:
-            segments = tuple(map(_segment, fitting.tokens))
-            result.examples.append(Example(row.conversation.where, segments, fitting.cut))
-            result.kept.append(fitting.conversation)
+    parts = (conversations[start : start + ROWS_AT_ONCE] for start in range(0, len(conversations), ROWS_AT_ONCE))
+    for outcomes in encode_rows(parts, renderer, max_length=max_length, over_length=over_length):
+        for outcome in outcomes:
+            outcome.add_to(result)
     if over_length == "error":
         result.reject_dropped(max_length, "drop or cut")
     return result
+
+
+class Outcome(NamedTuple):
+    """What became of a conversation: an example, or the length for which it is dropped, or what is wrong with it.
+
+    `conversation` is what was encoded: shorter than it was given where it was cut.
+    """
+
+    conversation: Conversation
+    example: Example | None
+    length: int = 0
+    problem: Problem | None = None
+
+    def add_to(self, result: Segmented) -> None:
+        """Add this row to the others."""
+        if self.problem is not None:
+            result.problems.append(self.problem)
+        elif self.example is None:
+            result.dropped.append((self.conversation.where, self.length))
+        else:
+            result.examples.append(self.example)
+            result.kept.append(self.conversation)
+
+
+def encode_rows(
+    parts: Iterable[Sequence[Conversation]], renderer: Renderer, *, max_length: int, over_length: str = "drop"
+) -> Iterator[list[Outcome]]:
+    """Yield what becomes of each part of many conversations.
+
+    While one part is encoded, which holds no lock of Python's, the next is read and rendered.
+    """
+    waiting: _Part | None = None
+    with ThreadPoolExecutor(1) as encoder:
+        for conversations in parts:
+            rendered = [renderer.training(conversation) for conversation in conversations]
+            runs = [one for row in rendered if not isinstance(row, Problem) for one in row]
+            part = _Part(conversations, rendered, encoder.submit(renderer.encode, runs))
+            if waiting is not None:
+                yield waiting.outcomes(renderer, max_length, over_length)
+            waiting = part
+        if waiting is not None:
+            yield waiting.outcomes(renderer, max_length, over_length)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Conversations on their way: what they are rendered to, and their tokens to come."""
+
+    conversations: Sequence[Conversation]
+    rendered: Sequence[list[list[Run]] | Problem]
+    tokens: Future[list[Tokens]]
+
+    def outcomes(self, renderer: Renderer, max_length: int, over_length: str) -> list[Outcome]:
+        encoded = iter(self.tokens.result())
+        found = []
+        for conversation, sequences in zip(self.conversations, self.rendered, strict=True):
+            if isinstance(sequences, Problem):
+                found.append(Outcome(conversation, None, problem=sequences))
+            else:
+                row = _Rendered(conversation, [next(encoded) for _ in sequences])
+                found.append(row.outcome(renderer, max_length, over_length))
+        return found
 
 
 class _Rendered(NamedTuple):
@@ -157,24 +238,16 @@ class _Rendered(NamedTuple):
 
     @property
     def longest(self) -> int:
-        return max(len(item.ids) for item in self.tokens)
+        return max([len(item.ids) for item in self.tokens])
 
-
-def _rendered(
-    conversations: Sequence[Conversation], renderer: Renderer, problems: list[Problem]
-) -> Iterator[_Rendered]:
-    """Yield each conversation with its encoded sequences, encoding many rows at once."""
-    for start in range(0, len(conversations), ROWS_AT_ONCE):
-        rows: list[tuple[Conversation, list[list[Run]]]] = []
-        for conversation in conversations[start : start + ROWS_AT_ONCE]:
-            sequences = renderer.training(conversation)
-            if isinstance(sequences, Problem):
-                problems.append(sequences)
-            else:
-                rows.append((conversation, sequences))
-        encoded = iter(renderer.encode(runs for _, sequences in rows for runs in sequences))
-        for conversation, sequences in rows:
-            yield _Rendered(conversation, [next(encoded) for _ in sequences])
+    def outcome(self, renderer: Renderer, max_length: int, over_length: str) -> Outcome:
+        fitting: _Rendered | None = self
+        if self.longest > max_length:
+            fitting = _shorten(self.conversation, renderer, max_length) if over_length == "cut" else None
+        if fitting is None:
+            return Outcome(self.conversation, None, self.longest)
+        segments = tuple([_segment(tokens) for tokens in fitting.tokens])
+        return Outcome(fitting.conversation, Example(self.conversation.where, segments, fitting.cut))
 
 
 def _segment(tokens: Tokens) -> Segment:

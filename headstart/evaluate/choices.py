@@ -56,6 +56,6 @@ def _encode(renderer: Renderer, conversation: Conversation, choice: str) -> NDAr
     messages = list(conversation.messages[: last + 1])
     messages[last] = replace(messages[last], content=choice)
     made = segment_rows([replace(conversation, messages=tuple(messages))], renderer, max_length=1 << 30)
-    segment = made.examples[0].segments[-1]
+    segment: Segment = made.examples[0].segments[-1]
     begin, end = last_answer(segment)
     return segment.ids[begin:end]

@@ -11,12 +11,13 @@ import pytest
 
 from headstart.config import DataSettings
 from headstart.data import corpus
-from headstart.data.corpus import TokenStore, is_large, peek, prepare_corpus
+from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.prepare import Prepared, form_sides, prepare
 from headstart.data.read import find_files
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
+from headstart.data.store import StoredRows
 from headstart.errors import DataError
 from tests.tokens import make_tokenizer
 
@@ -55,7 +56,7 @@ def test_a_stream_gives_the_rows_that_memory_gives(renderer: Renderer, file: Pat
     streamed = stream(renderer, settings)
     held = prepare(form_sides(settings), settings, renderer, 64, task="causal")
     store = streamed.train.examples
-    assert isinstance(store, TokenStore)
+    assert isinstance(store, StoredRows)
     assert tokens(store) == tokens(held.train.examples)
     assert tokens(store[3:5]) == tokens([store[3], store[4]])
     assert sorted(map(str, streamed.parts.proof)) == sorted(map(str, held.parts.proof))
@@ -83,10 +84,10 @@ def test_a_corpus_is_encoded_once(renderer: Renderer, file: Path, monkeypatch: p
     times = 0
     original = corpus._encode
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any) -> dict[str, Any]:
         nonlocal times
         times += 1
-        original(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(corpus, "_encode", counted)
     settings = DataSettings(train=(str(file),))
