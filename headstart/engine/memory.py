@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from headstart import machine
 from headstart.data.forest import Pack
+from headstart.models.attend import in_blocks
 
 SCALES = (1 / 16, 1 / 8, 1 / 4)
 SMALL_TOKENS = 128  # a pack of so few is measured as it is
@@ -82,6 +83,8 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        if in_blocks():
+            return found
         self.clock += 1
         before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(found):
@@ -115,7 +118,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def trace(work: Callable[[], Any]) -> Trace:
-    """Run `work` and note what it fills. Memory inside of a single operation isn't seen."""
+    """Run `work` and note what it fills. Memory inside of a single operation isn't seen, nor that of attention's blocks."""
     tracker = _Tracker()
     with tracker:
         work()

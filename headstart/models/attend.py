@@ -7,8 +7,9 @@ where there is such a thing at all. The weights are made anew in the backward pa
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +19,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 QUERIES_AT_ONCE = 64
+_depth = [0]  # of `one_by_one`
 STEP = 8  # blocks are of whole steps, so that threads can share them evenly
 
 Ints = NDArray[np.int64]
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Mark operations as those of single blocks: how many there are depends on the pack, and what they fill is small."""
+    _depth[0] += 1
+    try:
+        yield
+    finally:
+        _depth[0] -= 1
+
+
+def in_blocks() -> bool:
+    """Tell whether operations are those of single blocks."""
+    return bool(_depth[0])
 
 
 class Block(NamedTuple):
@@ -153,12 +170,12 @@ class _Attend(torch.autograd.Function):
         output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
         ctx.blocks, ctx.rule = blocks, rule
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, kept = ctx.saved_tensors
         gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
         attend_backward(q, k, v, ctx.blocks, ctx.rule, kept, gradient, gradients)
         return *gradients, None, None
@@ -166,20 +183,33 @@ class _Attend(torch.autograd.Function):
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule, output: Tensor
-) -> list[Tensor]:
-    """Write what `attend` gives into `output` [T, H, d]; return what was dropped out of each block."""
-    kept = []
-    shares = _shares(k)
-    keys, values = _spread(k, shares), _spread(v, shares)
-    for block in blocks:
-        queries, every = _by_group(q[block.begin : block.end] * rule.scale, k.shape[1], shares)
-        weights, _ = _weights(queries, _pick(keys[::every], block), block, rule)
-        if rule.dropout:
-            weights, drawn = torch.native_dropout(weights, rule.dropout, True)
-            kept.append(drawn)
-        attended = torch.bmm(weights, _pick(values[::every], block))
-        _put(output[block.begin : block.end], attended, k.shape[1])
+) -> Tensor | None:
+    """Write what `attend` gives into `output` [T, H, d]; return what was kept under dropout, block by block, bool."""
+    kept = None
+    if rule.dropout:
+        kept = torch.empty(sum(_scores(block, q.shape[1]) for block in blocks), dtype=torch.bool, device=q.device)
+    with one_by_one():
+        shares = _shares(k)
+        keys, values = _spread(k, shares), _spread(v, shares)
+        for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
+            queries, every = _by_group(q[block.begin : block.end] * rule.scale, k.shape[1], shares)
+            weights, _ = _weights(queries, _pick(keys[::every], block), block, rule)
+            if place is not None:
+                weights, drawn = torch.native_dropout(weights, rule.dropout, True)
+                place.copy_(drawn.flatten())
+            attended = torch.bmm(weights, _pick(values[::every], block))
+            _put(output[block.begin : block.end], attended, k.shape[1])
     return kept
+
+
+def _scores(block: Block, heads: int) -> int:
+    """Return how many scores a block has, of all heads."""
+    return heads * (block.end - block.begin) * sum(end - begin for begin, end in block.keys)
+
+
+def _places(kept: Tensor | None, blocks: Sequence[Block], heads: int) -> Sequence[Tensor | None]:
+    """Return the part of `kept` that belongs to each block; None where nothing is dropped out."""
+    return [None] * len(blocks) if kept is None else torch.split(kept, [_scores(block, heads) for block in blocks])
 
 
 def attend_backward(
@@ -188,34 +218,35 @@ def attend_backward(
     v: Tensor,
     blocks: Sequence[Block],
     rule: Rule,
-    kept: Sequence[Tensor],
+    kept: Tensor | None,
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
     """Write the gradients of q, k, v into `gradients`, given that of what `attend` gave."""
-    groups, shares = k.shape[1], _shares(k)
-    keys, values = _spread(k, shares), _spread(v, shares)
-    d_keys, d_values = (t.new_zeros(t.shape) for t in (keys, values))
-    for number, block in enumerate(blocks):
-        queries, every = _by_group(q[block.begin : block.end] * rule.scale, groups, shares)
-        wanted, _ = _by_group(gradient[block.begin : block.end], groups, shares)
-        key = _pick(keys[::every], block)
-        weights, slope = _weights(queries, key, block, rule)
-        d_weights = torch.bmm(wanted, _pick(values[::every], block).transpose(1, 2))
-        dropped = weights
-        if rule.dropout:
-            share = 1 / (1 - rule.dropout)
-            dropped = (weights * kept[number]).mul_(share)
-            d_weights.mul_(kept[number]).mul_(share)
-        _add(d_values[::every], block, dropped, wanted)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        if slope is not None:
-            d_scores.mul_(slope)
-        # Queries were scaled before the product, so the gradient of keys has the scale already.
-        _add(d_keys[::every], block, d_scores, queries)
-        _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key).mul_(rule.scale), groups)
-    for place, sums in zip(gradients[1:], (d_keys, d_values), strict=True):
-        torch.sum(sums.view(groups, shares, *sums.shape[1:]), 1, out=place.transpose(0, 1))
+    with one_by_one():
+        groups, shares = k.shape[1], _shares(k)
+        keys, values = _spread(k, shares), _spread(v, shares)
+        d_keys, d_values = (t.new_zeros(t.shape) for t in (keys, values))
+        for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
+            queries, every = _by_group(q[block.begin : block.end] * rule.scale, groups, shares)
+            wanted, _ = _by_group(gradient[block.begin : block.end], groups, shares)
+            key = _pick(keys[::every], block)
+            weights, slope = _weights(queries, key, block, rule)
+            d_weights = torch.bmm(wanted, _pick(values[::every], block).transpose(1, 2))
+            dropped = weights
+            if place is not None:
+                share = 1 / (1 - rule.dropout)
+                dropped = (weights * place.view(weights.shape)).mul_(share)
+                d_weights.mul_(place.view(weights.shape)).mul_(share)
+            _add(d_values[::every], block, dropped, wanted)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if slope is not None:
+                d_scores.mul_(slope)
+            # Queries were scaled before the product, so the gradient of keys has the scale already.
+            _add(d_keys[::every], block, d_scores, queries)
+            _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key).mul_(rule.scale), groups)
+        for place, sums in zip(gradients[1:], (d_keys, d_values), strict=True):
+            torch.sum(sums.view(groups, shares, *sums.shape[1:]), 1, out=place.transpose(0, 1))
 
 
 def _shares(k: Tensor) -> int:

@@ -255,12 +255,12 @@ class _AttendColumns(torch.autograd.Function):
         output = torch.empty(q.shape, dtype=q.dtype)
         kept = attend_forward(q, k, v, blocks, rule, output)
         ctx.heads, ctx.blocks, ctx.rule = heads, blocks, rule
-        ctx.save_for_backward(columns, cos, sin, chosen, *kept)
+        ctx.save_for_backward(columns, cos, sin, chosen, kept)
         return output.view(len(q), -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        columns, cos, sin, chosen, *kept = ctx.saved_tensors
+        columns, cos, sin, chosen, kept = ctx.saved_tensors
         heads: Heads = ctx.heads
         d_columns = torch.empty_like(columns)
         q, k, v = heads.split(columns)
