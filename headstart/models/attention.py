@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -18,6 +18,15 @@ from torch import Tensor
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class Reading(Protocol):
+    """What says which keys the tokens of a forward see, where that is more than a forest: keys kept from before."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float | None
+    ) -> Tensor:
+        """Attend in the next layer. `query` [1, H, T, d], `key` and `value` [1, K, T, d] -> [1, T, H, d]."""
 
 
 class Forest:
@@ -69,7 +78,7 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    forest: Forest | None = None,
+    forest: Forest | Reading | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -83,6 +92,8 @@ def forest_attention(
         raise ValueError("forest attention was called without a forest")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(forest, Forest):
+        return forest.attend(query, key, value, scale, sliding_window or 0, softcap), None
     # split, and not slices: the gradient of a split is one concatenation, that of each slice a whole tensor of zeros.
     queries = torch.split(query, forest.lengths, dim=2)
     keys = torch.split(key, forest.lengths, dim=2)
@@ -93,11 +104,24 @@ def forest_attention(
         k = torch.cat([keys[n] for n in seen], dim=2) if ancestors else keys[node]
         v = torch.cat([values[n] for n in seen], dim=2) if ancestors else values[node]
         mask = forest.mask(node, sliding_window or 0, causal)
-        if softcap is not None:
-            attended.append(_softcapped(queries[node], k, v, mask, causal, scale, dropout, softcap))
-        else:
-            attended.append(_fused(queries[node], k, v, mask, causal, scale, dropout))
+        attended.append(attend(queries[node], k, v, mask, causal, scale, dropout, softcap))
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend from `q` [1, H, n, d] to `k` and `v` [1, K, a + n, d], as `mask` [n, a + n] or plain causality says."""
+    if softcap is not None:
+        return _softcapped(q, k, v, mask, causal, scale, dropout, softcap)
+    return _fused(q, k, v, mask, causal, scale, dropout)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
@@ -195,7 +219,7 @@ def _has_window(config: Any, kinds: set[str]) -> bool:
 
 
 def run_decoder(
-    model: Any, ids: Tensor, positions: Tensor, forest: Forest | None, types: Tensor | None = None
+    model: Any, ids: Tensor, positions: Tensor, forest: Forest | Reading | None, types: Tensor | None = None
 ) -> Tensor:
     """Run the layers of a model on a pack, or on one plain row where `forest` is None.
 
