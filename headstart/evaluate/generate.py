@@ -1,25 +1,43 @@
-"""Answers: prompts in, token ids out, in batches, greedily, so that the same model always gives the same."""
+"""Answers: prompts in, token ids out, greedily, so that the same model always gives the same.
+
+All prompts for whose keys and values there is room are in flight together, a token each at every step; one that is done
+leaves at once, and others come in. An architecture that can't read a forest goes through transformers' own `generate`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from headstart.models.attention import use_attention
+from headstart.data.prefixes import PrefixTree, build_prefixes
+from headstart.models.attention import can_pack, use_attention
+from headstart.models.decode import Cache, Node, Row, token_bytes
+from headstart.models.head import Head, read_head
 
-PROMPTS_AT_ONCE = 16
-TOKENS_AT_ONCE = 8192  # of prompts: what their keys and values fill stays small beside the model
+PROMPTS_AT_ONCE = 16  # and the next: through transformers' own generate
+TOKENS_AT_ONCE = 8192
+ROWS_AT_ONCE = 128  # in flight: twice as many would not go through the weights any faster
+KEPT_BYTES = 1 << 30  # of keys and values, or a quarter of the model's own bytes if that is more
+KEEP_ONCE = 2048  # tokens that a shared node must save: at every step it costs each layer some small operations
+COME_IN = 4  # new prompts come in when this part of the room is free: each time what is kept is laid anew
+
+OnBatch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The ids of an answer, its stop token left out, and whether the model stopped by itself."""
+    """The ids of an answer, its stop token left out, and whether the model stopped by itself.
+
+    `logprobs`: how likely the model found each of `ids`; None where it isn't known.
+    """
 
     ids: list[int]
     stopped: bool
+    logprobs: list[float] | None = field(default=None, compare=False)
 
 
 def generate(
@@ -28,16 +46,159 @@ def generate(
     stop_ids: Sequence[int],
     limits: Sequence[int],
     length: int,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: OnBatch | None = None,
+    *,
+    tokens_at_once: int | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids) with the likeliest token at each place, up to a stop token or each one's limit.
 
-    Prompt and answer together stay within `length`, the most tokens that the model can place. Prompts of like limit and
-    length go through together; `on_batch(done, total)` is called after each batch.
+    Prompt and answer together stay within `length`, the most tokens that the model can place. `on_batch(done, total)` is
+    called whenever answers are done. `tokens_at_once` bounds the tokens whose keys and values are kept, but for a
+    prompt that is longer by itself; left out, it follows from `KEPT_BYTES`.
     """
     model.eval()
-    use_attention(model, packed=False)
     limits = [max(1, min(limit, length - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
+    head = _find_head(model, max(map(len, prompts), default=0) + max(limits, default=0))
+    if head is None:
+        return _generate_padded(model, prompts, stop_ids, limits, length, on_batch)
+    with torch.no_grad():
+        flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or _room(model))
+        while flight.advance():
+            if on_batch and flight.just_done:
+                on_batch(flight.done, len(prompts))
+    return [Answer(asked.ids, asked.stopped, asked.logprobs) for asked in flight.asked]
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose from logits [R, V], which are used up, the next token of each row, [R], and tell its log-probability, [R]."""
+    highest, ids = logits.max(-1, keepdim=True)
+    return ids[:, 0], -logits.sub_(highest).exp_().sum(-1).log_()
+
+
+def _find_head(model: Any, longest: int) -> Head | None:
+    """Return the head of a model whose rows can go through together; None for others."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        # Its positions are turned differently in a forward that holds a longer row.
+        if kind.get("rope_type") == "longrope" and longest > kind.get("original_max_position_embeddings", 0):
+            return None
+    if not can_pack(model):
+        return None
+    try:
+        return read_head(model)
+    except ValueError:
+        return None
+
+
+def _room(model: Any) -> int:
+    """Return for how many tokens keys and values may be kept. It doesn't follow from what memory happens to be free."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return int(max(KEPT_BYTES, weights // 4) // token_bytes(model))
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A prompt, where it stands in the tree of prefixes, and what was answered so far."""
+
+    row: Row
+    limit: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+def _build_nodes(tree: PrefixTree, prompts: Sequence[Sequence[int]]) -> list[Node]:
+    """Return the nodes of a tree of prefixes; long ones are kept once, and so is what they hang on."""
+    kept = [(prefix.end - prefix.begin) * (len(prefix.prompts) - 1) >= KEEP_ONCE for prefix in tree.nodes]
+    for number in reversed(range(len(kept))):
+        if kept[number] and tree.nodes[number].parent >= 0:
+            kept[tree.nodes[number].parent] = True
+    nodes: list[Node] = []
+    for prefix, here in zip(tree.nodes, kept, strict=True):
+        ids = prompts[prefix.prompts[0]][prefix.begin : prefix.end]
+        nodes.append(Node(ids, nodes[prefix.parent] if prefix.parent >= 0 else None, here))
+    return nodes
+
+
+class _Flight:
+    """All prompts on their way: some wait, some are in flight, some are done."""
+
+    def __init__(
+        self,
+        model: Any,
+        head: Head,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_ids: Sequence[int],
+        tokens: int,
+    ) -> None:
+        tree = build_prefixes(prompts)
+        nodes = _build_nodes(tree, prompts)
+        self.asked = []
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            above = nodes[tree.above[number]] if tree.above[number] >= 0 else None
+            own = prompt[above.first + len(above.ids) :] if above else prompt
+            self.asked.append(_Asked(Row(Node(own, above), limit), limit))
+        self.done = 0
+        self.just_done: list[_Asked] = []
+        self._by_row = {asked.row: asked for asked in self.asked}
+        self._waiting = [self.asked[number].row for number in tree.order(limits)]
+        self._cache = Cache(model)
+        self._head = head
+        self._stop_ids = frozenset(stop_ids)
+        self._tokens = tokens
+
+    def advance(self) -> bool:
+        """Give every row in flight a token, or let waiting rows in. Returns whether anything was left to do."""
+        self.just_done = []
+        if new := self._next_in():
+            self._take(new, self._cache.read(new))
+        elif rows := self._cache.rows:
+            self._take(rows, self._cache.step([self._by_row[row].ids[-1] for row in rows]))
+        else:
+            return False
+        return True
+
+    def _next_in(self) -> list[Row]:
+        """Take from those that wait what there is room for, once that is worth laying anew what is kept."""
+        flying = self._cache.rows
+        if not self._waiting or (flying and self._cache.tokens_with([]) > self._tokens * (1 - 1 / COME_IN)):
+            return []
+        new: list[Row] = []
+        while self._waiting and len(flying) + len(new) < ROWS_AT_ONCE:
+            if (flying or new) and self._cache.tokens_with([*new, self._waiting[0]]) > self._tokens:
+                break
+            new.append(self._waiting.pop(0))
+        return new
+
+    def _take(self, rows: Sequence[Row], hidden: Tensor) -> None:
+        """Choose the next token of rows from their hidden states [r, D], and let those go that are done."""
+        chosen = [likeliest(self._head.logits(part)) for part in torch.split(hidden, self._head.rows_at_once)]
+        ids = torch.cat([ids for ids, _ in chosen]).tolist()
+        logprobs = torch.cat([logprobs for _, logprobs in chosen]).tolist()
+        for row, id_, logprob in zip(rows, ids, logprobs, strict=True):
+            asked = self._by_row[row]
+            asked.stopped = id_ in self._stop_ids
+            if not asked.stopped:
+                asked.ids.append(id_)
+                asked.logprobs.append(logprob)
+            if asked.stopped or len(asked.ids) == asked.limit:
+                self.just_done.append(asked)
+        self.done += len(self.just_done)
+        self._cache.drop([asked.row for asked in self.just_done], self._waiting)
+
+
+def _generate_padded(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    limits: Sequence[int],
+    length: int,
+    on_batch: OnBatch | None,
+) -> list[Answer]:
+    """Answer with transformers' own generate: prompts of like limit and length together, padded on the left."""
+    use_attention(model, packed=False)
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index])))
     answers: dict[int, Answer] = {}
     for batch in _batches(order, prompts, limits, length):

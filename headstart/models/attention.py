@@ -8,7 +8,7 @@ not looked up in a list but tried (`can_pack`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from headstart.models.attend import Block, Nodes, Rule, attend, cut_blocks
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class Reading(Protocol):
+    """What says which keys the tokens of a forward see, where that is more than a forest: keys kept from before."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float | None
+    ) -> Tensor:
+        """Attend in the next layer. `query` [1, H, T, d], `key` and `value` [1, K, T, d] -> [1, T, H, d]."""
 
 
 class Asked(NamedTuple):
@@ -69,7 +78,7 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    forest: Forest | None = None,
+    forest: Forest | Reading | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -83,6 +92,8 @@ def forest_attention(
         raise ValueError("forest attention was called without a forest")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(forest, Forest):
+        return forest.attend(query, key, value, scale, sliding_window or 0, softcap), None
     rule = Rule(scale, softcap, dropout)
     forest.asked[id(module)] = Asked(rule, sliding_window or 0, causal)
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
@@ -157,7 +168,7 @@ def _has_window(config: Any, kinds: set[str]) -> bool:
 
 
 def run_decoder(
-    model: Any, ids: Tensor, positions: Tensor, forest: Forest | None, types: Tensor | None = None
+    model: Any, ids: Tensor, positions: Tensor, forest: Forest | Reading | None, types: Tensor | None = None
 ) -> Tensor:
     """Run the layers of a model on a pack, or on one plain row where `forest` is None.
 
@@ -174,7 +185,7 @@ def run_decoder(
         extra["position_ids"] = (positions + getattr(model, FIRST_POSITION, 0))[None]
     output = model.base_model(input_ids=ids[None], use_cache=False, **extra)
     hidden: Tensor = output.last_hidden_state[0]
-    chosen = None if forest is None else forest.chosen
+    chosen = forest.chosen if isinstance(forest, Forest) else None
     # A last layer that computes what is wanted alone has chosen already.
     return hidden if chosen is None or len(hidden) < len(ids) else hidden[chosen]
 

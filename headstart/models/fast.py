@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.models.attention import Asked, Forest, run_decoder
+from headstart.models.attention import Asked, Forest, Reading, run_decoder
 from headstart.models.fused import (
     ACTIVATIONS,
     GatedMlp,
@@ -28,6 +28,7 @@ from headstart.models.fused import (
     gated_mlp,
     project,
     rms_norm,
+    rotate_,
 )
 from headstart.models.linear import Part, Product, read_linear
 
@@ -78,24 +79,18 @@ class FastLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, [1, T, D] -> [1, T, D]: fused where it is called with a forest, else as it was."""
-        forest: Forest | None = kwargs.get("forest")
+        forest: Forest | Reading | None = kwargs.get("forest")
         cached = kwargs.get("past_key_values") is not None
         if forest is None or cached or self.asked is None or any(_is_off(module) for module in self.adapters):
             return self.plain(hidden_states, *args, **kwargs)
         return self.run(hidden_states[0], forest, kwargs.get("position_embeddings"))[None]
 
-    def run(self, x: Tensor, forest: Forest, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    def run(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Run the layer on a pack, [T, D]; the last one gives the chosen tokens alone, [P, D]."""
-        if self.asked is None:
-            raise RuntimeError("a layer runs before it was seen what its attention asks for")
-        forest.asked[id(self)] = self.asked
-        rule, window, causal = self.asked
-        chosen = forest.chosen if self.last else None
-        blocks = forest.blocks(window, causal, chosen=chosen is not None)
         columns = self._normed_heads(project(x, self.before, self.columns))
-        dropout = self.dropout if self.training() else 0.0
         half = self._half(turn) if self.turns else None
-        attended = attend_columns(columns, half, self.heads, blocks, replace(rule, dropout=dropout), chosen)
+        chosen = forest.chosen if self.last and isinstance(forest, Forest) else None
+        attended = self._attend(columns, half, forest, chosen)
         x = x if chosen is None else x[chosen]
         if self.after is None:
             x = add_product(x, attended, self.out, self.scale)
@@ -104,6 +99,28 @@ class FastLayer:
         if self.mlp_after is None:
             return gated_mlp(x, self.mlp, residual=True)
         return torch.add(x, rms_norm(gated_mlp(x, self.mlp, residual=False), self.mlp_after), alpha=self.scale)
+
+    def _attend(
+        self,
+        columns: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        forest: Forest | Reading,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """[T, N] -> [T, H d], or [P, H d] of chosen tokens."""
+        if self.asked is None:
+            raise RuntimeError("a layer runs before it was seen what its attention asks for")
+        rule, window, causal = self.asked
+        if isinstance(forest, Forest):
+            forest.asked[id(self)] = self.asked
+            rule = replace(rule, dropout=self.dropout if self.training() else 0.0)
+            blocks = forest.blocks(window, causal, chosen=chosen is not None)
+            return attend_columns(columns, turn, self.heads, blocks, rule, chosen)
+        if turn is not None:
+            rotate_(self.heads.turned(columns), *turn)
+        # Keys and values are kept, and queries need not be kept with them.
+        q, k, v = (heads.transpose(0, 1).contiguous()[None] for heads in self.heads.split(columns))
+        return forest.attend(q, k, v, rule.scale, window, rule.softcap)[0].flatten(1)
 
     def _normed_heads(self, columns: Tensor) -> Tensor:
         if self.query_norm is None or self.key_norm is None:
