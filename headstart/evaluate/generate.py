@@ -62,7 +62,7 @@ def generate(
     if head is None:
         return _generate_padded(model, prompts, stop_ids, limits, length, on_batch)
     with torch.no_grad():
-        flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or _room(model))
+        flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or tokens_kept(model))
         while flight.advance():
             if on_batch and flight.just_done:
                 on_batch(flight.done, len(prompts))
@@ -91,7 +91,7 @@ def _find_head(model: Any, longest: int) -> Head | None:
         return None
 
 
-def _room(model: Any) -> int:
+def tokens_kept(model: Any) -> int:
     """Return for how many tokens keys and values may be kept. It doesn't follow from what memory happens to be free."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return int(max(KEPT_BYTES, weights // 4) // token_bytes(model))

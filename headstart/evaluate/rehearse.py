@@ -7,53 +7,49 @@ from collections.abc import Sequence
 
 from headstart.engine.forward import Reader
 from headstart.engine.memory import Growth, trace
-from headstart.evaluate.generate import PROMPTS_AT_ONCE, TOKENS_AT_ONCE, generate
+from headstart.evaluate.generate import ROWS_AT_ONCE, generate, tokens_kept
 
 WIDTHS = (16, 32, 64)
 PROMPTS = 4
 NEW_TOKENS = 4
+SIZES = (1, 16)  # prompts in flight at which a pass is timed; others lie on the line through these
 
 
 def answering_bytes(reader: Reader, prompts: Sequence[int], limits: Sequence[int]) -> int:
     """Return what answering fills at most, for prompts of these tokens with answers of at most `limits`.
 
-    Keys, values and states are measured on a few narrow batches and carried on to the widest.
+    Keys, values and states are measured on a few narrow prompts and carried on to all that are in flight at once.
     """
-    widest = max(prompt + limit for prompt, limit in zip(prompts, limits, strict=True))
-    at_once = max(1, min(PROMPTS_AT_ONCE, len(prompts), TOKENS_AT_ONCE // widest))
-    some = min(PROMPTS, at_once)
-    _answer(reader, some, WIDTHS[0], 1)
-    traces = [trace(lambda: _answer(reader, some, width, 2)) for width in WIDTHS]  # noqa: B023 (called at once)
-    return Growth(traces, WIDTHS).bytes_at(widest) * at_once // some
+    rows = sorted((prompt + limit for prompt, limit in zip(prompts, limits, strict=True)), reverse=True)
+    tokens = min(sum(rows[:ROWS_AT_ONCE]), max(rows[0], tokens_kept(reader.model)))
+    _answer(reader, PROMPTS, WIDTHS[0], 1)
+    traces = [trace(lambda: _answer(reader, PROMPTS, width, 2)) for width in WIDTHS]  # noqa: B023 (called at once)
+    return Growth(traces, [PROMPTS * (width + 2) for width in WIDTHS]).bytes_at(tokens)
 
 
 def answering_s(reader: Reader, prompts: Sequence[int], limits: Sequence[int], forward_s: float) -> float:
-    """Return about how long answering takes: the prompts once, then each new token as a pass of its batch.
+    """Return about how long answering takes: the prompts once, then at each step a pass of all that still go on.
 
-    A batch goes on until its last answer ends, which is taken to be at its limit.
+    Each answer is taken to go on to its limit.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (limits[index], prompts[index]))
-    batches: list[list[int]] = []
-    for index in order:
-        batch = [*(batches[-1] if batches else []), index]
-        width = max(prompts[i] for i in batch) + max(limits[i] for i in batch)
-        if 1 < len(batch) <= PROMPTS_AT_ONCE and width * len(batch) <= TOKENS_AT_ONCE:
-            batches[-1] = batch
-        else:
-            batches.append([index])
-    pace = {size: _pass_s(reader, size) for size in {len(batch) for batch in batches}}
-    passes = sum(pace[len(batch)] * max(limits[i] for i in batch) for batch in batches)
+    one, many = (_pass_s(reader, size) for size in SIZES)
+    each = max(0.0, many - one) / (SIZES[1] - SIZES[0])
+    passes = 0.0
+    for begin in range(0, len(limits), ROWS_AT_ONCE):
+        flying = limits[begin : begin + ROWS_AT_ONCE]
+        passes += max(flying) * (one - each) + sum(flying) * each
     return forward_s * sum(prompts) + passes
 
 
 def _pass_s(reader: Reader, size: int) -> float:
     """Return the seconds of a pass of one token for each of `size` prompts."""
-    taken = [_answer(reader, size, WIDTHS[0], new) for new in (1, 1 + NEW_TOKENS)]
+    taken = [min(_answer(reader, size, WIDTHS[0], new) for _ in range(2)) for new in (1, 1 + NEW_TOKENS)]
     return max(0.0, taken[1] - taken[0]) / NEW_TOKENS
 
 
 def _answer(reader: Reader, size: int, width: int, new: int) -> float:
+    prompts = [[3 + number, *[3] * (width - 1)] for number in range(size)]  # nothing is shared
     never = [int(reader.model.config.get_text_config().vocab_size) - 1]  # hardly ever the likeliest
     begun = time.perf_counter()
-    generate(reader.model, [[3] * width] * size, never, [new] * size, 1 << 30)
+    generate(reader.model, prompts, never, [new] * size, 1 << 30)
     return time.perf_counter() - begun
