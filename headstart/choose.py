@@ -62,8 +62,9 @@ def choose(config: Config, facts: Facts) -> Config:
     new_head = facts.task not in ("chat", "causal")
     decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size, new_head))
     decide("optim.warmup", 0.05, "a twentieth of the steps")
-    packed = max(PACK_TOKENS[facts.device], facts.longest)
-    decide("engine.tokens_per_pack", packed, f"suits a {facts.device}, and the longest row has {facts.longest:,}")
+    alone = f"; the longest row, of {facts.longest:,}, is a pack of its own"
+    packed = PACK_TOKENS[facts.device]
+    decide("engine.tokens_per_pack", packed, f"suits a {facts.device}{alone if facts.longest > packed else ''}")
     if facts.held_out is not None:
         decide("data.held_out", facts.held_out, f"for {rows + facts.watch_rows + facts.proof_rows:,} rows")
     every, why = _eval_every(facts, steps, size)

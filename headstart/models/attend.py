@@ -167,6 +167,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule) -> Tensor:
+        q = q * rule.scale
         output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
         ctx.blocks, ctx.rule = blocks, rule
@@ -178,13 +179,17 @@ class _Attend(torch.autograd.Function):
         q, k, v, kept = ctx.saved_tensors
         gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
         attend_backward(q, k, v, ctx.blocks, ctx.rule, kept, gradient, gradients)
+        gradients[0].mul_(ctx.rule.scale)
         return *gradients, None, None
 
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule, output: Tensor
 ) -> Tensor | None:
-    """Write what `attend` gives into `output` [T, H, d]; return what was kept under dropout, block by block, bool."""
+    """Write what `attend` gives into `output` [T, H, d], of queries that are scaled already.
+
+    Return what was kept under dropout, block by block, bool.
+    """
     kept = None
     if rule.dropout:
         kept = torch.empty(sum(_scores(block, q.shape[1]) for block in blocks), dtype=torch.bool, device=q.device)
@@ -192,7 +197,7 @@ def attend_forward(
         shares = _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
         for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
-            queries, every = _by_group(q[block.begin : block.end] * rule.scale, k.shape[1], shares)
+            queries, every = _by_group(q[block.begin : block.end], k.shape[1], shares)
             weights, _ = _weights(queries, _pick(keys[::every], block), block, rule)
             if place is not None:
                 weights, drawn = torch.native_dropout(weights, rule.dropout, True)
@@ -222,13 +227,13 @@ def attend_backward(
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
-    """Write the gradients of q, k, v into `gradients`, given that of what `attend` gave."""
+    """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` gave."""
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
         d_keys, d_values = (t.new_zeros(t.shape) for t in (keys, values))
         for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
-            queries, every = _by_group(q[block.begin : block.end] * rule.scale, groups, shares)
+            queries, every = _by_group(q[block.begin : block.end], groups, shares)
             wanted, _ = _by_group(gradient[block.begin : block.end], groups, shares)
             key = _pick(keys[::every], block)
             weights, slope = _weights(queries, key, block, rule)
@@ -242,9 +247,8 @@ def attend_backward(
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if slope is not None:
                 d_scores.mul_(slope)
-            # Queries were scaled before the product, so the gradient of keys has the scale already.
             _add(d_keys[::every], block, d_scores, queries)
-            _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key).mul_(rule.scale), groups)
+            _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key), groups)
         for place, sums in zip(gradients[1:], (d_keys, d_values), strict=True):
             torch.sum(sums.view(groups, shares, *sums.shape[1:]), 1, out=place.transpose(0, 1))
 
@@ -293,10 +297,7 @@ def _pick(keys: Tensor, block: Block) -> Tensor:
 
 def _add(sums: Tensor, block: Block, weights: Tensor, part: Tensor) -> None:
     """Add weights^T part, [K, m, d], to where a block's keys lie in `sums` [K, T, d]."""
-    if len(block.keys) == 1:
-        ((begin, end),) = block.keys
-        sums[:, begin:end].baddbmm_(weights.transpose(1, 2), part)
-        return
+    # Not baddbmm_: into a slice that does one product after the other.
     added = torch.bmm(weights.transpose(1, 2), part)
     place = 0
     for begin, end in block.keys:
@@ -305,7 +306,7 @@ def _add(sums: Tensor, block: Block, weights: Tensor, part: Tensor) -> None:
 
 
 def _weights(queries: Tensor, keys: Tensor, block: Block, rule: Rule) -> tuple[Tensor, Tensor | None]:
-    """Return the attention weights [..., m] of a block, and the slope of the soft cap where there is one; of scaled queries."""
+    """Return the attention weights [..., m] of a block, and the slope of the soft cap where there is one."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     slope = None
     if rule.softcap is not None:
