@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.models.attend import Block, Nodes, Rule, attend, cut_blocks
+from headstart.models.attend import Block, Nodes, Rule, attend, cut_blocks, in_one_type
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
@@ -85,7 +85,7 @@ def forest_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, softcap, dropout)
     forest.asked[id(module)] = Asked(rule, sliding_window or 0, causal)
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    q, k, v = (heads[0].transpose(0, 1) for heads in in_one_type(query, key, value))
     return attend(q, k, v, forest.blocks(sliding_window or 0, causal), rule)[None], None
 
 
