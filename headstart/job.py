@@ -375,6 +375,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
+    _try_kernels(reader, data.renderer, tell)
     sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
@@ -389,6 +390,15 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     config, layout, memory_bytes = _fit_memory(config, data, engine)
     estimate = _estimate(config, data, engine, layout, memory_bytes)
     return Job(data, config, adapted, engine, layout, estimate, _describe_engine(settings, sped, kept))
+
+
+def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:
+    """Have packs attended to whole on a GPU, where that works."""
+    wanted = reader.device.type == "cuda" and reader.packs and isinstance(renderer, Encoder)
+    if wanted and not reader.try_kernels() and tell:
+        tell(
+            "the kernels for whole packs don't work here or with this model: attention goes in blocks, which is right but slower"
+        )
 
 
 def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:
