@@ -146,7 +146,8 @@ class PackReader(Reader):
         """Return the log-probability of each target."""
         target_sources, target_ids = self.tensors(pack.target_sources, pack.target_ids)
         with self.precision():
-            return self.head.logprobs(self.hidden(pack, pack.sources), target_sources, target_ids)
+            head = self.head.for_targets(len(pack.sources), pack.target_sources)
+            return head.logprobs(self.hidden(pack, pack.sources), target_sources, target_ids)
 
     def targets(self, pack: Pack) -> Tensor:
         """Return the weight of each target."""
@@ -306,7 +307,7 @@ class EmbeddingReader(Reader):
             lengths = ends - begins + 1
             # Segments are roots of their own, so their tokens stand together in the order of their places.
             order = begins.argsort()
-            owners = torch.repeat_interleave(order, lengths[order])
+            owners = torch.repeat_interleave(order, lengths[order], output_size=len(pack))
             summed = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owners, hidden)
             pooled = summed / lengths[:, None]
         return torch.nn.functional.normalize(pooled, dim=-1)
