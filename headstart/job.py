@@ -389,6 +389,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         tell(f"{type(adapted.model).__name__} can't read packs: it trains one row at a time, which is right but slower")
     # What is needed is counted on plain layers: fused ones call none of their linear modules.
     shape = read_shape(reader, probe_pack(reader, data.prepared.train.examples))
+    _try_kernels(reader, data.renderer, tell)
     sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
@@ -404,6 +405,15 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     estimate = _estimate(data, engine, fitted, shape)
     facts = _describe_engine(settings, sped, kept)
     return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape)
+
+
+def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:
+    """Have packs attended to whole on a GPU, where that works."""
+    wanted = reader.device.type == "cuda" and reader.packs and isinstance(renderer, Encoder)
+    if wanted and not reader.try_kernels() and tell:
+        tell(
+            "the kernels for whole packs don't work here or with this model: attention goes in blocks, which is right but slower"
+        )
 
 
 def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:

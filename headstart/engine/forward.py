@@ -15,7 +15,8 @@ from torch import Tensor
 from headstart.data.forest import Pack, build_packs
 from headstart.data.images import Look, load_pixels
 from headstart.data.segments import Example
-from headstart.models.attention import Forest, can_pack, run_decoder, use_attention
+from headstart.models.attention import Forest, OnHost, can_pack, run_decoder, use_attention
+from headstart.models.attention_gpu import kernels_agree
 from headstart.models.fast import Sped, speed_up
 from headstart.models.head import OwnHead, read_head
 from headstart.models.labels import body_packing, find_packing, own_logits, row_logits
@@ -38,6 +39,7 @@ class Reader(ABC):
     def __init__(self, model: Any, packing: str, *, bfloat16: bool = False) -> None:
         self.model = model
         self.packing = packing
+        self.kernel = "blocks"
         self._bfloat16 = bfloat16
 
     @property
@@ -69,6 +71,12 @@ class Reader(ABC):
         name = "activation_checkpointing_enable"
         enable = getattr(self.model, name if hasattr(self.model, name) else "gradient_checkpointing_enable")
         enable({"use_reentrant": False})
+
+    def try_kernels(self) -> bool:
+        """Have whole packs attended to in one kernel, if that gives what blocks of queries give; tell whether."""
+        agree = kernels_agree(self.model, share=self.packing == "forest", precision=self.precision)
+        self.kernel = "auto" if agree else "blocks"
+        return agree
 
     def speed_up(self) -> Sped:
         """Run known layers as fused functions from now on; what comes out stays the same."""
@@ -103,7 +111,8 @@ class Reader(ABC):
         if not self.packs:
             hidden = run_decoder(self.model, ids, positions, None, self.types(pack))
             return hidden if chosen is None else hidden[chosen]
-        forest = Forest(pack.length.tolist(), pack.parent.tolist(), positions, chosen)
+        on_host = OnHost(pack.positions, places)
+        forest = Forest(pack.length.tolist(), pack.parent.tolist(), positions, chosen, self.kernel, on_host=on_host)
         return run_decoder(self.model, ids, positions, forest, self.types(pack))
 
     def types(self, pack: Pack) -> Tensor | None:
@@ -137,7 +146,8 @@ class PackReader(Reader):
         """Return the log-probability of each target."""
         target_sources, target_ids = self.tensors(pack.target_sources, pack.target_ids)
         with self.precision():
-            return self.head.logprobs(self.hidden(pack, pack.sources), target_sources, target_ids)
+            head = self.head.for_targets(len(pack.sources), pack.target_sources)
+            return head.logprobs(self.hidden(pack, pack.sources), target_sources, target_ids)
 
     def targets(self, pack: Pack) -> Tensor:
         """Return the weight of each target."""
@@ -297,7 +307,7 @@ class EmbeddingReader(Reader):
             lengths = ends - begins + 1
             # Segments are roots of their own, so their tokens stand together in the order of their places.
             order = begins.argsort()
-            owners = torch.repeat_interleave(order, lengths[order])
+            owners = torch.repeat_interleave(order, lengths[order], output_size=len(pack))
             summed = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, owners, hidden)
             pooled = summed / lengths[:, None]
         return torch.nn.functional.normalize(pooled, dim=-1)

@@ -157,6 +157,18 @@ class Rule:
     dropout: float = 0.0
 
 
+def in_one_type(*heads: Tensor) -> list[Tensor]:
+    """Return queries, keys and values in the type that they are computed in: that of autocast, else of the values.
+
+    Autocast doesn't look into functions of ours, and rotary embeddings leave queries and keys wider than values.
+    """
+    value = heads[-1]
+    dtype = value.dtype
+    if torch.is_autocast_enabled(value.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(value.device.type)
+    return [part.to(dtype) for part in heads]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule) -> Tensor:
     """Attend within blocks. `q` [T, H, d], `k` and `v` [T, K, d] -> [T, H, d], with gradients."""
     return _Attend.apply(q, k, v, blocks, rule)  # type: ignore[no-any-return, no-untyped-call]

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headstart.models.attend import Block, Nodes, Rule, attend, cut_blocks
+from headstart.models.attend import Block, Ints, Nodes, Rule, attend, cut_blocks, in_one_type
+from headstart.models.attention_gpu import Prepared, attend_whole
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
@@ -37,22 +38,42 @@ class Asked(NamedTuple):
     causal: bool
 
 
+class OnHost(NamedTuple):
+    """Positions [T] and chosen tokens [P] of a pack as arrays."""
+
+    positions: Ints
+    chosen: Ints | None = None
+
+
 class Forest:
     """The nodes of a pack as attention needs them; what follows from them is made once a pack.
 
-    `chosen` are the places [P] of the tokens whose last states are wanted. `asked` is what each module that attends asked
-    for, by its id.
+    `chosen` are the places [P] of the tokens whose last states are wanted. `kernel` is `blocks`, of queries, or what computes
+    a whole pack at once: `flex`, `varlen`, or what suits, `auto`. `on_host` is what else is read from the tensors; to read
+    from a GPU is to wait for it. `asked` is what each module that attends asked for, by its id.
     """
 
     def __init__(
-        self, length: Sequence[int], parent: Sequence[int], positions: Tensor, chosen: Tensor | None = None
+        self,
+        length: Sequence[int],
+        parent: Sequence[int],
+        positions: Tensor,
+        chosen: Tensor | None = None,
+        kernel: str = "blocks",
+        *,
+        on_host: OnHost | None = None,
     ) -> None:
         for node, above in enumerate(parent):
             if above >= node:
                 raise ValueError(f"node {node} stands before its parent {above}")
-        self.nodes = Nodes.of(length, parent, positions.cpu().numpy())
+        if on_host is None:
+            on_host = OnHost(positions.cpu().numpy(), None if chosen is None else chosen.cpu().numpy())
+        self.nodes = Nodes.of(length, parent, on_host.positions)
+        self.positions = positions
         self.chosen = chosen
-        self._device = positions.device
+        self.kernel = kernel
+        self.prepared: Prepared | None = None
+        self._chosen = on_host.chosen
         self.asked: dict[int, Asked] = {}
         self._blocks: dict[tuple[int, bool, bool], list[Block]] = {}
 
@@ -63,9 +84,9 @@ class Forest:
         """
         key = (window, causal, chosen)
         if key not in self._blocks:
-            places = self.chosen.cpu().numpy() if chosen and self.chosen is not None else None
-            blocks = cut_blocks(self.nodes, window, causal, chosen=places)
-            self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(self._device)) for b in blocks]
+            device = self.positions.device
+            blocks = cut_blocks(self.nodes, window, causal, chosen=self._chosen if chosen else None)
+            self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(device)) for b in blocks]
         return self._blocks[key]
 
 
@@ -94,10 +115,13 @@ def forest_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(forest, Forest):
         return forest.attend(query, key, value, scale, sliding_window or 0, softcap), None
-    rule = Rule(scale, softcap, dropout)
-    forest.asked[id(module)] = Asked(rule, sliding_window or 0, causal)
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    return attend(q, k, v, forest.blocks(sliding_window or 0, causal), rule)[None], None
+    asked = forest.asked[id(module)] = Asked(Rule(scale, softcap, dropout), sliding_window or 0, causal)
+    if forest.kernel != "blocks":
+        whole = attend_whole(forest, query, key, value, asked)
+        if whole is not None:
+            return whole, None
+    q, k, v = (heads[0].transpose(0, 1) for heads in in_one_type(query, key, value))
+    return attend(q, k, v, forest.blocks(asked.window, causal), asked.rule)[None], None
 
 
 def register() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,11 +22,20 @@ LOGITS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Head:
-    """The last step of a causal language model: a module [*, D] -> [*, V], a scale and a soft cap on its logits."""
+    """The last step of a causal language model: a module [*, D] -> [*, V], a scale and a soft cap on its logits.
+
+    `bounds` are where the targets of each chunk begin and end, where that is known (`for_targets`).
+    """
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
+    bounds: tuple[int, ...] | None = None
+
+    def for_targets(self, sources: int, target_sources: NDArray[np.int64]) -> Head:
+        """Return this head for the targets of one pack, so that it needn't ask a GPU how they fall into chunks."""
+        edges = np.arange(0, sources + self.rows_at_once, self.rows_at_once)
+        return replace(self, bounds=tuple(np.searchsorted(target_sources, edges).tolist()))
 
     @property
     def vocabulary(self) -> int:
@@ -67,8 +79,10 @@ class Head:
     def chunks(self, hidden: Tensor, target_sources: Tensor, target_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Cut hidden states and their targets into chunks of `rows_at_once`; sources count from each chunk's start."""
         rows = self.rows_at_once
-        edges = torch.arange(0, len(hidden) + rows, rows, device=hidden.device)
-        bounds = torch.searchsorted(target_sources.contiguous(), edges).tolist()
+        bounds: Sequence[int] | None = self.bounds
+        if bounds is None:
+            edges = torch.arange(0, len(hidden) + rows, rows, device=hidden.device)
+            bounds = torch.searchsorted(target_sources.contiguous(), edges).tolist()
         return [
             (hidden[n * rows : (n + 1) * rows], target_sources[low:high] - n * rows, target_ids[low:high])
             for n, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False))

@@ -40,6 +40,19 @@ def test_chunks_equal_dense(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sources", [[0, 1, 1, 1, 3, 3, 6], [3, 4, 5], [0, 2, 6], []], ids=str)
+def test_where_chunks_begin_is_known_without_asking_the_device(
+    sources: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 11 * 3)
+    head, hidden, places = Head(nn.Linear(5, 11)), torch.randn(7, 5), torch.tensor(sources, dtype=torch.long)
+    told = head.for_targets(len(hidden), places.numpy()).chunks(hidden, places, places)
+    asked = head.chunks(hidden, places, places)
+    assert len(told) == len(asked) == 3
+    for ours, theirs in zip(told, asked, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 class _Wrapped(nn.Module):
     """A head that isn't a plain linear layer, as when an adapter sits on it."""
 
