@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,20 +40,45 @@ class PackTooLargeError(Exception):
 
 @dataclass(frozen=True)
 class Sums:
-    """What went through the engine: the loss summed, what it is divided by, and tokens (shared ones once, and not)."""
+    """What went through the engine: the loss summed, what it is divided by, and tokens (shared ones once, and not).
 
-    loss: float = 0.0
-    count: float = 0.0
+    On a GPU the first two stay there: to read them (`loss`, `count`) is to wait for all that was asked of it.
+    """
+
+    summed: float | Tensor = 0.0
+    counted: float | Tensor = 0.0
     tokens: int = 0
     row_tokens: int = 0
 
+    @property
+    def loss(self) -> float:
+        """The loss SUM."""
+        return float(self.summed)
+
+    @property
+    def count(self) -> float:
+        """What the loss and its gradient are divided by."""
+        return float(self.counted)
+
     def __add__(self, other: Sums) -> Sums:
         return Sums(
-            self.loss + other.loss,
-            self.count + other.count,
+            self.summed + other.summed,
+            self.counted + other.counted,
             self.tokens + other.tokens,
             self.row_tokens + other.row_tokens,
         )
+
+
+def read_together(*values: float | Tensor) -> list[float]:
+    """Return numbers of which some may lie on a GPU, waiting for it once."""
+    there = [value.double() for value in values if isinstance(value, Tensor) and value.is_cuda]
+    read = iter(torch.stack(there).tolist() if there else ())
+    return [next(read) if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
+
+
+def _number(value: Tensor) -> float | Tensor:
+    """Return a number as what it is added up in: in double precision, on the GPU if it is there."""
+    return value.detach().double() if value.is_cuda else float(value.detach())
 
 
 class Engine:
@@ -79,6 +104,7 @@ class Engine:
         self._clip = clip
         self._joint = joint
         self._sums = Sums()
+        self.taken = Sums()  # what the last step was made of
         self.optimizer = build_adamw(self.trainable, weight_decay)
         self.clock = Clock(reader.device.type)
 
@@ -156,7 +182,7 @@ class Engine:
 
     def _note(self, packs: Sequence[Pack], total: Total) -> Sums:
         tokens, row_tokens = sum(map(len, packs)), sum(pack.row_tokens for pack in packs)
-        sums = Sums(float(total.loss.detach()), float(total.count), tokens, row_tokens)
+        sums = Sums(_number(total.loss), _number(total.count), tokens, row_tokens)
         self._sums += sums
         return sums
 
@@ -179,7 +205,7 @@ class Engine:
                 parameter.grad.zero_()  # so that nothing that isn't finite can reach the weights
         for _ in range(2):
             begun = time.perf_counter()
-            self._update(Sums(count=1.0), 0.0)
+            self._update(Sums(counted=1.0), 0.0)
             taken = time.perf_counter() - begun
         self.discard()
         for state in self.optimizer.state.values():
@@ -216,11 +242,13 @@ class Engine:
 
     def _update(self, sums: Sums, lr: float) -> float:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-        torch._foreach_div_(gradients, sums.count)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm) or not math.isfinite(sums.loss):
+        _divide(gradients, sums.counted)
+        # The one moment of a step at which the host waits for a GPU.
+        norm, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
+        self.taken = replace(sums, summed=loss, counted=count)
+        if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad()
-            what = f"the loss sum is {sums.loss} and the gradient's norm {norm}"
+            what = f"the loss sum is {loss} and the gradient's norm {norm}"
             cure = "lower optim.lr; look at the rows of this step"
             raise DivergedError(Problem("numbers.not_finite", what, "", cure))
         if self._clip and norm > self._clip:
@@ -270,6 +298,15 @@ class Engine:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(weights[name])
+
+
+def _divide(gradients: list[Tensor], count: float | Tensor) -> None:
+    """Divide gradients in place. The count of a GPU is one of its tensors, of their type, as one kernel for all wants it."""
+    if not isinstance(count, Tensor):
+        torch._foreach_div_(gradients, count)
+        return
+    for dtype in {gradient.dtype for gradient in gradients}:
+        torch._foreach_div_([g for g in gradients if g.dtype == dtype], count.to(dtype))
 
 
 @contextlib.contextmanager

@@ -120,8 +120,9 @@ class Reader(ABC):
         return self.tensors(pack.types)[0] if pack.types.any() else None
 
     def tensors(self, *arrays: Any) -> list[Tensor]:
-        """Return arrays as tensors where the model lies."""
-        return [torch.from_numpy(array).to(self.device) for array in arrays]
+        """Return arrays as tensors where the model lies; a GPU copies them while the host goes on."""
+        aside = self.device.type == "cuda"
+        return [torch.from_numpy(array).to(self.device, non_blocking=aside) for array in arrays]
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the precision that the model runs in."""

@@ -14,8 +14,9 @@ import torch
 from headstart.data.feed import Feed
 from headstart.data.forest import Pack
 from headstart.data.segments import Example
+from headstart.engine.ahead import steps_of
 from headstart.engine.clock import PHASES
-from headstart.engine.engine import Engine, PackTooLargeError, Sums
+from headstart.engine.engine import Engine, PackTooLargeError
 from headstart.engine.optim import Schedule
 from headstart.engine.work import Shape
 from headstart.errors import DivergedError, Problem, ResourceError
@@ -122,10 +123,24 @@ def train(
     engine: Engine, feed: Feed, examples: Sequence[Example], plan: LoopPlan, progress: Progress, hooks: Hooks
 ) -> str:
     """Take steps until the rows are used up (`finished`), nothing gets better (`patience`) or one asks (`stopped`)."""
-    while feed.seen < feed.total:
-        rows, chosen = feed.next_examples(examples)
-        budget = progress.tokens_per_pack or plan.tokens_per_pack
-        record = take_step(engine, chosen, rows, plan, progress.step, feed.epoch, budget, hooks)
+
+    def allowed() -> int:
+        return progress.tokens_per_pack or plan.tokens_per_pack
+
+    for ready in steps_of(engine, feed, examples, allowed):
+        budget = allowed()
+        record = take_step(
+            engine,
+            ready.examples,
+            ready.rows,
+            plan,
+            progress.step,
+            feed.epoch,
+            budget,
+            hooks,
+            packs=ready.packs_within(budget),
+            begun=ready.begun,
+        )
         if record.tokens_per_pack < budget:
             progress.tokens_per_pack = record.tokens_per_pack
             progress.smaller_at.append(record.step)
@@ -155,14 +170,19 @@ def take_step(
     epoch: float,
     budget: int | None = None,
     hooks: Hooks | None = None,
+    *,
+    packs: Sequence[Pack] | None = None,
+    begun: float | None = None,
 ) -> StepRecord:
     """Take one optimizer step on `examples`, in packs of at most `budget` tokens (as planned where it is None).
+
+    They may lie in such `packs` already, and the step may have `begun` with waiting for these.
 
     Raises DivergedError, with the weights untouched, where its numbers are not finite; it names the rows. Raises
     ResourceError where the memory isn't enough for a single row.
     """
-    begun = time.perf_counter()
-    packs, sums, budget = _add_gradient(engine, examples, budget or plan.tokens_per_pack, hooks)
+    begun = time.perf_counter() if begun is None else begun
+    packs, budget = _add_gradient(engine, examples, budget or plan.tokens_per_pack, hooks, packs)
     lr = plan.schedule.lr(step)
     try:
         grad_norm = engine.optim_step(lr)
@@ -171,6 +191,7 @@ def take_step(
         raise DivergedError(
             Problem(p.code, f"step {step + 1}: {p.what}", where, p.cure) for p in error.problems
         ) from None
+    sums = engine.taken
     return StepRecord(
         step=step + 1,
         epoch=epoch,
@@ -190,19 +211,21 @@ def take_step(
 
 
 def _add_gradient(
-    engine: Engine, examples: Sequence[Example], budget: int, hooks: Hooks | None
-) -> tuple[list[Pack], Sums, int]:
-    """Add the gradient of a whole step; return its packs, its sums, and the budget that its packs were laid out in.
+    engine: Engine, examples: Sequence[Example], budget: int, hooks: Hooks | None, packs: Sequence[Pack] | None
+) -> tuple[Sequence[Pack], int]:
+    """Add the gradient of a whole step; return its packs, and the budget that they were laid out in.
 
     Where the memory runs out, what was added is forgotten and the step is begun anew in packs of half the size, from the
     same random state: it is then the very step that it would have been with such packs.
     """
     state = engine.random_state()
     while True:
-        with engine.clock.phase("data"):
-            packs = engine.reader.build_packs(examples, budget)
+        if packs is None:
+            with engine.clock.phase("data"):
+                packs = engine.reader.build_packs(examples, budget)
         try:
-            return packs, engine.forward_backward_all(packs), budget
+            engine.forward_backward_all(packs)
+            return packs, budget
         except PackTooLargeError as error:
             rows, said = error.rows, str(error)
         # Here, where nothing holds what the pack had filled any more.
@@ -214,7 +237,7 @@ def _add_gradient(
             where = str(examples[rows[0]].where)
             cure = f"-s engine.checkpointing=on, -s data.max_length={max(1, longest // 2)}, or a smaller model"
             raise ResourceError(Problem("memory.exhausted", f"one row alone is too much: {said}", where, cure))
-        budget = max(1, min(budget, longest) // 2)
+        budget, packs = max(1, min(budget, longest) // 2), None
         if hooks:
             hooks.use_smaller_packs(budget, said)
 

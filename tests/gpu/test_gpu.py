@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from headstart.data.feed import Feed
 from headstart.data.forest import build_packs
 from headstart.data.segments import Example
 from headstart.display import Display
+from headstart.engine.ahead import steps_of
 from headstart.engine.engine import Engine
 from headstart.engine.forward import PackReader
 from headstart.evaluate.score import score_rows
@@ -150,3 +153,48 @@ def test_no_pack_is_compiled_for_by_itself() -> None:
     for lengths in ([100, 50, 30], [300, 20, 21, 90], [64, 65], [257, 1, 1, 1], [20] * 40, [128, 128]):
         attended("flex", (lengths, [-1] + [0] * (len(lengths) - 1)), torch.bfloat16)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_step_waits_for_the_gpu_once() -> None:
+    register()
+    model = small_model()
+    reader = PackReader(model, bfloat16=True)
+    assert reader.try_kernels()
+    engine = Engine(reader, dict(model.named_parameters()), nll)
+    steps = steps_of(engine, Feed(24, 8, 240, seed=0), long_rows(), lambda: 600)
+    for _ in range(2):  # what is made at the first time is not counted
+        engine.forward_backward_all(next(steps).packs or ())
+        engine.optim_step(1e-3)
+    packs = next(steps).packs or ()
+    assert len(packs) > 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            engine.forward_backward_all(packs)
+            before = sum("synchroniz" in str(warning.message) for warning in told)
+            engine.optim_step(1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert before == 0
+    assert sum("synchroniz" in str(warning.message) for warning in told) == 1
+    assert isinstance(engine.taken.summed, float)
+
+
+def test_steps_laid_out_ahead_are_those_laid_out_when_due() -> None:
+    register()
+
+    def run(ahead: bool) -> list[float]:
+        model = small_model()
+        reader = PackReader(model)
+        engine = Engine(reader, dict(model.named_parameters()), nll)
+        losses = []
+        for ready in steps_of(engine, Feed(24, 8, 48, seed=0), long_rows(), lambda: 600, ahead=ahead):
+            packs = ready.packs_within(600)
+            assert (packs is not None) == ahead
+            engine.forward_backward_all(packs or build_packs(ready.examples, 600))
+            engine.optim_step(1e-3)
+            losses.append(engine.taken.loss)
+        return losses
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)

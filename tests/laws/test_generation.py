@@ -134,7 +134,7 @@ def test_shared_prefixes_are_read_once_and_no_padding_is() -> None:
 def _tokens_of_trials(model: Any, read: list[int]) -> int:
     """Return how many tokens it takes to find out how a model can be read."""
     assert generation._find_head(model, LENGTH) is not None
-    generation._room(model)
+    generation.tokens_kept(model)
     cost = sum(read)
     read.clear()
     return cost
