@@ -242,17 +242,18 @@ class Engine:
 
     def _update(self, sums: Sums, lr: float) -> float:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-        _divide(gradients, sums.counted)
         # The one moment of a step at which the host waits for a GPU.
-        norm, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
+        total, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
+        norm = total / count
         self.taken = replace(sums, summed=loss, counted=count)
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad()
             what = f"the loss sum is {loss} and the gradient's norm {norm}"
             cure = "lower optim.lr; look at the rows of this step"
             raise DivergedError(Problem("numbers.not_finite", what, "", cure))
-        if self._clip and norm > self._clip:
-            torch._foreach_mul_(gradients, self._clip / norm)
+        # The update divides as it goes, by the step's count and by what clips: no pass over the gradients for that.
+        divisor = count * max(1.0, norm / self._clip if self._clip else 1.0)
+        self.optimizer.grad_scale = torch.tensor(divisor, device=self.reader.device)  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -298,15 +299,6 @@ class Engine:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(weights[name])
-
-
-def _divide(gradients: list[Tensor], count: float | Tensor) -> None:
-    """Divide gradients in place. The count of a GPU is one of its tensors, of their type, as one kernel for all wants it."""
-    if not isinstance(count, Tensor):
-        torch._foreach_div_(gradients, count)
-        return
-    for dtype in {gradient.dtype for gradient in gradients}:
-        torch._foreach_div_([g for g in gradients if g.dtype == dtype], count.to(dtype))
 
 
 @contextlib.contextmanager

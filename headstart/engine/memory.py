@@ -250,7 +250,9 @@ def scaled(pack: Pack, scale: float) -> Pack:
     where = np.full(len(pack), -1, np.int64)
     where[places] = np.arange(len(places))
     count = max(1, round(len(pack.sources) * scale)) if len(pack.sources) else 0
-    kept = pack.target_sources < count
+    # Sources from all over, since those that rows share have a target for each row.
+    chosen = np.arange(count) * len(pack.sources) // max(1, count)
+    kept = np.isin(pack.target_sources, chosen)
     ends = np.searchsorted(places, pack.ends, side="right") - 1
     begins = np.minimum(np.searchsorted(places, pack.begins), ends)
     return replace(
@@ -261,7 +263,7 @@ def scaled(pack: Pack, scale: float) -> Pack:
         start=np.cumsum(length) - length,
         length=length,
         sources=np.arange(count) * max(1, len(places)) // max(1, count),
-        target_sources=pack.target_sources[kept],
+        target_sources=np.searchsorted(chosen, pack.target_sources[kept]),
         target_ids=pack.target_ids[kept],
         weights=pack.weights[kept],
         target_rows=pack.target_rows[kept],

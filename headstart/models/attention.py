@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headstart.models.attend import Block, Ints, Nodes, Rule, attend, cut_blocks, in_one_type
+from headstart.models.attend import Block, Ints, Nodes, Rule, attend, cut_blocks, in_one_type, one_by_one
 from headstart.models.attention_gpu import Prepared, attend_whole
 
 IMPLEMENTATION = "headstart_forest"
@@ -85,8 +85,9 @@ class Forest:
         key = (window, causal, chosen)
         if key not in self._blocks:
             device = self.positions.device
-            blocks = cut_blocks(self.nodes, window, causal, chosen=self._chosen if chosen else None)
-            self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(device)) for b in blocks]
+            with one_by_one():
+                blocks = cut_blocks(self.nodes, window, causal, chosen=self._chosen if chosen else None)
+                self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(device)) for b in blocks]
         return self._blocks[key]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headstart.models.attend import Block, Rule, attend_backward, attend_forward
 from headstart.models.linear import Product, add_gradient
 
+KEPT_GRADIENT = "headstart_gradient"  # an attribute of weights: memory for their gradient
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -308,7 +309,10 @@ class _Embed(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         weight = ctx.weight
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            # In the memory of the step before, where there was one: new memory of this size costs more than clearing it.
+            kept = getattr(weight, KEPT_GRADIENT, None)
+            weight.grad = torch.zeros_like(weight) if kept is None else kept.zero_()
+            setattr(weight, KEPT_GRADIENT, weight.grad)
         weight.grad.index_add_(0, ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
         return None, None
 

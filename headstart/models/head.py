@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from headstart.models.attention import use_attention
 from headstart.models.labels import own_logits
-from headstart.models.linear import add_gradient, add_product
+from headstart.models.linear import add_gradient
 
 LOGITS_AT_ONCE = 1 << 24
+COLUMNS_AT_ONCE = 4096  # of the vocabulary, on a CPU: their logits and weights stay in its caches
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class Head:
     def rows_at_once(self) -> int:
         """How many hidden states go through at once."""
         return max(1, LOGITS_AT_ONCE // self.vocabulary)
+
+    def columns(self) -> list[tuple[int, int]]:
+        """Return the blocks of the vocabulary that go through one behind the other: all of it at once but on a CPU."""
+        on_cpu = self.module.weight.device.type == "cpu"
+        edges = [*range(0, self.vocabulary, COLUMNS_AT_ONCE if on_cpu else self.vocabulary), self.vocabulary]
+        return list(zip(edges, edges[1:], strict=False))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [P, D] -> [P, V], in float32 or wider."""
@@ -110,10 +118,12 @@ class OwnHead(Head):
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Log-probabilities of targets under a linear head, and their gradient: softmax minus one-hot, in place.
+    """Log-probabilities of targets under a linear head, and their gradient: softmax minus one-hot.
 
-    Where the head is frozen, what its rows are on average under the softmax says all that the backward pass needs:
-    d logprob(i) / d hidden = W[i] - sum_v p_v W[v]. It is made while the logits are at hand, which are then never made again.
+    The vocabulary goes through in blocks that fit into a cache, with the softmax put together block by block (Milakov and
+    Gimelshein, 2018). Where the head is frozen, what its rows are on average under the softmax says all that the backward
+    pass needs: d logprob(i) / d hidden = W[i] - sum_v p_v W[v]. It is made while the logits are at hand, which are then
+    never made again.
     """
 
     @staticmethod
@@ -121,55 +131,77 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sources: Tensor, ids: Tensor, head: Head
     ) -> Tensor:
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]) and head.softcap is None
-        mean = torch.empty_like(hidden) if frozen and ctx.needs_input_grad[0] else None
-        logprobs, normalizers = [], []
-        row = 0
-        for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
-            logits = head.shape(F.linear(chunk, weight, bias))
-            picked = logits[chunk_sources, chunk_ids]
-            highest = logits.amax(-1, keepdim=True)
-            total = logits.sub_(highest).exp_().sum(-1)
-            if mean is not None:
-                torch.mm(logits, weight, out=mean[row : row + len(chunk)]).div_(total[:, None])
-            normalizer = total.log_().add_(highest[:, 0])
-            logprobs.append(picked - normalizer[chunk_sources])
-            normalizers.append(normalizer)
-            row += len(chunk)
+        mean = torch.zeros_like(hidden) if frozen and ctx.needs_input_grad[0] else None
+        parts = torch.split(hidden, head.rows_at_once)
+        means = [None] * len(parts) if mean is None else torch.split(mean, head.rows_at_once)
+        normalizers = [_normalize(head, part, weight, bias, place) for part, place in zip(parts, means, strict=True)]
+        normalizer = torch.cat(normalizers) if normalizers else hidden.new_zeros(0)
+        raw = torch.linalg.vecdot(hidden[sources], weight[ids])
+        picked = head.shape(raw if bias is None else raw + bias[ids])
         ctx.head, ctx.weight, ctx.bias = head, weight, bias
-        ctx.save_for_backward(hidden, sources, ids, torch.cat(normalizers), mean)
-        return torch.cat(logprobs)
+        ctx.save_for_backward(hidden, sources, ids, normalizer, mean)
+        return picked - normalizer[sources]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, sources, ids, normalizers, mean = ctx.saved_tensors
+        hidden, sources, ids, normalizer, mean = ctx.saved_tensors
         head, weight, bias = ctx.head, ctx.weight, ctx.bias
         nothing = (None,) * 5
         if mean is not None:
-            per_source = torch.zeros_like(normalizers).index_add_(0, sources, gradient)
-            d_hidden = mean.mul(per_source[:, None].neg_())
+            per_source = torch.zeros_like(normalizer).index_add_(0, sources, gradient)
+            d_hidden = mean.mul_(per_source[:, None].neg_())
             d_hidden.index_add_(0, sources, weight[ids].mul_(gradient[:, None]))
             return d_hidden.mul_(head.scale) if head.scale != 1.0 else d_hidden, *nothing
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        new = ctx.needs_input_grad[1] and weight.grad is None
+        if new:
+            weight.grad = torch.empty_like(weight)
+        d_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         row = target = 0
         for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
-            part = gradient[target : target + len(chunk_ids)]
-            d_logits = _logits_gradient(
-                head, F.linear(chunk, weight, bias), normalizers[row : row + len(chunk)], chunk_sources, chunk_ids, part
-            )
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[row : row + len(chunk)])
-            if ctx.needs_input_grad[1]:
-                add_product(weight, d_logits.t(), chunk)
-            if ctx.needs_input_grad[2]:
-                add_gradient(bias, d_logits.sum(0))
-            row, target = row + len(chunk), target + len(chunk_ids)
+            rows, targets = slice(row, row + len(chunk)), slice(target, target + len(chunk_ids))
+            for low, high in head.columns():
+                raw = F.linear(chunk, weight[low:high], None if bias is None else bias[low:high])
+                inside = chunk_sources, chunk_ids - low, gradient[targets]
+                d_logits = _logits_gradient(head, raw, normalizer[rows], *inside)
+                if d_hidden is not None:
+                    torch.addmm(d_hidden[rows], d_logits, weight[low:high], out=d_hidden[rows])
+                if ctx.needs_input_grad[1]:
+                    place = weight.grad[low:high]
+                    torch.addmm(place, d_logits.t(), chunk, beta=0.0 if new and row == 0 else 1.0, out=place)
+                if d_bias is not None:
+                    d_bias[low:high] += d_logits.sum(0)
+            row, target = rows.stop, targets.stop
+        if d_bias is not None:
+            add_gradient(bias, d_bias)
         return d_hidden, *nothing
+
+
+def _normalize(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None) -> Tensor:
+    """Return log sum exp of the logits of hidden states [P, D], [P]; write into `mean` [P, D], zeros, sum_v p_v W[v]."""
+    highest = hidden.new_full((len(hidden), 1), -math.inf)
+    total = hidden.new_zeros(len(hidden))
+    for low, high in head.columns():
+        logits = head.shape(F.linear(hidden, weight[low:high], None if bias is None else bias[low:high]))
+        new = torch.maximum(highest, logits.amax(-1, keepdim=True))
+        shrink = highest.sub_(new).exp_()
+        logits.sub_(new).exp_()
+        total.mul_(shrink[:, 0]).add_(logits.sum(-1))
+        if mean is not None:
+            torch.addmm(mean.mul_(shrink), logits, weight[low:high], out=mean)
+        highest = new
+    if mean is not None:
+        mean.div_(total[:, None])
+    return total.log_().add_(highest[:, 0])
 
 
 def _logits_gradient(
     head: Head, raw: Tensor, normalizers: Tensor, sources: Tensor, ids: Tensor, gradient: Tensor
 ) -> Tensor:
-    """Return the gradient of what the head's module gave, [P, V], given that of the log-probabilities [L]."""
+    """Return the gradient of what the head's module gave for some columns, [P, V'], given that of the log-probabilities [L].
+
+    `ids` count from the first of the columns; those outside of them are another block's.
+    """
     per_source = torch.zeros_like(normalizers).index_add_(0, sources, gradient)
     if head.softcap is None:
         probabilities = raw.mul_(head.scale) if head.scale != 1.0 else raw
@@ -178,6 +210,9 @@ def _logits_gradient(
         bent = torch.tanh(raw * (head.scale / head.softcap))
         probabilities, slope = bent * head.softcap, 1 - bent.square()
     probabilities.sub_(normalizers[:, None]).exp_().mul_(-per_source[:, None])
+    if raw.shape[1] < head.vocabulary:
+        inside = (ids >= 0) & (ids < raw.shape[1])
+        sources, ids, gradient = sources[inside], ids[inside], gradient[inside]
     probabilities.index_put_((sources, ids), gradient, accumulate=True)
     if slope is not None:
         probabilities.mul_(slope)

@@ -21,6 +21,7 @@ def test_chunks_equal_dense(
     kind: str, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 11 * 3)  # three hidden states at once, so 3 + 3 + 1
+    monkeypatch.setattr(head_module, "COLUMNS_AT_ONCE", 4)  # and four words at once, so 4 + 4 + 3
     torch.manual_seed(0)
     linear = nn.Linear(5, 11, bias=bias, dtype=torch.float64)
     head = Head(linear if kind == "linear" else _Wrapped(linear), scale, softcap)
@@ -68,12 +69,18 @@ class _Wrapped(nn.Module):
         return self.linear(hidden)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
-    linear = nn.Linear(5, 11).requires_grad_(False)
-    hidden = torch.randn(4, 5, requires_grad=True)
-    Head(linear).logprobs(hidden, torch.arange(4), torch.arange(4)).sum().backward()
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_frozen_head_gets_no_gradient_and_gives_the_same(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "COLUMNS_AT_ONCE", 4)
+    linear = nn.Linear(5, 11, dtype=torch.float64).requires_grad_(False)
+    hidden = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    sources, ids = torch.tensor([0, 1, 1, 3]), torch.tensor([10, 2, 3, 0])
+    head, weights = Head(linear, scale), torch.tensor([1.0, 0.5, 2.0, -1.0], dtype=torch.float64)
+    (ours,) = torch.autograd.grad((head.logprobs(hidden, sources, ids) * weights).sum(), hidden)
+    (theirs,) = torch.autograd.grad((dense(head, hidden, sources, ids) * weights).sum(), hidden)
+    torch.testing.assert_close(ours, theirs)
+    head.logprobs(hidden, sources, ids).sum().backward()
     assert linear.weight.grad is None
-    assert hidden.grad is not None
 
 
 def test_large_logits_stay_finite() -> None:
