@@ -420,7 +420,8 @@ def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:
     """Return how the work is laid on the machine, in words."""
     threads = f"{settings.engine.threads} threads" if settings.engine.threads != 1 else "1 thread"
     facts = [threads, str(settings.engine.precision), str(sped) if sped.of else "plain layers"]
-    return ", ".join(facts + ["freed memory is kept"] * kept)
+    facts += ["large pages"] * machine.has_large_pages() + ["freed memory is kept"] * kept
+    return ", ".join(facts)
 
 
 def build_reader(model: Any, task: str, renderer: Encoder | Look, *, bfloat16: bool) -> Reader:

@@ -196,6 +196,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(MMAP_THRESHOLD, MMAP_THRESHOLD_MOST) and mallopt(TRIM_THRESHOLD, 1 << 30))
 
 
+def has_large_pages() -> bool:
+    """Tell whether torch was asked for memory in large pages (`headstart/__init__.py`) and the system has them."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    return asked and setting.exists() and "[never]" not in setting.read_text()
+
+
 def disk_free_bytes(path: Path) -> int:
     """Return the free bytes of the disk on which `path` lies or would lie."""
     while not path.exists():

@@ -23,8 +23,6 @@ from headstart.models.labels import body_packing, find_packing, own_logits, row_
 from headstart.models.load import POOLING
 from headstart.objectives.labels import RowLosses, class_losses
 
-LOGITS_COPIES = 4
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -52,11 +50,6 @@ class Reader(ABC):
         """Where the model lies."""
         device: torch.device = self.model.device
         return device
-
-    @property
-    def head_bytes(self) -> int:
-        """The most memory that the head fills for a while."""
-        return 0
 
     def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
         """Lay out rows as this model can read them."""
@@ -137,11 +130,6 @@ class PackReader(Reader):
     def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
         self.head = read_head(model)
         super().__init__(model, "forest" if can_pack(model) else "none", bfloat16=bfloat16)
-
-    @property
-    def head_bytes(self) -> int:
-        """The most memory that the logits of one chunk fill."""
-        return self.head.rows_at_once * self.head.vocabulary * 4 * LOGITS_COPIES
 
     def outputs(self, pack: Pack) -> Tensor:
         """Return the log-probability of each target."""
