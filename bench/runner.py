@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -219,7 +220,9 @@ def _failure(code: int, log: str, folder: Path) -> Exception:
     last = (log.strip().splitlines() or ["nothing was said"])[-1]
     if last.startswith(("ModuleNotFoundError", "ImportError")):
         return NotInstalledError(f"not installed: {last.partition(': ')[2]}")
-    return FailedError(f"failed ({code}): {last[:200]} ({folder.name})")
+    # Without folders: they are of this machine and no other.
+    short = re.sub(r"(/[\w.-]+)+/", "", last)[:200]
+    return FailedError(f"failed ({code}): {short} ({folder.name})")
 
 
 def _environment(threads: int) -> dict[str, str]:

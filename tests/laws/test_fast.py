@@ -76,3 +76,30 @@ def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
         weights.append({name: p.detach().clone() for name, p in parameters.items()})
     for name, plain in weights[0].items():
         torch.testing.assert_close(weights[1][name], plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_fast_layers_whose_activations_are_made_anew_give_the_same(name: str) -> None:
+    model, parameters = trained(name, torch.float64, lora=Lora(4, 8, 0.0, ("all-linear",)))
+    plain = step(model, parameters, 60)
+    speed_up(model)
+    PackReader(model).recompute_activations()
+    assert_same(step(model, parameters, 60), plain, 1e-6)
+
+
+def test_an_adapter_that_is_switched_off_or_has_dropout_runs_the_plain_code() -> None:
+    adapted = adapt(twin("llama"), Lora(4, 8, 0.0, ("all-linear",)), seed=1)
+    with torch.no_grad():
+        for name, parameter in adapted.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_()
+    reader = PackReader(adapted.model.double())
+    assert speed_up(reader.model).layers == 2
+    (pack,) = build_packs(rows(), 10_000)
+    with_adapter = reader.forward(pack)
+    with adapted.saved.disable_adapter():
+        without = reader.forward(pack)
+    torch.testing.assert_close(without, PackReader(twin("llama")).forward(pack), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(with_adapter, without, atol=1e-2)
+    dropout = adapt(twin("llama"), Lora(4, 8, 0.1, ("all-linear",)), seed=1)
+    assert speed_up(dropout.model).layers == 0
