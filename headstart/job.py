@@ -44,7 +44,7 @@ from headstart.engine.plan import (
 from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.measure import Measured, answer_limit, measure
-from headstart.evaluate.rehearse import answering_bytes, answering_s
+from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.files import read_json, seconds_per_byte
 from headstart.models.adapt import Adapted, Lora, adapt
 from headstart.models.fast import Sped
@@ -731,4 +731,5 @@ def _answering_s(data: Data, engine: Engine, settings: Settings, forward_s: floa
     prompts, limits = _answering(data, settings)
     wanted = [row.target_count for row in data.prepared.proof.examples[: settings.eval.generate]]
     # Untouched, a model mostly goes on to the limit; tuned, it ends where the references do.
-    return sum(answering_s(engine.reader, prompts, ends, forward_s) for ends in (limits, wanted))
+    pace = measure_pace(engine.reader)
+    return sum(pace.answering_s(prompts, ends, forward_s) for ends in (limits, wanted))

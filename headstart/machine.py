@@ -154,10 +154,15 @@ def device_free_bytes(device: str) -> int:
     return memory_free_bytes()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out; torch has a class of its own for that on some devices only."""
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what an error says of memory that ran out; None where it says something else.
+
+    Only on some devices has torch a class of its own for this.
+    """
     said = str(error).partition("\n")[0]
-    return isinstance(error, MemoryError) or any(mark in said for mark in MEMORY_MARKS)
+    if isinstance(error, MemoryError):
+        return said or "out of memory"
+    return said if any(mark in said for mark in MEMORY_MARKS) else None
 
 
 @contextlib.contextmanager
@@ -166,9 +171,9 @@ def resources() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        said = out_of_memory(error)
+        if said is None:
             raise
-        said = str(error).splitlines()[0] if str(error) else "out of memory"
         cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model"
         raise ResourceError(Problem("memory.exhausted", said, "", cure)) from None
     except OSError as error:

@@ -23,7 +23,7 @@ from headstart.engine.clock import Clock
 from headstart.engine.forward import Reader
 from headstart.engine.optim import build_adamw
 from headstart.errors import DivergedError, Problem
-from headstart.machine import is_out_of_memory
+from headstart.machine import out_of_memory
 from headstart.objectives.tokens import Total
 
 Objective = Callable[[Tensor, Tensor], Total]
@@ -307,7 +307,7 @@ def _naming(pack: Pack) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        said = out_of_memory(error)
+        if said is None:
             raise
-        said = str(error).splitlines()[0] if str(error) else "out of memory"
         raise PackTooLargeError(sorted(set(pack.segment_rows.tolist())), said) from None

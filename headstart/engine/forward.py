@@ -18,7 +18,7 @@ from headstart.data.segments import Example
 from headstart.models.attention import Forest, OnHost, can_pack, run_decoder, use_attention
 from headstart.models.attention_gpu import kernels_agree
 from headstart.models.fast import Sped, speed_up
-from headstart.models.head import OwnHead, read_head
+from headstart.models.head import Head, OwnHead, read_head
 from headstart.models.labels import body_packing, find_packing, own_logits, row_logits
 from headstart.models.load import POOLING
 from headstart.objectives.labels import RowLosses, class_losses
@@ -50,6 +50,11 @@ class Reader(ABC):
         """Where the model lies."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def answer_head(self) -> Head | None:
+        """The head with which answers are made in packs; None where they can't be."""
+        return None
 
     def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
         """Lay out rows as this model can read them."""
@@ -130,6 +135,11 @@ class PackReader(Reader):
     def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
         self.head = read_head(model)
         super().__init__(model, "forest" if can_pack(model) else "none", bfloat16=bfloat16)
+
+    @property
+    def answer_head(self) -> Head | None:
+        """The head with which answers are made in packs; None where they can't be."""
+        return self.head if self.packing == "forest" else None
 
     def outputs(self, pack: Pack) -> Tensor:
         """Return the log-probability of each target."""

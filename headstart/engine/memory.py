@@ -283,19 +283,7 @@ def _positions(pack: Pack, length: Ints) -> Ints:
 
 def _fewer_images(pack: Pack, count: int) -> Pack:
     tokens = int(pack.length[:count].sum())
-    return replace(
-        pack,
-        ids=pack.ids[:tokens],
-        positions=pack.positions[:tokens],
-        types=pack.types[:tokens],
-        start=pack.start[:count],
-        length=pack.length[:count],
-        parent=pack.parent[:count],
-        begins=pack.begins[:count],
-        ends=pack.ends[:count],
-        segment_rows=pack.segment_rows[:count],
-        segment_numbers=pack.segment_numbers[:count],
-        labels=pack.labels[:count],
-        images=pack.images[:count],
-        row_tokens=tokens,
-    )
+    fewer = {name: getattr(pack, name)[:tokens] for name in ("ids", "positions", "types")}
+    each = ("start", "length", "parent", "begins", "ends", "segment_rows", "segment_numbers", "labels", "images")
+    fewer |= {name: getattr(pack, name)[:count] for name in each}
+    return replace(pack, row_tokens=tokens, **fewer)

@@ -49,16 +49,18 @@ def generate(
     on_batch: OnBatch | None = None,
     *,
     tokens_at_once: int | None = None,
+    head: Head | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids) with the likeliest token at each place, up to a stop token or each one's limit.
 
     Prompt and answer together stay within `length`, the most tokens that the model can place. `on_batch(done, total)` is
-    called whenever answers are done. `tokens_at_once` bounds the tokens whose keys and values are kept, but for a
+    called whenever answers are done. `head` is what a reader of packs found, which is tried anew where it is left out.
+    `tokens_at_once` bounds the tokens whose keys and values are kept, but for a
     prompt that is longer by itself; left out, it follows from `KEPT_BYTES`.
     """
     model.eval()
     limits = [max(1, min(limit, length - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
-    head = _find_head(model, max(map(len, prompts), default=0) + max(limits, default=0))
+    head = _find_head(model, max(map(len, prompts), default=0) + max(limits, default=0), head)
     if head is None:
         return _generate_padded(model, prompts, stop_ids, limits, length, on_batch)
     with torch.no_grad():
@@ -75,14 +77,16 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, 0], -logits.sub_(highest).exp_().sum(-1).log_()
 
 
-def _find_head(model: Any, longest: int) -> Head | None:
-    """Return the head of a model whose rows can go through together; None for others."""
+def _find_head(model: Any, longest: int, known: Head | None = None) -> Head | None:
+    """Return the head of a model whose rows can go through together, `known` or tried; None for others."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         # Its positions are turned differently in a forward that holds a longer row.
         if kind.get("rope_type") == "longrope" and longest > kind.get("original_max_position_embeddings", 0):
             return None
+    if known is not None:
+        return known
     if not can_pack(model):
         return None
     try:

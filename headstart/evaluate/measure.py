@@ -187,7 +187,9 @@ def measure(
     prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
     limits = [answer_limit(examples[i]) + _silent_tokens(conversations[i], renderer) for i in chosen]
     length = model_length(reader.model.config)
-    answered = generate(reader.model, prompts, renderer.stop_ids, limits, length, told("answering"))
+    answered = generate(
+        reader.model, prompts, renderer.stop_ids, limits, length, told("answering"), head=reader.answer_head
+    )
     new = dict(zip(chosen, answered, strict=True))
     results = []
     for index, conversation in enumerate(conversations):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from headstart.engine.forward import Reader
 from headstart.engine.memory import Growth, trace
@@ -27,18 +28,30 @@ def answering_bytes(reader: Reader, prompts: Sequence[int], limits: Sequence[int
     return Growth(traces, [PROMPTS * (width + 2) for width in WIDTHS]).bytes_at(tokens)
 
 
-def answering_s(reader: Reader, prompts: Sequence[int], limits: Sequence[int], forward_s: float) -> float:
-    """Return about how long answering takes: the prompts once, then at each step a pass of all that still go on.
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a pass of one token: for however many rows, and for each."""
 
-    Each answer is taken to go on to its limit.
-    """
+    always_s: float
+    row_s: float
+
+    def answering_s(self, prompts: Sequence[int], limits: Sequence[int], forward_s: float) -> float:
+        """Return about how long answering takes: the prompts once, then at each step a pass of all that still go on.
+
+        Each answer is taken to go on to its limit; `forward_s` is what a token of a prompt takes.
+        """
+        passes = 0.0
+        for begin in range(0, len(limits), ROWS_AT_ONCE):
+            flying = limits[begin : begin + ROWS_AT_ONCE]
+            passes += max(flying) * self.always_s + sum(flying) * self.row_s
+        return forward_s * sum(prompts) + passes
+
+
+def measure_pace(reader: Reader) -> Pace:
+    """Return how long passes take, from a few of them."""
     one, many = (_pass_s(reader, size) for size in SIZES)
     each = max(0.0, many - one) / (SIZES[1] - SIZES[0])
-    passes = 0.0
-    for begin in range(0, len(limits), ROWS_AT_ONCE):
-        flying = limits[begin : begin + ROWS_AT_ONCE]
-        passes += max(flying) * (one - each) + sum(flying) * each
-    return forward_s * sum(prompts) + passes
+    return Pace(one - each, each)
 
 
 def _pass_s(reader: Reader, size: int) -> float:
@@ -51,5 +64,5 @@ def _answer(reader: Reader, size: int, width: int, new: int) -> float:
     prompts = [[3 + number, *[3] * (width - 1)] for number in range(size)]  # nothing is shared
     never = [int(reader.model.config.get_text_config().vocab_size) - 1]  # hardly ever the likeliest
     begun = time.perf_counter()
-    generate(reader.model, prompts, never, [new] * size, 1 << 30)
+    generate(reader.model, prompts, never, [new] * size, 1 << 30, head=reader.answer_head)
     return time.perf_counter() - begun

@@ -19,6 +19,8 @@ from headstart.models.attention_gpu import Prepared, attend_whole
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+# Lengths, parents and positions of a small forest to try models on: a root of 3 tokens with children of 4 and 5, a root of 4.
+PROBE_FOREST = [3, 4, 5, 4], [-1, 0, 0, -1], [*range(7), *range(3, 8), *range(4)]
 
 
 class Reading(Protocol):
@@ -144,10 +146,10 @@ def can_pack(model: Any, *, share: bool = True) -> bool:
     if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
         return False
     ids = [(7 * i + 3) % config.vocab_size for i in range(16)]
-    if share:  # a root of 3 tokens with children of 4 and 5, and a root of 4
+    if share:
         rows = [ids[:7], ids[:3] + ids[7:12], ids[12:]]
         places = [[*range(7)], [0, 1, 2, *range(7, 12)], [*range(12, 16)]]
-        lengths, parents, depths = [3, 4, 5, 4], [-1, 0, 0, -1], [*range(7), *range(3, 8), *range(4)]
+        lengths, parents, depths = PROBE_FOREST
     else:
         rows = [ids[:7], ids[7:12], ids[12:]]
         places = [[*range(7)], [*range(7, 12)], [*range(12, 16)]]
@@ -175,13 +177,17 @@ def can_pack(model: Any, *, share: bool = True) -> bool:
     return False
 
 
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """Return how far two tensors are apart at most, as a part of the largest value of the second."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
+
+
 def _alike(model: Any, packed: Tensor, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> bool:
     """Tell whether rows have the same states in a pack as each by itself."""
     for row, place in zip(rows, places, strict=True):
         row_ids = torch.tensor(row, device=model.device)
         alone = run_decoder(model, row_ids, torch.arange(len(row), device=model.device), None)
-        error = (packed[list(place)] - alone).abs().max() / alone.abs().max().clamp_min(1e-9)
-        if not float(error) < PROBE_TOLERANCE.get(alone.dtype, 0.1):
+        if not apart(packed[list(place)], alone) < PROBE_TOLERANCE.get(alone.dtype, 0.1):
             return False
     return True
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.models.attention import Asked, Forest, Reading, run_decoder
+from headstart.models.attention import PROBE_FOREST, Asked, Forest, Reading, apart, run_decoder
 from headstart.models.fused import (
     ACTIVATIONS,
     GatedMlp,
@@ -33,8 +33,6 @@ from headstart.models.fused import (
 from headstart.models.linear import Part, Product, read_linear
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-PROBE_LENGTHS, PROBE_PARENTS = [3, 4, 5, 4], [-1, 0, 0, -1]
-PROBE_POSITIONS = [*range(7), *range(3, 8), *range(4)]
 PROBE_CHOSEN = [2, 6, 7, 11, 14]
 
 
@@ -261,8 +259,7 @@ def read_norm(module: Any) -> Norm | None:
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9)
-    return ours.shape == theirs.shape and float(error) < TOLERANCE.get(theirs.dtype, 0.0)
+    return ours.shape == theirs.shape and apart(ours, theirs) < TOLERANCE.get(theirs.dtype, 0.0)
 
 
 # --- putting it in ---
@@ -302,8 +299,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 def _probe(model: Any, chosen: Tensor | None = None) -> tuple[Tensor, Forest]:
     device = model.device
     ids = torch.tensor([(7 * i + 3) % model.config.get_text_config().vocab_size for i in range(16)], device=device)
-    positions = torch.tensor(PROBE_POSITIONS, device=device)
-    forest = Forest(PROBE_LENGTHS, PROBE_PARENTS, positions, chosen)
+    lengths, parents, depths = PROBE_FOREST
+    positions = torch.tensor(depths, device=device)
+    forest = Forest(lengths, parents, positions, chosen)
     training = model.training
     model.eval()
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.models.attention import can_pack, run_decoder, use_attention
+from headstart.models.attention import apart, can_pack, run_decoder, use_attention
 
 PROBE_TOLERANCE = 1e-3
 
@@ -66,8 +66,7 @@ def find_packing(model: Any) -> tuple[str, str]:
             places = {"each": slice(None)} if theirs.ndim == 3 else {"last": slice(-1, None), "first": slice(0, 1)}
             for place, chosen in places.items():
                 wanted = theirs.reshape(-1, theirs.shape[-1])
-                error = (own_logits(model, hidden[chosen]) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
-                if float(error) < PROBE_TOLERANCE:
+                if apart(own_logits(model, hidden[chosen]), wanted) < PROBE_TOLERANCE:
                     return packing, place
     except (ValueError, TypeError, RuntimeError, AttributeError):
         pass

@@ -66,6 +66,7 @@ class Product:
         self._adapted = [part for part in parts if part.a is not None]
         self._key: tuple[Any, ...] = ()
         self._weight: Tensor = parts[0].weight
+        self._merged: Tensor | None = None
         self._bias: Tensor | None = None
         self._stacked: Tensor | None = None
         self._gradients: dict[str, Tensor] = {}
@@ -91,8 +92,9 @@ class Product:
     def _merge(self) -> None:
         weights = [part.weight for part in self.parts]
         if self._adapted:
-            if self._weight.shape[0] != sum(self.rows) or self._weight.data_ptr() == weights[0].data_ptr():
-                self._weight = torch.empty(sum(self.rows), weights[0].shape[1], dtype=weights[0].dtype)
+            if self._merged is None:
+                self._merged = weights[0].new_empty(sum(self.rows), weights[0].shape[1])
+            self._weight = self._merged
             for part, place in zip(self.parts, torch.split(self._weight, self.rows), strict=True):
                 if part.a is None or part.b is None:
                     place.copy_(part.weight)
@@ -119,22 +121,16 @@ class Product:
         output = torch.addmm(sums, inputs, weight.t(), alpha=scale)
         return output if bias is None else output.add_(bias, alpha=scale)
 
-    def backward(self, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the inputs [T, D], given that of the outputs [T, N]."""
-        return torch.mm(gradient, self._weight, out=out)
+        return torch.mm(gradient, self._weight)
 
     def accumulate(self, gradient: Tensor, inputs: Tensor) -> None:
         """Add to the gradients of what trains, given the outputs' gradient [T, N] and the inputs [T, D]."""
         self._accumulate_bias(gradient)
         if self._adapted:
             self._accumulate_adapters(gradient, inputs)
-        trained = [part.weight for part in self.parts if part.weight.requires_grad]
-        if len(trained) == len(self.parts):
-            self._add("weight", trained, self.rows, gradient.t(), inputs)
-            return
-        for part, piece in zip(self.parts, torch.split(gradient, self.rows, 1), strict=True):
-            if part.weight.requires_grad:
-                add_product(part.weight, piece.t(), inputs)
+        self._add("weight", [part.weight for part in self.parts], self.rows, gradient.t(), inputs)
 
     def _accumulate_bias(self, gradient: Tensor) -> None:
         for part, piece in zip(self.parts, torch.split(gradient, self.rows, 1), strict=True):
@@ -147,7 +143,7 @@ class Product:
             raise RuntimeError("a product went backward before it went forward")
         narrow = torch.mm(inputs, stacked.t())
         ranks = [len(part.a) for part in self._adapted if part.a is not None]
-        back = torch.empty(len(gradient), sum(ranks), dtype=gradient.dtype)
+        back = gradient.new_empty(len(gradient), sum(ranks))
         pieces = dict(zip(map(id, self.parts), torch.split(gradient, self.rows, 1), strict=True))
         columns = zip(self._adapted, torch.split(narrow, ranks, 1), torch.split(back, ranks, 1), strict=True)
         for part, known, place in columns:
@@ -157,18 +153,21 @@ class Product:
             if part.b.requires_grad:
                 add_product(part.b, piece.t(), known, part.scale)
             torch.mm(piece, part.b, out=place).mul_(part.scale)
-        trained = [part.a for part in self._adapted if part.a is not None]
-        if all(a.requires_grad for a in trained):
-            self._add("a", trained, ranks, back.t(), inputs)
+        self._add("a", [part.a for part in self._adapted if part.a is not None], ranks, back.t(), inputs)
 
     def _add(self, name: str, parameters: Sequence[Tensor], rows: Sequence[int], a: Tensor, b: Tensor) -> None:
-        """Add `a b` to the gradients of parameters that lie one below the other, as one product."""
-        if len(parameters) == 1:
-            add_product(parameters[0], a, b)
+        """Add `a b` to the gradients of those of parameters that train; where all do, as one product.
+
+        The parameters lie one below the other, each with some `rows`.
+        """
+        if len(parameters) == 1 or not all(p.requires_grad for p in parameters):
+            for parameter, piece in zip(parameters, torch.split(a, list(rows)), strict=True):
+                if parameter.requires_grad:
+                    add_product(parameter, piece, b)
             return
         kept = self._gradients.get(name)
         if kept is None:
-            kept = self._gradients[name] = torch.empty(sum(rows), b.shape[1], dtype=b.dtype)
+            kept = self._gradients[name] = b.new_empty(sum(rows), b.shape[1])
         places = torch.split(kept, list(rows))
         if all(p.grad is None for p in parameters):
             torch.mm(a, b, out=kept)
