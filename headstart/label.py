@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from headstart.data.columns import (
 )
 from headstart.data.labels import Labels
 from headstart.data.prepare import Coding, segment
-from headstart.data.read import Item, Row, find_files, read
+from headstart.data.read import Note, Row, find_files, read_parts
 from headstart.data.records import Labelled, Record
 from headstart.data.segments import ROWS_AT_ONCE, Example
 from headstart.engine.forward import TokenReader
@@ -74,8 +74,13 @@ def predict(
     reading = config.settings.data.model_copy(update={"over_length": "cut"})
     problems: list[Problem] = []
     done = 0
+
+    def put_aside(item: Problem | Note) -> None:
+        if isinstance(item, Problem):
+            problems.append(item)
+
     with new_file(Path(out)) as file:
-        for rows in _in_parts(read(find_files(config.settings.data.train)), problems):
+        for rows in read_parts(find_files(config.settings.data.train), ROWS_AT_ONCE, put_aside):
             records, reading = _take(rows, task, reading, problems)
             if problems:
                 continue
@@ -157,18 +162,3 @@ def _tell(
             sure = round(told.probability or 0.0, DIGITS)
             found |= {"prediction": told.found[0], "probability": sure, "probabilities": probabilities}
         yield found | ({"cut": True} if example.cut else {})
-
-
-def _in_parts(items: Iterable[Item], problems: list[Problem]) -> Iterator[list[Row]]:
-    """Yield the rows of a file in parts; problems are collected."""
-    part: list[Row] = []
-    for item in items:
-        if isinstance(item, Row):
-            part.append(item)
-        elif isinstance(item, Problem):
-            problems.append(item)
-        if len(part) == ROWS_AT_ONCE:
-            yield part
-            part = []
-    if part:
-        yield part

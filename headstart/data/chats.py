@@ -22,7 +22,7 @@ from headstart.data.feed import Keys, content_hash
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
 from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split
-from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read
+from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read, read_parts
 from headstart.data.records import Conversation, Message, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Outcome, Segmented, encode_rows
@@ -308,7 +308,7 @@ class _Writing:
             yield conversations
 
     def _conversations(self) -> Iterator[Sequence[Conversation]]:
-        for rows in self._rows():
+        for rows in read_parts(self.files, ROWS_AT_ONCE, self._put_aside):
             if self.formatting is None:
                 self.formatting = _formatting(rows, self.settings)
                 found = self.formatting.detection
@@ -325,20 +325,11 @@ class _Writing:
             self.formatted.examples.clear()
             yield conversations
 
-    def _rows(self) -> Iterator[list[Row]]:
-        part: list[Row] = []
-        for item in read(self.files):
-            if isinstance(item, Row):
-                part.append(item)
-                if len(part) == ROWS_AT_ONCE:
-                    yield part
-                    part = []
-            elif isinstance(item, Note):
-                self.notes.append(f"{item.where}: {item.text}")
-            else:
-                self.unread.append(item)
-        if part:
-            yield part
+    def _put_aside(self, item: Problem | Note) -> None:
+        if isinstance(item, Note):
+            self.notes.append(f"{item.where}: {item.text}")
+        else:
+            self.unread.append(item)
 
 
 def _formatting(rows: Sequence[Row], settings: DataSettings) -> Formatting:

@@ -24,7 +24,7 @@ from headstart.data.feed import content_hash, side_of
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.masking import find_masking
 from headstart.data.prepare import Coding, Formed, Parts, Prepared, form_rows, segment, split_held
-from headstart.data.read import Item, Note, Row, SourceFile, Where, read
+from headstart.data.read import Note, Row, SourceFile, Where, read, read_parts
 from headstart.data.records import Document
 from headstart.data.segments import ROWS_AT_ONCE, Segmented
 from headstart.data.store import Store, StoredRows, StoreWriter, file_hash, find_store, store_key
@@ -96,6 +96,13 @@ class _Tally:
     dropped: list[tuple[Where, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     detection: Detection | None = None
+
+    def put_aside(self, item: Problem | Note) -> None:
+        """Take what is no row; a note counts once."""
+        if isinstance(item, Note):
+            self.notes[f"{item.where}: {item.text}"] = None
+        else:
+            self.problems.append(item)
 
 
 def is_large(files: Sequence[SourceFile]) -> bool:
@@ -210,7 +217,7 @@ def _encode(writer: StoreWriter, spec: _Spec) -> dict[str, Any]:
 def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
     """Yield the documents of files in parts."""
     settings = spec.settings
-    for rows in _in_parts(read(spec.files), tally):
+    for rows in read_parts(spec.files, ROWS_AT_ONCE, tally.put_aside):
         formatted = format_rows(
             rows, format="text", named=named_columns(settings), task=spec.coding.task, group_by=settings.group_by
         )
@@ -243,22 +250,6 @@ def _describe(tally: _Tally, max_length: int, fit: Fit | None) -> dict[str, Any]
         "notes": notes,
         "fit": asdict(fit) if fit else None,
     }
-
-
-def _in_parts(items: Iterator[Item], tally: _Tally) -> Iterator[list[Row]]:
-    part: list[Row] = []
-    for item in items:
-        if isinstance(item, Row):
-            part.append(item)
-            if len(part) == ROWS_AT_ONCE:
-                yield part
-                part = []
-        elif isinstance(item, Note):
-            tally.notes[f"{item.where}: {item.text}"] = None
-        else:
-            tally.problems.append(item)
-    if part:
-        yield part
 
 
 def _open(store: Store, share: float | None) -> Corpus:

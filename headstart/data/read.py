@@ -136,6 +136,21 @@ def read(files: Sequence[SourceFile]) -> Iterator[Item]:
             )
 
 
+def read_parts(files: Sequence[SourceFile], size: int, aside: Callable[[Problem | Note], None]) -> Iterator[list[Row]]:
+    """Yield the rows of `files` in order, at most `size` at once; `aside` takes problems and notes where they occur."""
+    part: list[Row] = []
+    for item in read(files):
+        if not isinstance(item, Row):
+            aside(item)
+            continue
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
 def _expand(path: Path) -> list[Path] | Problem:
     try:
         there = path.exists()

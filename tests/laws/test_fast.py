@@ -103,3 +103,13 @@ def test_an_adapter_that_is_switched_off_or_has_dropout_runs_the_plain_code() ->
     assert not torch.allclose(with_adapter, without, atol=1e-2)
     dropout = adapt(twin("llama"), Lora(4, 8, 0.1, ("all-linear",)), seed=1)
     assert speed_up(dropout.model).layers == 0
+
+
+def test_of_an_adapter_that_trains_in_part_that_part_gets_its_gradient() -> None:
+    model, parameters = trained("llama", torch.float64, lora=Lora(4, 8, 0.0, ("all-linear",)))
+    for name in list(parameters):
+        if "q_proj.lora_A" in name or "up_proj.lora_B" in name:
+            parameters.pop(name).requires_grad_(False)
+    plain = step(model, parameters, 60)
+    speed_up(model)
+    assert_same(step(model, parameters, 60), plain, 1e-6)

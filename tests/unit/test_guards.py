@@ -9,11 +9,13 @@ import signal
 import pytest
 import torch
 
+from headstart.config import Override, build_config
 from headstart.data.labels import find_labels, label_notes
 from headstart.data.read import Where
 from headstart.data.records import Labelled
 from headstart.engine.loop import Progress, _judge
-from headstart.errors import DivergedError, ModelError, ResourceError
+from headstart.errors import DivergedError, ModelError, ResourceError, UsageError
+from headstart.job import _decide_machine
 from headstart.machine import resources
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import Forest
@@ -89,3 +91,15 @@ def test_classes_that_are_uneven_or_have_one_row_are_told() -> None:
     assert "look at macro F1" in told
     assert "1 classes have one row to train on: 'b'" in told
     assert "macro F1" not in "\n".join(notes(rows(a=20, b=2)))
+
+
+def test_fused_layers_are_refused_where_they_would_not_compute_as_asked() -> None:
+    def decide(**values: str) -> str:
+        overrides = [Override(f"engine.{key}", value, "flag") for key, value in values.items()]
+        return _decide_machine(build_config(None, overrides), "cpu").settings.engine.fast
+
+    assert decide() == "on"
+    assert decide(precision="bfloat16") == "off"
+    assert decide(fast="off") == "off"
+    with pytest.raises(UsageError, match=r"engine\.precision is bfloat16"):
+        decide(fast="on", precision="bfloat16")
