@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,17 @@ class Data:
         """The tokens that end an answer."""
         return self.renderer.stop_ids if isinstance(self.renderer, Encoder) else ()
 
+    @cached_property
+    def _proof_order(self) -> list[int]:
+        hashes = hashes_of(self.prepared.proof.kept)
+        return sorted(range(len(hashes)), key=hashes.__getitem__)
+
+    def proof(self, rows: int | None) -> Segmented:
+        """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
+        whole = self.prepared.proof
+        chosen = sorted(self._proof_order[:rows])
+        return Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
+
     @property
     def acceptable(self) -> bool:
         """Tell whether a run would begin with these rows."""
@@ -123,12 +134,8 @@ class Job:
 
     @cached_property
     def proof(self) -> Segmented:
-        """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
-        whole = self.data.prepared.proof
-        hashes = hashes_of(whole.kept)
-        order = sorted(range(len(hashes)), key=hashes.__getitem__)
-        chosen = sorted(order[: self.config.settings.eval.rows])
-        return Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
+        """The rows of the proof that are scored."""
+        return self.data.proof(self.config.settings.eval.rows)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -610,8 +617,10 @@ def _look(config: Config, data: Data, engine: Engine, mode: str, tokens: int) ->
     """Lay the run out and measure what it would fill."""
     prepared, settings = data.prepared, config.settings
     layout = lay_out(engine.reader, prepared.train.examples, build_feed(config, prepared), tokens)
-    scored = [lay_out_scoring(engine.reader, part.examples, tokens) for part in (prepared.proof, prepared.watch)]
-    scoring = max((one for one in scored if one), key=lambda one: len(one.worst), default=None)
+    parts = (data.proof(settings.eval.rows).examples, prepared.watch.examples)
+    scored = [lay_out_scoring(engine.reader, part, tokens) for part in parts]
+    larger = [one for one in scored if one and not one.within(layout.worst)]
+    scoring = max(larger, key=lambda one: len(one.worst), default=None)
     others = {"saving": _saving_bytes(engine, settings)}
     if settings.eval.generate and settings.eval.choices != "on":
         others["answering"] = answering_bytes(engine.reader, *_answering(data, settings))
@@ -677,7 +686,7 @@ def _recompute(engine: Engine, *, wanted: bool) -> bool:
 
 
 def _estimate(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -> Estimate:
-    settings, layout, prepared = fitted.config.settings, fitted.layout, data.prepared
+    settings, layout = fitted.config.settings, fitted.layout
     device = engine.reader.device.type
     free = machine.device_free_bytes(device)
     pace = rehearse(engine, layout, fitted.scoring)
@@ -691,7 +700,7 @@ def _estimate(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -
         memory_bytes=fitted.memory.planned(pace.peak_bytes),
         memory_free_bytes=free,
         train_s=pace.train_s * layout.tokens + (pace.step_s + layout.data_s) * layout.steps,
-        eval_s=pace.forward_s * _scored_tokens(settings, prepared, layout, engine.reader)
+        eval_s=pace.forward_s * _scored_tokens(data, settings, layout, engine.reader)
         + _answering_s(data, engine, settings, pace.forward_s),
         save_s=written * seconds_per_byte(Path(settings.out or ".")),
         disk_bytes=weights * ((settings.save.keep + 1) * STATES_PER_WEIGHT + 2),
@@ -701,16 +710,17 @@ def _estimate(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -
     )
 
 
-def _scored_tokens(settings: Settings, prepared: Prepared, layout: Layout, reader: Reader) -> int:
+def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reader) -> int:
     """Return how many tokens go forward to score: the proof twice, what is watched as often as it is."""
-    budget = settings.engine.tokens_per_pack or 1
-    parts = [prepared.proof.examples[: settings.eval.rows], prepared.watch.examples]
+    prepared, budget = data.prepared, settings.engine.tokens_per_pack or 1
+    scored = data.proof(settings.eval.rows).examples
+    parts = [scored, prepared.watch.examples]
     parts += [mixed.proof.examples for mixed in prepared.mixed]
     proof, watch, *mixed = (one.tokens if (one := lay_out_scoring(reader, part, budget)) else 0 for part in parts)
     watches = -(-layout.steps // settings.eval.every) if settings.eval.every else 0
     twice = 2 if settings.task == "tagging" else 1  # losses, and then the tags
     if settings.eval.choices == "on":
-        chosen = prepared.proof.examples[: settings.eval.generate or 0]
+        chosen = scored[: settings.eval.generate or 0]
         aims = sum(example.target_count for example in chosen)
         prompts = _tokens(chosen) - aims
         count = len(prepared.choices)
@@ -718,9 +728,15 @@ def _scored_tokens(settings: Settings, prepared: Prepared, layout: Layout, reade
     return 2 * (proof * twice + sum(mixed)) + watches * watch
 
 
+def _answered(data: Data, settings: Settings) -> Sequence[Example]:
+    """Return the rows whose answers are written out."""
+    rows: Sequence[Example] = data.proof(settings.eval.rows).examples
+    return rows[: settings.eval.generate or 0]
+
+
 def _answering(data: Data, settings: Settings) -> tuple[list[int], list[int]]:
     """Return how many tokens the prompts have that are answered, and how many their answers may have."""
-    rows = data.prepared.proof.examples[: settings.eval.generate or 0]
+    rows = _answered(data, settings)
     return [row.token_count - row.target_count for row in rows], [answer_limit(row) for row in rows]
 
 
@@ -729,7 +745,7 @@ def _answering_s(data: Data, engine: Engine, settings: Settings, forward_s: floa
     if not settings.eval.generate or settings.eval.choices == "on":
         return 0.0
     prompts, limits = _answering(data, settings)
-    wanted = [row.target_count for row in data.prepared.proof.examples[: settings.eval.generate]]
+    wanted = [row.target_count for row in _answered(data, settings)]
     # Untouched, a model mostly goes on to the limit; tuned, it ends where the references do.
     pace = measure_pace(engine.reader)
     return sum(pace.answering_s(prompts, ends, forward_s) for ends in (limits, wanted))

@@ -189,10 +189,12 @@ class Engine:
     def rehearse(self, pack: Pack) -> None:
         """Run a pack forward and backward for what that takes alone; its gradient stays until `discard`."""
         self.reader.train()
-        outputs = self.reader.outputs(pack)
-        # Without the rest of its step a joint objective says nothing; what it costs is next to nothing.
-        loss = outputs.sum() if self._joint else self._objective(outputs, self.reader.targets(pack)).loss
-        torch.autograd.backward(loss)
+        with self.clock.phase("forward"):
+            outputs = self.reader.outputs(pack)
+            # Without the rest of its step a joint objective says nothing; what it costs is next to nothing.
+            loss = outputs.sum() if self._joint else self._objective(outputs, self.reader.targets(pack)).loss
+        with self.clock.phase("backward"):
+            torch.autograd.backward(loss)
 
     def rehearse_optim_step(self) -> float:
         """Take two steps that change no weight, and return the seconds of the second; the gradient is gone then.

@@ -8,7 +8,7 @@ give each of them, and the sum over those that live at once gives the peak of th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from headstart import machine
 from headstart.data.forest import Pack
@@ -70,6 +69,15 @@ def peak_of(sizes: Any, born: Ints, died: Ints, operations: int) -> int:
     return int(change.cumsum().max(initial=0.0))
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among what an operation takes or gives: these lie there alone or in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every storage that operations make, and when it is freed."""
 
@@ -86,10 +94,9 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_blocks():
             return found
         self.clock += 1
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_iter(found):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage(), before)
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *(kwargs or {}).values()))}
+        for tensor in _tensors((found,)):
+            self._note(tensor.untyped_storage(), before)
         return found
 
     def _note(self, storage: Any, before: set[int]) -> None:

@@ -111,6 +111,10 @@ class Scoring:
     tokens: int
     worst: Pack
 
+    def within(self, training: Pack) -> bool:
+        """Tell whether the largest pack can't fill more than `training` does, which goes backward too."""
+        return len(self.worst) <= len(training) and len(self.worst.sources) <= len(training.sources)
+
 
 def lay_out_scoring(reader: Reader, examples: Sequence[Example], tokens_per_pack: int) -> Scoring | None:
     """Lay out some rows as they will be scored, with the longest, and count up to all; None where there are none."""
@@ -197,23 +201,22 @@ class Pace:
 
 
 def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
-    """Take the worst step before the first: the largest pack twice, a usual one, the optimizer, the largest to be scored.
+    """Take the worst step before the first: the largest pack, a usual one, the optimizer, the largest to be scored.
 
     No weight is changed, but all that a step fills is filled, so that what doesn't fit fails here. The first pass isn't
-    timed, since it also pays for memory that is touched for the first time.
+    timed, since it also pays for memory that is touched for the first time. Without `scoring`, what is scored is taken
+    to go forward as what is trained on does.
     """
     device = engine.reader.device.type
     state = engine.random_state()
     machine.begin_peak(device)
     _timed(engine.rehearse, layout.worst, device)
-    paces = []
-    for pack in (layout.worst, layout.usual):
-        if layout.most_packs == 1:
-            engine.discard()
-        paces.append(_timed(engine.rehearse, pack, device) / len(pack))
-    train_s = paces[1] if 2 * len(layout.usual) < len(layout.worst) else min(paces)
+    if layout.most_packs == 1:
+        engine.discard()
+    engine.clock.take()
+    train_s = _timed(engine.rehearse, layout.usual, device) / len(layout.usual)
+    forward_s = engine.clock.take()["forward"] / len(layout.usual)
     step_s = engine.rehearse_optim_step()
-    forward_s = train_s * FORWARD_COST
     if scoring is not None:
         forward_s = _timed(engine.reader.forward, scoring.worst, device) / len(scoring.worst)
     engine.set_random_state(state)

@@ -19,6 +19,7 @@ from headstart.engine.forward import PackReader
 from headstart.engine.loop import LoopPlan, Progress, train
 from headstart.engine.memory import measure_growth, scaled, trace
 from headstart.engine.optim import Schedule
+from headstart.engine.plan import Scoring
 from headstart.errors import ResourceError, StoppedError
 from headstart.models import head
 from headstart.models.adapt import Lora, adapt
@@ -240,3 +241,12 @@ def test_what_cannot_fit_is_refused_with_a_setting_that_does(
         model=str(tiny_model),
         settings={**settings, **{k: int(v) if v.isdigit() else v for k, v in mended.items()}},
     )
+
+
+def test_a_scored_pack_that_a_training_step_covers_fills_less_than_it() -> None:
+    engine = build_engine()
+    (training,) = build_packs(rows(6, 160), 10_000)
+    (scored,) = build_packs(rows(6, 150), 10_000)
+    assert Scoring(len(scored), scored).within(training)
+    assert trace(lambda: engine.reader.forward(scored)).peak() < trace(lambda: engine.rehearse(training)).peak()
+    assert not Scoring(len(training), training).within(scored)
