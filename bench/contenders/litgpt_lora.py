@@ -20,6 +20,12 @@ from bench.contenders.common import now, peak_bytes, read_rows, read_spec, repor
 
 MODEL = "SmolLM2-135M-Instruct"
 PARTS = ("query", "key", "value", "projection", "mlp")
+CONVERT = """
+import sys
+from pathlib import Path
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+convert_hf_checkpoint(Path(sys.argv[1]), model_name=sys.argv[2], dtype="float32")
+"""
 
 
 def main() -> None:
@@ -56,9 +62,8 @@ def main() -> None:
 def _set_up(fabric: Any, spec: dict[str, Any]) -> tuple[Any, Any]:
     folder = Path(spec["out"]) / MODEL
     shutil.copytree(spec["model_path"], folder)
-    command = ["-m", "litgpt", "convert_to_litgpt", str(folder), "--model_name", MODEL, "--dtype", "float32"]
-    # In a process of its own, so that its memory isn't counted.
-    subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
+    # In a process of its own, so that its memory isn't counted; LitGPT's command needs packages that this function doesn't.
+    subprocess.run([sys.executable, "-c", CONVERT, str(folder), MODEL], check=True, stdout=sys.stderr)
     adapters = {f"lora_{name}": True for name in PARTS}
     config = Config.from_name(MODEL, lora_r=spec["rank"], lora_alpha=spec["alpha"], lora_dropout=0.0, **adapters)
     with fabric.init_module():
