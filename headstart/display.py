@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from headstart.files import Lines
+
 PLAIN_EVERY_S = 5.0
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 GIB, MIB = 1 << 30, 1 << 20
@@ -28,7 +30,8 @@ class Display:
     def __init__(self, file: IO[str] | None = None, *, live: bool | None = None) -> None:
         self.console = Console(file=file, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal if live is None else live
-        self._log: Path | None = None
+        self._log: Lines | None = None
+        self._refused = False
         self._unlogged: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -37,7 +40,7 @@ class Display:
 
     def log_to(self, path: Path) -> None:
         """Write every line to `path` too, those before this one included."""
-        self._log = path
+        self._log = Lines(path)
         lines, self._unlogged = self._unlogged, []
         for line in lines:
             self._write(line)
@@ -113,9 +116,15 @@ class Display:
     def _write(self, text: str) -> None:
         if self._log is None:
             self._unlogged.append(text)
-        else:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(safe(text) + "\n")
+            return
+        try:
+            self._log.add(safe(text))
+        except OSError as error:
+            if not self._refused:
+                self.console.print(
+                    escape(f"  ! the log can't be written ({error.strerror}): it is tried with every line")
+                )
+            self._refused = True
 
 
 def in_bytes(count: float) -> str:

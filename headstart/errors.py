@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "run.exists": "A run folder is written once; another run in it would destroy what it proves.",
     "run.not_found": "There is no such run.",
     "run.locked": "Two processes that write one run would destroy it.",
+    "run.changed": "A run goes on bit for bit only with the settings and versions that it began with.",
     "run.incomplete": "The run has not got that far yet.",
     "checkpoint.none": "There is nothing to resume from.",
     "checkpoint.damaged": "A checkpoint is used only if every byte of it is as it was written.",
@@ -89,6 +90,7 @@ CODES: dict[str, str] = {
     "memory.plan": "The run would run out of memory after time has been spent on it.",
     "memory.exhausted": "The machine has no more memory.",
     "disk.full": "The result could not be kept.",
+    "disk.failed": "What can't be written is lost with the process.",
     # training
     "numbers.not_finite": "One update with such a number destroys the model.",
     # ends

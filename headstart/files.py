@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from headstart.faults import reach
+
 BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -34,15 +36,48 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
+            reach("file.made", path.name)
             yield file
             file.flush()
+            reach("file.written", path.name)
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_umask())
+        reach("file.synced", path.name)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    reach("file.renamed", path.name)
     sync_folder(path.parent)
+
+
+class Lines:
+    """A text file that grows line by line. What the disk refused is kept, in order, and written with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+
+    def add(self, line: str) -> None:
+        """Add a line. Raises OSError where it can't be written now; nothing of it is in the file then."""
+        self._waiting.append(line + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, whole or not at all. Raises OSError."""
+        if not self._waiting:
+            return
+        with self.path.open("ab", buffering=0) as file:
+            begin = file.tell()
+            try:
+                reach("line.made", self.path.name)
+                content = memoryview("".join(self._waiting).encode())
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(begin)
+                raise
+        self._waiting.clear()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -94,13 +129,16 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
     try:
+        reach("folder.made", path.name)
         yield temporary
+        reach("folder.written", path.name)
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync_file(file)
                 file.chmod(0o666 & ~_umask())
         sync_folder(temporary)
+        reach("folder.synced", path.name)
         if replace:
             replace_folder(temporary, path)
         else:
@@ -131,12 +169,20 @@ def remove_folder(path: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was there is moved aside first and deleted last."""
+    """Rename `source` to `target`; what was there is moved aside first, deleted last, and put back where that fails."""
     old = None
     if target.exists():
         old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{TEMPORARY_PREFIX}{target.name}-")) / target.name
         target.rename(old)
-    source.rename(target)
+    try:
+        reach("folder.aside", target.name)
+        source.rename(target)
+    except BaseException:
+        if old is not None:
+            old.rename(target)
+            old.parent.rmdir()
+        raise
+    reach("folder.renamed", target.name)
     sync_folder(target.parent)
     if old is not None:
         shutil.rmtree(old.parent, ignore_errors=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import html
 import json
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +18,11 @@ from filelock import FileLock, Timeout
 
 from headstart.config import Config, read_resolved
 from headstart.errors import Problem, RunError
-from headstart.files import read_json, remove_temporaries, write_atomic, write_json
+from headstart.files import Lines, read_json, remove_temporaries, write_atomic, write_json
 
 DEFAULT_FOLDER = Path("runs")
-NOT_BEGUN = (".lock", "data.json")  # a run begins with its config.yaml, which is written after these
+WRITER = ".writer.json"
+NOT_BEGUN = (".lock", WRITER, "data.json")  # a run begins with its config.yaml, which is written after these
 
 
 class RunFolder:
@@ -30,6 +33,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
+        self._metrics = Lines(self.metrics_file)
         self.checkpoints = path / "checkpoints"
         self.evaluation = path / "evaluation"
         self.model = path / "model"
@@ -71,18 +75,31 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process alone. Raises RunError where another process writes it."""
-        lock = FileLock(self.path / ".lock")
+        """Hold the folder for this process alone. Raises RunError where another process writes it.
+
+        The system lets go of a lock when its process ends, however it ends, so no lock is ever stale.
+        """
+        lock, writer = FileLock(self.path / ".lock"), self.path / WRITER
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            cure = "wait for it, or stop it"
-            raise RunError(Problem("run.locked", "another process writes this run", str(self.path), cure)) from None
+            what, cure = f"another process writes this run{self._writer()}", "wait for it, or stop it"
+            raise RunError(Problem("run.locked", what, str(self.path), cure)) from None
         try:
             remove_temporaries(self.path)
+            since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            write_json(writer, {"pid": os.getpid(), "host": platform.node(), "since": since})
             yield
         finally:
+            writer.unlink(missing_ok=True)
             lock.release()
+
+    def _writer(self) -> str:
+        """Return who holds the folder, in words, as far as that can be read."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            holder = read_json(self.path / WRITER)
+            return f": {holder['pid']} on {holder['host']}, since {holder['since']}"
+        return ""
 
     def write_config(self, config: Config) -> None:
         """Write the resolved settings."""
@@ -93,12 +110,12 @@ class RunFolder:
         return read_resolved(self.config_file)
 
     def add_metrics(self, record: dict[str, Any]) -> None:
-        """Add a line to the metrics."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        """Add a line to the metrics. Raises OSError where it can't be written now; then it is with the next."""
+        self._metrics.add(json.dumps(record, allow_nan=False))
 
     def sync_metrics(self) -> None:
-        """Make the metrics survive a power cut."""
+        """Make the metrics survive a power cut, those that the disk refused before included."""
+        self._metrics.flush()
         if self.metrics_file.exists():
             with self.metrics_file.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -8,8 +8,8 @@ A folder is written under another name, synced, renamed and only then are older 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.errors import Problem, RunError
-from headstart.files import new_folder, read_json, remove_temporaries, sha256, write_json
+from headstart.faults import reach
+from headstart.files import new_folder, read_json, remove_folder, remove_temporaries, sha256, write_json
 
 TENSORS, VALUES, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
@@ -35,20 +36,24 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder. `keep` is how many are left beside the best one."""
+    """The checkpoints of one run, in one folder. `keep` is how many are left beside the best one; `run` names the run."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, run: str = "") -> None:
         self._folder = folder
         self._keep = keep
+        self._run = run
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], best: int | None) -> Path:
-        """Commit a checkpoint, then delete all but the newest `keep` and the best."""
+        """Commit a checkpoint, then delete all but the newest `keep` and the best. Raises OSError; then none is deleted."""
         path = self._write("step", step, tensors, values)
-        for old in self._steps("step")[: -self._keep]:
-            shutil.rmtree(self._path("step", old))
-        for old in self._steps("best"):
-            if old != best:
-                shutil.rmtree(self._path("best", old))
+        reach("checkpoint.committed")
+        superseded = [self._path("step", old) for old in self._steps("step")[: -self._keep]]
+        superseded += [self._path("best", old) for old in self._steps("best") if old != best]
+        for old_path in superseded:
+            # What can't be deleted now is tried again after the next one; the new one is safe all the same.
+            with contextlib.suppress(OSError):
+                reach("checkpoint.pruning")
+                remove_folder(old_path)
         return path
 
     def save_best(self, step: int, weights: Mapping[str, Tensor]) -> Path:
@@ -67,10 +72,14 @@ class Checkpoints:
             if isinstance(found, Checkpoint):
                 return found, problems
             problems.append(found)
-            path = self._path("step", step)
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            self._set_aside(self._path("step", step))
         cure = "start the run anew: headstart tune"
         raise RunError([*problems, Problem("checkpoint.none", "no checkpoint is whole", str(self._folder), cure)])
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, whole or not; None where there is none."""
+        return max(self._steps("step"), default=None)
 
     def load_best(self, step: int) -> Mapping[str, Tensor]:
         """Return the weights that were kept as the best at `step`. Raises RunError where they are damaged."""
@@ -79,20 +88,19 @@ class Checkpoints:
             raise RunError(found)
         return found.tensors
 
-    def any(self) -> bool:
-        """Tell whether there is a checkpoint, whole or not."""
-        return bool(self._steps("step"))
-
     def _write(self, kind: str, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
         path = self._path(kind, step)
         with new_folder(path) as folder:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+            reach("checkpoint.tensors")
             (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
+            reach("checkpoint.values")
             files = {
                 name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
                 for name in (TENSORS, VALUES)
             }
-            write_json(folder / MANIFEST, {"format": FORMAT, "kind": kind, "step": step, "files": files})
+            manifest = {"format": FORMAT, "kind": kind, "step": step, "run": self._run, "files": files}
+            write_json(folder / MANIFEST, manifest)
         return path
 
     def _read(self, kind: str, step: int) -> Checkpoint | Problem:
@@ -103,21 +111,31 @@ class Checkpoints:
         return Checkpoint(step, load_file(path / TENSORS), read_json(path / VALUES))
 
     def _fault(self, path: Path, kind: str, step: int) -> str:
+        """Return what is wrong with a checkpoint; empty where every byte is as it was written."""
         try:
             manifest = read_json(path / MANIFEST)
-            if (manifest["kind"], manifest["step"]) != (kind, step):
-                return f"its manifest is that of {manifest['kind']} {manifest['step']}"
-            if manifest["format"] > FORMAT:
-                return f"it was written by a newer headstart (format {manifest['format']})"
-            for name, written in manifest["files"].items():
-                file = path / name
-                if file.stat().st_size != written["bytes"]:
-                    return f"{name} has {file.stat().st_size} bytes and not {written['bytes']}"
-                if sha256(file) != written["sha256"]:
-                    return f"{name} is not what was written (its hash differs)"
+            faults = [self._other(manifest, kind, step)]
+            faults += [_file_fault(path / name, written) for name, written in manifest["files"].items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"it can't be read: {error}"
-        return ""
+        return next((fault for fault in faults if fault), "")
+
+    def _other(self, manifest: Mapping[str, Any], kind: str, step: int) -> str:
+        if (manifest["kind"], manifest["step"]) != (kind, step):
+            return f"its manifest is that of {manifest['kind']} {manifest['step']}"
+        if manifest.get("run", self._run) != self._run:  # those of the first versions name none
+            return "it belongs to another run"
+        if manifest["format"] > FORMAT:
+            return f"it was written by a newer headstart (format {manifest['format']})"
+        return "" if set(manifest["files"]) == {TENSORS, VALUES} else "its manifest names other files"
+
+    def _set_aside(self, path: Path) -> None:
+        """Give a damaged checkpoint another name, so that it is kept and never used."""
+        aside, number = path.with_name(f"damaged-{path.name}"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"damaged-{path.name}-{number}")
+        path.rename(aside)
 
     def _path(self, kind: str, step: int) -> Path:
         return self._folder / f"{kind}-{step:06d}"
@@ -125,3 +143,11 @@ class Checkpoints:
     def _steps(self, kind: str) -> list[int]:
         names = (path.name.removeprefix(f"{kind}-") for path in self._folder.glob(f"{kind}-*"))
         return sorted(int(name) for name in names if name.isdigit())
+
+
+def _file_fault(file: Path, written: Mapping[str, Any]) -> str:
+    if file.is_symlink() or not file.is_file():
+        return f"{file.name} is no regular file"
+    if file.stat().st_size != written["bytes"]:
+        return f"{file.name} has {file.stat().st_size} bytes and not {written['bytes']}"
+    return "" if sha256(file) == written["sha256"] else f"{file.name} is not what was written (its hash differs)"

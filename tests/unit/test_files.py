@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from headstart import faults
 from headstart.engine.checkpoint import MANIFEST, TENSORS, VALUES, Checkpoints
 from headstart.errors import RunError
-from headstart.files import TEMPORARY_PREFIX, new_folder, read_json, write_atomic, write_json
+from headstart.files import TEMPORARY_PREFIX, Lines, new_folder, read_json, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +51,55 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    for text in ("old", "new"):
+        monkeypatch.setenv(faults.VARIABLE, "folder.aside=EIO" if text == "new" else "")
+        with contextlib.suppress(OSError), new_folder(target) as folder:
+            (folder / "a").write_text(text)
+    assert (target / "a").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_lines_that_the_disk_refused_come_with_the_next_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines(tmp_path / "log")
+    lines.add("one")
+    monkeypatch.setenv(faults.VARIABLE, "line.made+=ENOSPC")
+    for text in ("two", "three"):
+        with pytest.raises(OSError, match="No space"):
+            lines.add(text)
+    assert lines.path.read_text() == "one\n"
+    monkeypatch.delenv(faults.VARIABLE)
+    lines.add("four")
+    assert lines.path.read_text() == "one\ntwo\nthree\nfour\n"
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    lines = Lines(tmp_path / "log")
+    lines.add("one")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        with pytest.raises(OSError, match="too large"):
+            lines.add("a line that is too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert lines.path.read_text() == "one\n"
+    lines.add("two")
+    assert lines.path.read_text() == "one\na line that is too long\ntwo\n"
+
+
+def test_a_place_to_fail_at_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "step.nowhere")
+    with pytest.raises(ValueError, match=r"there are file\.made"):
+        faults.reach("step.forward")
+
+
 def test_json_refuses_what_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
@@ -70,6 +122,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert found.tensors["w"].tolist() == [3.0] * 3
 
 
+def _link(file: Path, target: Path) -> None:
+    file.unlink()
+    file.symlink_to(target)
+
+
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "truncated": lambda new, old: (new / TENSORS).write_bytes((new / TENSORS).read_bytes()[:-4]),
     "one bit": lambda new, old: (new / TENSORS).write_bytes((new / TENSORS).read_bytes()[:-1] + b"\x01"),
@@ -82,6 +139,9 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "of the future": lambda new, old: (new / MANIFEST).write_text(
         json.dumps({**read_json(new / MANIFEST), "format": 99})
     ),
+    "a page of zeros": lambda new, old: (new / TENSORS).write_bytes(bytes((new / TENSORS).stat().st_size)),
+    "a link": lambda new, old: _link(new / TENSORS, old / TENSORS),
+    "other files": lambda new, old: (new / MANIFEST).write_text(json.dumps({**read_json(new / MANIFEST), "files": {}})),
     "a list": lambda new, old: (new / MANIFEST).write_text("[]"),
 }
 
@@ -95,6 +155,9 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(tmp_pat
     assert found.step == 2
     assert [(p.code, Path(p.where).name) for p in problems] == [("checkpoint.damaged", "step-000003")]
     assert (tmp_path / "damaged-step-000003").is_dir()
+    shutil.copytree(tmp_path / "damaged-step-000003", tmp_path / "step-000003", symlinks=True)
+    assert checkpoints.load_newest()[0].step == 2  # and once more, beside the first
+    assert (tmp_path / "damaged-step-000003-2").is_dir()
 
 
 def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None:

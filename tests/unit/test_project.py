@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor", "label"),
+    ("demo", "chat", "show", "doctor", "label", "verify"),
     ("verbs", "tune"),
+    ("origin",),
     ("job", "stop"),
     ("run",),
     ("report",),
@@ -31,7 +32,7 @@ ORDER = [
     ("display",),
     ("config",),
     ("machine", "files"),
-    ("errors",),
+    ("errors", "faults"),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # demo is a folder whose generator stands alone; the package's face imports for type checkers only.
