@@ -158,16 +158,42 @@ def plan(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json: Json = False) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Go on though it changed: data, model, settings, versions.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a run that was stopped or killed."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.tune import resume as resume_run
 
-        finished = resume_run(run, display)
+        finished = resume_run(run, display, _names(allow))
         return {"run": str(finished.path), **finished.result}
 
     carry_out(work, as_json)
+
+
+@app.command("verify-resume")
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder; it is only read.")],
+    steps: Annotated[int, typer.Option(min=4, help="Steps that are taken twice.")] = 6,
+    as_json: Json = False,
+) -> None:
+    """Show that a run which is killed loses nothing."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.verify import say_verified, verify_resume
+
+        display.title("untouched, and killed again and again")
+        found = verify_resume(run, display, steps)
+        say_verified(display, found)
+        return found.to_json()
+
+    if not carry_out(work, as_json)["same"]:
+        raise typer.Exit(1)
 
 
 @app.command("eval")
@@ -352,6 +378,11 @@ def read_config(file: Path | None, sets: list[str] | None, flags: dict[str, Any]
 
     overrides = [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
     return build_config(file, [*overrides, *_parse_sets(sets)])
+
+
+def _names(given: list[str] | None) -> list[str]:
+    """Return names that were given one by one or with commas between them."""
+    return [name.strip() for text in given or [] for name in text.split(",")]
 
 
 def read_sets(sets: list[str] | None) -> dict[str, Any]:

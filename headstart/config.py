@@ -125,6 +125,10 @@ class OptimSettings(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of matrices; never of norms and biases.")
     clip: float = Field(1.0, ge=0, description="Largest norm of a step's gradient; 0 is off.")
+    not_finite: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="A step that isn't finite: left out, with the weights of the last checkpoint, or the end. Three in a row end the run.",
+    )
 
 
 class EngineSettings(Section):

@@ -4,43 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from headstart import machine
 from headstart.config import Config, Override, as_names, build_config
-from headstart.data.hub import pin_dataset
 from headstart.data.labels import Labels
-from headstart.data.mixing import read_mix
-from headstart.data.read import HUB_PREFIX, SourceFile
+from headstart.data.segments import Example, lengths_of
 from headstart.display import Display, in_bytes, in_time
 from headstart.engine.checkpoint import Checkpoints
 from headstart.engine.forward import RowReader
 from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
 from headstart.engine.optim import Schedule
-from headstart.errors import DataError, Problem, ResourceError, StoppedError
+from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError
+from headstart.evaluate.generate import tokens_kept
 from headstart.evaluate.measure import Measured, measure
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.score import output_rows, score_rows
-from headstart.files import TEMPORARY_PREFIX, read_json, sha256, take_room, write_atomic, write_json
-from headstart.job import WRITES, Data, Job, beside, build_data, build_job
+from headstart.faults import reach
+from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
+from headstart.job import WRITES, Job, beside, build_data, build_job
 from headstart.models.fast import slow_down
 from headstart.models.save import save_result, saved_scale
-from headstart.models.source import Source, weights_hash
+from headstart.origin import (
+    check_allowed,
+    describe,
+    find_changes,
+    find_other_sources,
+    identity,
+    pins,
+    refuse,
+)
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
 from headstart.report.words import data_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stop import StopRequest
+
+T = TypeVar("T")
 
 
 def tune(
@@ -90,30 +101,42 @@ def start(config: Config, display: Display) -> Run:
         job = _set_up(config, today, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
         folder = RunFolder.create(path)
-        with folder.locked():
+        with _disk_faults_told(folder), folder.locked():
             job.config = job.config if out else job.config.decide({"out": (str(path), "the first free name")})
-            job.config = job.config.pin(_pins(job.data))
-            write_json(folder.data_file, _describe_data(job.data, today))
+            job.config = job.config.pin(pins(job.data))
+            write_json(folder.data_file, describe(job.data, job.config, today))
             folder.write_config(job.config)  # last: with it the run has begun
             return _Session(job, folder, display, stop).carry_out()
 
 
-def resume(path: Path, display: Display) -> Run:
+def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
     """Go on with a run that was stopped or killed, from its newest whole checkpoint.
 
-    Raises RunError where there is no such run, and DataError where its data isn't what it was.
+    What isn't as it was when the run began is refused, unless `allow` names its kind: data, model, settings, versions.
+    It is then recorded, and told in the report. Raises RunError where there is no such run, or where its settings or
+    versions changed, and DataError where its data or model did.
     """
+    check_allowed(allow)
     folder = RunFolder.open(path)
     if folder.result_file.exists():
         display.line(f"{path} is finished: {sentence(Run(path).result)}")
         return Run(path)
-    with machine.resources(), _stoppable(display) as stop, folder.locked():
+    with _disk_faults_told(folder), machine.resources(), _stoppable(display) as stop, folder.locked():
         record = read_json(folder.data_file)
-        _check_unchanged(record)
-        _tell_versions(record, display)
-        date = datetime.date.fromisoformat(record["date"])
-        job = _set_up(folder.read_config().fixed(), date, display)
-        _check_same(record, job.data)
+        known = {told for once in record.get("allowed", []) for told in once["changes"]}
+        config = folder.read_config()
+        changes = [change for change in find_changes(record, config) if change.told not in known]
+        refuse(changes, allow)
+        job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display)
+        changes += [change for change in find_other_sources(record, job.data) if change.told not in known]
+        refuse(changes, allow)
+        if changes:
+            _check_proof(folder, job)
+            told = [change.told for change in changes]
+            once = {"date": datetime.date.today().isoformat(), "changes": told}
+            write_json(folder.data_file, {**record, "allowed": [*record.get("allowed", []), once]})
+            for line in told:
+                display.warn(f"{line}: allowed, so it goes on, and not bit for bit")
         return _Session(job, folder, display, stop).carry_out()
 
 
@@ -142,7 +165,8 @@ class _Session:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.folder.checkpoints, self.job.config.settings.save.keep)
+        run = identity(read_json(self.folder.data_file))
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.job.config.settings.save.keep, run)
         self.feed = self.job.new_feed()
         self.display.log_to(self.folder.log_file)
 
@@ -151,7 +175,8 @@ class _Session:
         machine.begin_peak(self.job.engine.reader.device.type)  # of what was planned, without the planning itself
         self._rehearse_save()
         before = self._evaluate("before")
-        self._train()
+        with self._last_good_told():
+            self._train()
         self._use_best()
         after = self._evaluate("after")
         slow_down(self.job.adapted.model)  # what is copied to be merged is then of plain layers
@@ -168,7 +193,10 @@ class _Session:
         peak = machine.device_peak_bytes(self.job.engine.reader.device.type)
         values = {key: value for key, value in asdict(record).items() if key != "rows"}
         share = rate_share(record.operations, record.step_s, self.job.estimate.product_rate)
-        self.folder.add_metrics({**values, "real_tokens_per_s": rate, "peak_bytes": peak, "product_rate_frac": share})
+        self._record({**values, "real_tokens_per_s": rate, "peak_bytes": peak, "product_rate_frac": share})
+        if record.spike:
+            what = f"step {record.step}: the loss is {record.loss:.3f}, far above the steps before it"
+            self.display.warn(f"{what}; its rows: {self._places(record.rows)}")
         left = (self.job.layout.steps - record.step) * self.progress.train_s / record.step
         detail = (
             f"loss {record.loss:.3f}  lr {record.lr:.1e}  {rate:,.0f} tokens/s  {in_bytes(peak)}  {in_time(left)} left"
@@ -179,46 +207,107 @@ class _Session:
         """Say that memory ran out, and go on, now and after a stop, with packs that fill less."""
         at = f"step {self.progress.step + 1}"
         self.display.warn(f"{at}: out of memory ({said}); it is taken anew with {tokens_per_pack:,} tokens a pack")
-        self.folder.add_metrics(
-            {"step": self.progress.step + 1, "out_of_memory": True, "tokens_per_pack": tokens_per_pack}
-        )
+        self._record({"step": self.progress.step + 1, "out_of_memory": True, "tokens_per_pack": tokens_per_pack})
         self.job.config = self.job.config.decide(
             {"engine.tokens_per_pack": (tokens_per_pack, f"the memory ran out at {at}")}
         )
         self.folder.write_config(self.job.config)
 
+    def on_bad_step(self, step: int, error: DivergedError) -> None:
+        """Say that a step was left out, and why."""
+        said = "; ".join(problem.what for problem in error.problems)
+        self._record({"step": step, "not_finite": said})
+        self.display.warn(f"{said}: it is left out; its rows: {error.problems[0].where}")
+
+    def roll_back(self) -> int | None:
+        """Set weights and moments to those of the last checkpoint, and return its step; None where there is none."""
+        if self.checkpoints.newest is None:
+            return None
+        found, _ = self.checkpoints.load_newest()
+        self.job.engine.load_trained(found.tensors)
+        self.display.warn(f"the weights are those of step {found.step} again")
+        return found.step
+
     def watch(self) -> float:
         """Return the loss on the watched rows."""
         begun = time.perf_counter()
-        settings = self.job.config.settings.engine
-        scores = score_rows(
-            self.job.engine.reader, self.job.data.prepared.watch.examples, settings.tokens_per_pack or 1
-        )
+        reader, rows = self.job.engine.reader, self.job.data.prepared.watch.examples
+        scores = self._within_memory(rows, lambda tokens, _: score_rows(reader, rows, tokens))
         self.progress.eval_s += time.perf_counter() - begun
         if not math.isfinite(scores.mean):
             return scores.mean  # the loop refuses it
         best = self.progress.best_value
         mark = "  the best so far" if best is None or scores.mean < best else ""
-        self.folder.add_metrics({"step": self.progress.step, "watch_loss": scores.mean})
+        self._record({"step": self.progress.step, "watch_loss": scores.mean})
         self.display.line(f"  step {self.progress.step}: loss {scores.mean:.4f} on the watched rows{mark}")
         return scores.mean
 
-    def keep_best(self, progress: Progress) -> None:
-        """Keep the weights as they are."""
-        with self._timed_save():
-            self.checkpoints.save_best(progress.step, self.job.engine.trainable)
+    def keep_best(self, progress: Progress) -> bool:
+        """Keep the weights as they are; return whether that could be done."""
+        self._check_there()
+        try:
+            with self._timed_save():
+                self.checkpoints.save_best(progress.step, self.job.engine.trainable)
+        except OSError as error:
+            self._go_on_without("the best weights so far", error)
+            return False
+        return True
 
     def save(self, progress: Progress) -> None:
-        """Commit a checkpoint."""
-        with self._timed_save():
-            tensors, numbers = self.job.engine.state()
-            self.folder.sync_metrics()
-            values = {**numbers, "progress": progress.to_json()}
-            self.checkpoints.save(progress.step, tensors, values, progress.best_step)
+        """Commit a checkpoint. Where the disk refuses, the run goes on to the next one, if there is to be one.
+
+        Raises OSError where there isn't: the run is at its end or was asked to stop, or its folder is gone.
+        """
+        self._check_there()
+        try:
+            with self._timed_save():
+                tensors, numbers = self.job.engine.state()
+                self.folder.sync_metrics()
+                values = {**numbers, "progress": progress.to_json()}
+                self.checkpoints.save(progress.step, tensors, values, progress.best_step)
+        except OSError as error:
+            if progress.end or self.stop.asked:
+                raise
+            self._go_on_without("the checkpoint", error)
 
     def should_stop(self) -> bool:
         """Tell whether the run was asked to stop."""
         return self.stop.asked
+
+    def _check_there(self) -> None:
+        """Raise FileNotFoundError where the run's folder is gone: what were written there then would be no run."""
+        if not self.folder.config_file.exists():
+            raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", str(self.folder.path))
+
+    def _record(self, values: dict[str, Any]) -> None:
+        """Add a line to the metrics; where the disk refuses, it is written with the next."""
+        try:
+            self.folder.add_metrics(values)
+        except OSError as error:
+            self._go_on_without("its line of the metrics", error, "it is written with the next")
+
+    def _go_on_without(self, what: str, error: OSError, then: str = "") -> None:
+        newest = self.checkpoints.newest
+        last = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of step {newest}"
+        said = f"step {self.progress.step}: {what} can't be written ({error.strerror or error})"
+        self.display.warn(f"{said}; {then or f'{last}; the next one is tried'}")
+
+    def _places(self, rows: Sequence[int]) -> str:
+        examples = self.job.data.prepared.train.examples
+        return ", ".join(str(examples[row].where) for row in rows)
+
+    @contextlib.contextmanager
+    def _last_good_told(self) -> Iterator[None]:
+        """Say from where a run can go on whose numbers are no longer finite."""
+        try:
+            yield
+        except DivergedError as error:
+            newest = self.checkpoints.newest
+            if newest is None:
+                raise
+            more = f"the last good checkpoint is that of step {newest}: lower optim.lr in config.yaml, then"
+            cure = f"{more} headstart resume {self.folder.path} --allow settings"
+            raise DivergedError(replace(problem, cure=cure) for problem in error.problems) from None
 
     # --- phases ---
 
@@ -230,22 +319,46 @@ class _Session:
         begun = time.perf_counter()
         settings = self.job.config.settings
         proof = self.job.proof
-        measured = measure(
-            self.job.engine.reader,
-            self.job.data.renderer,
-            proof.kept,
+        labels, model = self._labels(), self.job.engine.reader.model
+        measured = self._within_memory(
             proof.examples,
-            task=settings.task,
-            tokens_per_pack=settings.engine.tokens_per_pack or 1,
-            answers=settings.eval.generate or 0,
-            labels=self._labels(),
-            choices=self.job.choices,
-            on_progress=self._on_eval,
+            lambda tokens, part: measure(
+                self.job.engine.reader,
+                self.job.data.renderer,
+                proof.kept,
+                proof.examples,
+                task=settings.task,
+                tokens_per_pack=tokens,
+                answers=settings.eval.generate or 0,
+                labels=labels,
+                choices=self.job.choices,
+                on_progress=self._on_eval,
+                tokens_at_once=None if part == 1 else tokens_kept(model) // part,
+            ),
         )
         measured = self.job.measure_mixed(measured)
+        reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
+
+    def _within_memory(self, rows: Sequence[Example], work: Callable[[int, int], T]) -> T:
+        """Do `work(tokens_per_pack, part)` on rows; where the memory runs out, anew with half of it at once, and so on.
+
+        What is measured doesn't follow from how much is done at once. Raises what the system says where one row is too much.
+        """
+        tokens, part = self.job.config.settings.engine.tokens_per_pack or 1, 1
+        longest = int(lengths_of(rows).max())
+        while True:
+            try:
+                return work(tokens, part)
+            except (MemoryError, RuntimeError) as error:
+                said = machine.out_of_memory(error)
+                if said is None or tokens <= longest:
+                    raise
+            machine.trim_memory()
+            tokens, part = max(longest, tokens // 2), 2 * part
+            self.display.warn(f"out of memory while scoring ({said}): it begins anew with {tokens:,} tokens a pack")
 
     def _labels(self) -> Labels | None:
         """Return the labels; where a row has several, with the threshold that is best on the watched rows as things stand."""
@@ -315,6 +428,7 @@ class _Session:
             save_every=settings.save.every or 0,
             patience=settings.eval.patience,
             shape=self.job.shape,
+            not_finite=settings.optim.not_finite,
         )
         end = train(self.job.engine, self.feed, self.job.data.prepared.train.examples, plan, self.progress, self)
         self.display.end_progress()
@@ -324,7 +438,7 @@ class _Session:
             self.display.line(f"  stopped early: no better in {settings.eval.patience} evaluations")
 
     def _load_checkpoint(self) -> None:
-        if not self.checkpoints.any():
+        if self.checkpoints.newest is None:
             self.folder.forget_after(0)
             return
         found, damaged = self.checkpoints.load_newest()
@@ -339,7 +453,13 @@ class _Session:
     def _use_best(self) -> None:
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
-            weights = self.checkpoints.load_best(best)
+            try:
+                weights = self.checkpoints.load_best(best)
+            except RunError as error:
+                self.display.warn(f"the best model was that of step {best}, but: {error.problems[0].what}")
+                self.display.warn(f"the model of the last step, {self.progress.step}, is kept instead")
+                self.progress.best_step = None
+                return
             self.job.engine.load_weights(weights)
             self.display.line(f"  the best model was that of step {best}; it is kept")
 
@@ -392,6 +512,36 @@ class _Session:
 
 
 @contextlib.contextmanager
+def _disk_faults_told(folder: RunFolder) -> Iterator[None]:
+    """Turn what the system says of a disk that fails into an error that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        newest = Checkpoints(folder.checkpoints).newest
+        kept = "" if newest is None else f" (its last good checkpoint is that of step {newest})"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = (
+            f"{'free some space' if full else 'see that it can be written'}, then: headstart resume {folder.path}{kept}"
+        )
+        if not folder.config_file.exists():
+            cure = "begin the run anew, where it can be written: -o FOLDER"
+        where = str(error.filename or folder.path)
+        code = "disk.full" if full else "disk.failed"
+        raise ResourceError(Problem(code, error.strerror or str(error), where, cure)) from None
+
+
+def _check_proof(folder: RunFolder, job: Job) -> None:
+    """Raise DataError where the rows that were scored before would not be those that are scored after."""
+    before = folder.read_evaluation("before")
+    if before is None:
+        return
+    was, now = ([row["where"] for row in before if not row["part"]], [str(row.where) for row in job.proof.kept])
+    if was != now:
+        what = f"other rows are held out than were scored before ({len(was):,} then, {len(now):,} now)"
+        raise DataError(Problem("data.changed", what, str(folder.path), "begin a new run"))
+
+
+@contextlib.contextmanager
 def _stoppable(display: Display) -> Iterator[StopRequest]:
     def told() -> None:
         display.line("  stopping as soon as this step is saved; Ctrl-C again stops now")
@@ -410,105 +560,3 @@ def _check_disk(job: Job) -> None:
                 "disk.full", what, job.config.settings.out or ".", "free some space, or choose another place with -o"
             )
         )
-
-
-def _describe_data(data: Data, today: datetime.date) -> dict[str, Any]:
-    prepared = data.prepared
-
-    def describe(files: Sequence[SourceFile]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": f.name,
-                "path": str(f.path.resolve()),
-                "bytes": f.path.stat().st_size,
-                "sha256": sha256(f.path),
-                "revision": f.revision,
-            }
-            for f in files
-        ]
-
-    parts = {"train": prepared.train, "watch": prepared.watch, "proof": prepared.proof}
-    return {
-        "date": today.isoformat(),
-        "versions": machine.versions(),
-        "files": [file for formed in prepared.formed for file in describe(formed.files)],
-        "formats": [asdict(formed.detection) for formed in prepared.formed],
-        "rows_read": sum(formed.rows for formed in prepared.formed),
-        "rows": {name: len(part.examples) for name, part in parts.items()},
-        "tokens": {name: int(part.lengths.sum()) for name, part in parts.items()},
-        "targets": {name: part.target_count for name, part in parts.items()},
-        "fit": asdict(prepared.fit) if prepared.fit else None,
-        "duplicates": prepared.parts.duplicates,
-        "dropped": {
-            "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],
-            "in_both": prepared.parts.leaked,
-            "bad": [problem.to_json() for problem in prepared.problems],
-        },
-        "cut": sum(part.cut for part in parts.values()),
-        "notes": [note for formed in prepared.formed for note in formed.notes],
-        "model": {**data.source.to_json(), "sha256": _weights_hash(data.source)},
-    }
-
-
-def _weights_hash(source: Source) -> str:
-    """Return the hash of a model's weights, but for the hub's, which their commit pins."""
-    return "" if source.kind == "hub" else weights_hash(source)
-
-
-def _pins(data: Data) -> dict[str, Any]:
-    """Return what names the very same model and files from anywhere and at any time."""
-    settings, source = data.config.settings, data.source
-    files = [file for formed in data.prepared.formed for file in formed.files]
-
-    def pin(name: str) -> str:
-        return pin_dataset(name, files) if name.startswith(HUB_PREFIX) else str(Path(name).absolute())
-
-    pins: dict[str, Any] = {
-        f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
-    }
-    pins["data.mix"] = [f"{pin(part.name)}={part.weight!r}" for part in read_mix(settings.data.mix)]
-    if source.kind == "hub":
-        pins["model"] = f"{source.name.partition('@')[0]}@{source.revision}"
-    elif source.kind != "builtin":
-        pins["model"] = str(Path(settings.model).expanduser().absolute())
-    return pins
-
-
-def _tell_versions(record: Mapping[str, Any], display: Display) -> None:
-    now = machine.versions()
-    other = [f"{name} {was} -> {now.get(name)}" for name, was in record["versions"].items() if now.get(name) != was]
-    if other:
-        display.warn(f"other versions than when the run began ({', '.join(other)}): it goes on, not bit for bit")
-
-
-def _check_same(record: Mapping[str, Any], data: Data) -> None:
-    """Raise DataError where a run would go on with other files, or another model, than it began with.
-
-    That the files it began with are as they were is known by now (`_check_unchanged`).
-    """
-    was = {file["path"] for file in record["files"]}
-    found = {str(file.path.resolve()) for formed in data.prepared.formed for file in formed.files}
-    cure = "put back what was there, or begin a new run"
-    problems = [
-        Problem("data.changed", "the file is new" if path in found else "the file is not read any more", path, cure)
-        for path in sorted(was ^ found)
-    ]
-    if (record["model"]["sha256"], record["model"]["revision"]) != (_weights_hash(data.source), data.source.revision):
-        problems.append(Problem("data.changed", "the model is not what it was", record["model"]["name"], cure))
-    if problems:
-        raise DataError(problems)
-
-
-def _check_unchanged(record: Mapping[str, Any]) -> None:
-    problems = []
-    for file in record["files"]:
-        path = Path(file["path"])
-        if not path.exists():
-            problems.append(Problem("data.changed", "the file is gone", file["name"], f"put it back at {path}"))
-        elif sha256(path) != file["sha256"]:
-            cure = "put the old file back, or begin a new run with the new one"
-            problems.append(
-                Problem("data.changed", "the file is not what it was when the run began", file["name"], cure)
-            )
-    if problems:
-        raise DataError(problems)

@@ -23,6 +23,7 @@ from headstart.engine.clock import Clock
 from headstart.engine.forward import Reader
 from headstart.engine.optim import build_adamw
 from headstart.errors import DivergedError, Problem
+from headstart.faults import reach
 from headstart.machine import out_of_memory
 from headstart.objectives.tokens import Total
 
@@ -149,8 +150,10 @@ class Engine:
             self.set_random_state(state)
             with self.clock.phase("forward"):
                 again = self.reader.outputs(pack)
+            reach("step.forward")
             with self.clock.phase("backward"):
                 torch.autograd.backward(again, part)
+            reach("step.backward")
         self.set_random_state(after)
         return self._note(packs, total)
 
@@ -176,8 +179,10 @@ class Engine:
     def _through(self, pack: Pack) -> Sums:
         with self.clock.phase("forward"):
             total = self._objective(self.reader.outputs(pack), self.reader.targets(pack))
+        reach("step.forward")
         with self.clock.phase("backward"):
             torch.autograd.backward(total.loss)
+        reach("step.backward")
         return self._note([pack], total)
 
     def _note(self, packs: Sequence[Pack], total: Total) -> Sums:
@@ -283,18 +288,22 @@ class Engine:
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take over a state. Raises KeyError where a parameter of this engine is missing from it."""
-        self.load_weights({name: tensors[f"model.{name}"] for name in self.trainable})
-        for name, parameter in self.trainable.items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := tensors.get(f"optim.{key}.{name}")) is not None:
-                    device = "cpu" if key == "step" and self.reader.device.type == "cpu" else self.reader.device
-                    self.optimizer.state[parameter][key] = value.clone().to(device)
+        self.load_trained(tensors)
         torch.set_rng_state(tensors["rng.torch"])
         if self.reader.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         version, internal, gauss = numbers["rng"]["python"]
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(numbers["rng"]["numpy"]))
+
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the weights and moments of a state. Raises KeyError where a parameter is missing from it."""
+        self.load_weights({name: tensors[f"model.{name}"] for name in self.trainable})
+        for name, parameter in self.trainable.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := tensors.get(f"optim.{key}.{name}")) is not None:
+                    device = "cpu" if key == "step" and self.reader.device.type == "cpu" else self.reader.device
+                    self.optimizer.state[parameter][key] = value.clone().to(device)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set the parameters that train, by name."""

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +17,20 @@ from headstart.data.segments import Example
 from headstart.engine.ahead import steps_of
 from headstart.engine.clock import PHASES
 from headstart.engine.engine import Engine, PackTooLargeError
+from headstart.engine.numbers import BAD_IN_A_ROW, RECENT, is_spike
 from headstart.engine.optim import Schedule
 from headstart.engine.work import Shape
 from headstart.errors import DivergedError, Problem, ResourceError
+from headstart.faults import reach
 
 
 @dataclass(frozen=True)
 class LoopPlan:
     """What the loop needs to know. Cadences are in steps, 0 for never; `patience` is in evaluations.
 
-    With the `shape` of the model, what a step needs to compute is counted.
+    With the `shape` of the model, what a step needs to compute is counted. `not_finite` is what becomes of a step
+    whose numbers are not finite: it is left out (`skip`), the weights go back to the last checkpoint as well (`rollback`),
+    or the run ends (`stop`).
     """
 
     schedule: Schedule
@@ -35,6 +39,7 @@ class LoopPlan:
     save_every: int = 0
     patience: int = 0
     shape: Shape | None = None
+    not_finite: str = "stop"
 
 
 @dataclass
@@ -43,6 +48,8 @@ class Progress:
 
     Seconds are those of all sessions of a run; `data_s` to `optimizer_s` are parts of `train_s`. `operations` are those
     that training needed. `tokens_per_pack` is what the packs were cut down to where memory ran out, and at `smaller_at`.
+    `bad_steps` are those left out since their numbers were not finite, the last `bad_in_a_row` of them without another
+    between; `recent` are the last losses, which tell a spike.
     """
 
     step: int = 0
@@ -63,6 +70,10 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     worse_evals: int = 0
+    bad_steps: list[int] = field(default_factory=list)
+    bad_in_a_row: int = 0
+    spikes: list[int] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
     end: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +105,7 @@ class StepRecord:
     optimizer_s: float = 0.0
     operations: float = 0.0
     tokens_per_pack: int = 0
+    spike: bool = False
     rows: Sequence[int] = field(repr=False, default=())
 
 
@@ -106,11 +118,17 @@ class Hooks(Protocol):
     def use_smaller_packs(self, tokens_per_pack: int, said: str) -> None:
         """Remember that memory ran out, and how large packs are from now on."""
 
+    def on_bad_step(self, step: int, error: DivergedError) -> None:
+        """Take note of a step that was left out."""
+
+    def roll_back(self) -> int | None:
+        """Set weights and moments to those of the last checkpoint, and return its step; None where there is none."""
+
     def watch(self) -> float:
         """Return the loss on the watched rows."""
 
-    def keep_best(self, progress: Progress) -> None:
-        """Keep the weights as they are: the best so far."""
+    def keep_best(self, progress: Progress) -> bool:
+        """Keep the weights as they are: the best so far. Return whether they could be kept."""
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint."""
@@ -129,23 +147,29 @@ def train(
 
     for ready in steps_of(engine, feed, examples, allowed):
         budget = allowed()
-        record = take_step(
-            engine,
-            ready.examples,
-            ready.rows,
-            plan,
-            progress.step,
-            feed.epoch,
-            budget,
-            hooks,
-            packs=ready.packs_within(budget),
-            begun=ready.begun,
-        )
-        if record.tokens_per_pack < budget:
-            progress.tokens_per_pack = record.tokens_per_pack
-            progress.smaller_at.append(record.step)
-        _advance(progress, record, feed)
-        hooks.on_step(record)
+        try:
+            record = take_step(
+                engine,
+                ready.examples,
+                ready.rows,
+                plan,
+                progress.step,
+                feed.epoch,
+                budget,
+                hooks,
+                packs=ready.packs_within(budget),
+                begun=ready.begun,
+            )
+        except DivergedError as error:
+            _leave_out(error, engine, plan, progress, feed, hooks)
+        else:
+            if record.tokens_per_pack < budget:
+                progress.tokens_per_pack = record.tokens_per_pack
+                progress.smaller_at.append(record.step)
+            record = replace(record, spike=is_spike(record.loss, progress.recent))
+            _advance(progress, record, feed)
+            hooks.on_step(record)
+        reach("step.told")
         last = feed.seen >= feed.total
         if plan.eval_every and (progress.step % plan.eval_every == 0 or last):
             _judge(progress, hooks.watch(), hooks)
@@ -183,6 +207,7 @@ def take_step(
     """
     begun = time.perf_counter() if begun is None else begun
     packs, budget = _add_gradient(engine, examples, budget or plan.tokens_per_pack, hooks, packs)
+    reach("step.gradient")
     lr = plan.schedule.lr(step)
     try:
         grad_norm = engine.optim_step(lr)
@@ -191,6 +216,7 @@ def take_step(
         raise DivergedError(
             Problem(p.code, f"step {step + 1}: {p.what}", where, p.cure) for p in error.problems
         ) from None
+    reach("step.updated")
     sums = engine.taken
     return StepRecord(
         step=step + 1,
@@ -205,6 +231,7 @@ def take_step(
         operations=sum(map(plan.shape.operations, packs)) if plan.shape else 0.0,
         tokens_per_pack=budget,
         step_s=time.perf_counter() - begun,
+        spike=False,
         rows=rows,
         **{f"{phase}_s": seconds for phase, seconds in engine.clock.take().items()},
     )
@@ -242,6 +269,28 @@ def _add_gradient(
             hooks.use_smaller_packs(budget, said)
 
 
+def _leave_out(
+    error: DivergedError, engine: Engine, plan: LoopPlan, progress: Progress, feed: Feed, hooks: Hooks
+) -> None:
+    """Go on without a step whose numbers are not finite, as the plan says. Raises DivergedError where that says no.
+
+    The step counts, and its rows are used up: where the run is stopped and goes on, it comes to the same.
+    """
+    progress.bad_in_a_row += 1
+    if plan.not_finite == "stop":
+        raise error
+    if progress.bad_in_a_row >= BAD_IN_A_ROW:
+        first = f"{BAD_IN_A_ROW} steps in a row were not finite; the last of them: "
+        raise DivergedError(Problem(p.code, first + p.what, p.where, p.cure) for p in error.problems) from None
+    if plan.not_finite == "rollback" and hooks.roll_back() is None:
+        raise error
+    progress.step += 1
+    progress.seen = feed.seen
+    progress.bad_steps.append(progress.step)
+    engine.clock.take()
+    hooks.on_bad_step(progress.step, error)
+
+
 def _free(engine: Engine) -> None:
     gc.collect()
     if engine.reader.device.type == "cuda":
@@ -251,6 +300,10 @@ def _free(engine: Engine) -> None:
 def _advance(progress: Progress, record: StepRecord, feed: Feed) -> None:
     progress.step = record.step
     progress.seen = feed.seen
+    progress.bad_in_a_row = 0
+    progress.recent = [*progress.recent, record.loss][-RECENT:]
+    if record.spike:
+        progress.spikes.append(record.step)
     progress.tokens_seen += record.tokens
     progress.row_tokens_seen += record.row_tokens
     progress.targets_seen += record.targets
@@ -264,8 +317,7 @@ def _judge(progress: Progress, value: float, hooks: Hooks) -> None:
     if not math.isfinite(value):
         what = f"step {progress.step}: the loss on the watched rows is {value}"
         raise DivergedError(Problem("numbers.not_finite", what, "", "lower optim.lr; the last checkpoint is whole"))
-    if progress.best_value is None or value < progress.best_value:
-        progress.best_step, progress.best_value, progress.worse_evals = progress.step, value, 0
-        hooks.keep_best(progress)
-    else:
+    if progress.best_value is not None and value >= progress.best_value:
         progress.worse_evals += 1
+    elif hooks.keep_best(progress):
+        progress.best_step, progress.best_value, progress.worse_evals = progress.step, value, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenRe
 from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
-from headstart.evaluate.generate import generate
+from headstart.evaluate.generate import Answer, generate
 from headstart.evaluate.metrics import as_text, task_metrics, tell
 from headstart.evaluate.score import (
     Floats,
@@ -148,10 +148,11 @@ def measure(
     labels: Labels | None = None,
     choices: Sequence[str] = (),
     on_progress: OnProgress | None = None,
+    tokens_at_once: int | None = None,
 ) -> Measured:
     """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
 
-    With `choices` the likeliest of these is the answer; else it is generated.
+    With `choices` the likeliest of these is the answer; else it is generated, with at most `tokens_at_once` kept.
     `labels` are what a classifier tells. `records` and `examples` are the same rows. The answer that is
     compared is that of a row's last trained turn.
     """
@@ -188,9 +189,27 @@ def measure(
     limits = [answer_limit(examples[i]) + _silent_tokens(conversations[i], renderer) for i in chosen]
     length = model_length(reader.model.config)
     answered = generate(
-        reader.model, prompts, renderer.stop_ids, limits, length, told("answering"), head=reader.answer_head
+        reader.model,
+        prompts,
+        renderer.stop_ids,
+        limits,
+        length,
+        told("answering"),
+        tokens_at_once=tokens_at_once,
+        head=reader.answer_head,
     )
-    new = dict(zip(chosen, answered, strict=True))
+    return Measured(
+        _of_answers(conversations, examples, scores, dict(zip(chosen, answered, strict=True)), renderer), task
+    )
+
+
+def _of_answers(
+    conversations: Sequence[Conversation],
+    examples: Sequence[Example],
+    scores: RowScores,
+    new: Mapping[int, Answer],
+    renderer: Renderer,
+) -> list[RowResult]:
     results = []
     for index, conversation in enumerate(conversations):
         asked, _, reference = split_last(conversation)
@@ -205,7 +224,7 @@ def measure(
                 stopped=index in new and new[index].stopped,
             )
         )
-    return Measured(results, task)
+    return results
 
 
 def _of_choices(

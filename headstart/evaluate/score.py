@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.faults import reach
 from headstart.objectives.embeddings import SCALE
 
 ROWS_SHARED = 1024
@@ -52,6 +53,7 @@ def score_rows(
         block = examples[start : start + ROWS_SHARED]
         packs = reader.build_packs(block, tokens_per_pack)
         for done, pack in enumerate(packs, 1):
+            reach("evaluation.pack")
             losses, weights, rows = reader.row_losses(pack)
             np.add.at(nll, start + rows, losses * weights)
             np.add.at(targets, start + rows, weights)
@@ -70,6 +72,7 @@ def output_rows(
     found: list[Floats | None] = [None] * len(examples)
     packs = reader.build_packs(examples, tokens_per_pack)
     for done, pack in enumerate(packs, 1):
+        reach("evaluation.pack")
         for row, values in zip(pack.segment_rows, reader.forward(pack).double().numpy(), strict=True):
             found[row] = values
         if on_pack:

@@ -15,7 +15,7 @@ from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
 from headstart.report.tables import cell, table
 from headstart.report.told import told_sections
-from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence, speed_facts
+from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence, speed_facts, trouble_facts
 
 TEXT_MAX = 4_000
 FILES = 3  # named in the title
@@ -38,6 +38,7 @@ def report_page(
     """Return the page. Everything that comes from data is escaped; nothing is loaded from anywhere."""
     begun = " from random weights" if result["weights"] == "random" else ""
     name = f"{result['model']['name']}{begun} on {_file_names(data)}"
+    trouble = trouble_facts(result, metrics, data)
     style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [
         _first_screen(name, result),
@@ -45,6 +46,7 @@ def report_page(
         _section(SAMPLES[result["kind"]], _samples(before, after)),
         *(_section(title, part) for title, part in told_sections(before, after)),
         _section("Training", _curves(metrics)),
+        *([_section("What went otherwise than planned", _facts(trouble))] if trouble else []),
         _section("Where the time went", _facts(speed_facts(result))),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
         _section("Plan and what happened", _plan_and_actual(result)),

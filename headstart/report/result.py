@@ -37,7 +37,14 @@ def build_result(
         "difference": {"metric": name, **primary.difference.to_json()},
         "answered": sum(row.answer is not None for row in after.own),
         "guard": NOT_MEASURED,
-        "steps": {"taken": progress.step, "planned": plan["steps"], "best": progress.best_step, "end": progress.end},
+        "steps": {
+            "taken": progress.step,
+            "planned": plan["steps"],
+            "best": progress.best_step,
+            "end": progress.end,
+            "left_out": progress.bad_steps,
+            "spikes": progress.spikes,
+        },
         "tokens": {
             "rows": progress.row_tokens_seen,
             "computed": progress.tokens_seen,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headstart.data.documents import Fit
@@ -60,7 +60,7 @@ PHASE_NAMES = {
 
 def speed_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return where the time of a run went, as names and values."""
-    speed, memory = result["speed"], result["memory"]
+    speed = result["speed"]
     train_s = max(speed["train_s"], 1e-9)
     phases = [
         (name, f"{in_time(speed[key])} ({speed[key] / train_s:.0%} of training)") for key, name in PHASE_NAMES.items()
@@ -72,7 +72,7 @@ def speed_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if share is not None
         else "not measured"
     )
-    facts = [
+    return [
         ("real tokens", f"{speed['real_tokens_per_s']:,.0f} a second"),
         ("padding", "none: packs hold real tokens only"),
         ("shared", f"{shared:,} of {result['tokens']['rows']:,} tokens were not computed, since rows share them"),
@@ -82,9 +82,22 @@ def speed_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("saving", in_time(speed["save_s"])),
         ("of this machine", reached),
     ]
+
+
+def trouble_facts(
+    result: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return what went otherwise than planned on the way, as names and values; empty where nothing did."""
+    memory = result["memory"]
+    facts = [(f"step {line['step']}", f"left out: {line['not_finite']}") for line in metrics if "not_finite" in line]
+    facts += [
+        (f"step {line['step']}", f"a spike: loss {line['loss']:.3f}") for line in metrics if line.get("spike") is True
+    ]
     if memory["out_of_memory_steps"]:
         steps = ", ".join(map(str, memory["out_of_memory_steps"]))
         facts.append(("out of memory", f"at step {steps}; then packs of {memory['tokens_per_pack']:,} tokens"))
+    for once in data.get("allowed", []):
+        facts += [(f"allowed on {once['date']}", change) for change in once["changes"]]
     return facts
 
 

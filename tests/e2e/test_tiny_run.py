@@ -21,6 +21,7 @@ from headstart.errors import DataError, ResourceError, RunError, StoppedError, U
 from headstart.files import read_json
 from headstart.run import RunFolder
 from headstart.tune import resume, tune
+from headstart.verify import differences
 
 QUICK = {"batch_size": 4, "steps": 12, "eval.every": 4, "eval.generate": 2, "data.held_out": 16, "engine.threads": 1}
 
@@ -42,26 +43,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_equal_runs(one: Path, two: Path) -> None:
     """Weights, optimizer, data order and losses are the same bit for bit."""
-    first, second = weights(one), weights(two)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for kind in ("step", "best"):
-        last = [max((run / "checkpoints").glob(f"{kind}-*")) for run in (one, two)]
-        assert last[0].name == last[1].name
-        a, b = (load_file(path / "state.safetensors") for path in last)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    told = [
-        [
-            {k: r[k] for k in ("step", "loss", "lr", "grad_norm", "watch_loss") if k in r}
-            for r in RunFolder(run).read_metrics()
-        ]
-        for run in (one, two)
-    ]
-    assert told[0] == told[1]
-    results = [read_json(run / "result.json") for run in (one, two)]
-    for key in ("before", "after", "differences", "verdict"):
-        assert results[0][key] == results[1][key]
+    assert differences(one, two) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -272,7 +254,7 @@ def test_two_processes_do_not_write_one_run(small_data: Path, tiny_model: Path, 
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(RunError, match="another process"):
+    with pytest.raises(RunError, match=f"another process writes this run: {other.pid} on"):
         resume(tmp_path / "run", quiet)
     other.communicate()
     assert resume(tmp_path / "run", quiet).result["verdict"]

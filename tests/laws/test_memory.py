@@ -68,7 +68,13 @@ class _Hooks:
     def watch(self) -> float:
         return 0.0
 
-    def keep_best(self, progress: Progress) -> None: ...
+    def keep_best(self, progress: Progress) -> bool:
+        return True
+
+    def on_bad_step(self, step: int, error: Any) -> None: ...
+
+    def roll_back(self) -> int | None:
+        return None
 
     def save(self, progress: Progress) -> None: ...
 

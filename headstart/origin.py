@@ -1,0 +1,172 @@
+"""What a run began with (files, model, settings, versions), and whether it still stands there when the run goes on."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart import machine
+from headstart.config import Config
+from headstart.data.hub import pin_dataset
+from headstart.data.mixing import read_mix
+from headstart.data.read import HUB_PREFIX, SourceFile
+from headstart.errors import DataError, Problem, RunError, UsageError
+from headstart.files import sha256
+from headstart.job import Data
+from headstart.models.source import Source, weights_hash
+
+ALLOWED = ("data", "model", "settings", "versions")
+# What may differ without a word: where the run lies, and how packs are cut, which a run changes itself where memory runs out.
+FREE_SETTINGS = ("out", "engine.tokens_per_pack")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is not what it was when the run began: of which kind of `ALLOWED`, and what is wrong with it."""
+
+    kind: str
+    problem: Problem
+
+    @property
+    def told(self) -> str:
+        """The change in a line."""
+        return f"{self.problem.where}: {self.problem.what}"
+
+
+def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]:
+    """Return what a run begins with, as plain values: files and model by their hashes, settings, versions, rows."""
+    prepared = data.prepared
+    parts = {"train": prepared.train, "watch": prepared.watch, "proof": prepared.proof}
+    return {
+        "date": today.isoformat(),
+        "versions": machine.versions(),
+        "settings": config.settings.model_dump(mode="json"),
+        "files": [_describe_file(file) for formed in prepared.formed for file in formed.files],
+        "formats": [asdict(formed.detection) for formed in prepared.formed],
+        "rows_read": sum(formed.rows for formed in prepared.formed),
+        "rows": {name: len(part.examples) for name, part in parts.items()},
+        "tokens": {name: int(part.lengths.sum()) for name, part in parts.items()},
+        "targets": {name: part.target_count for name, part in parts.items()},
+        "fit": asdict(prepared.fit) if prepared.fit else None,
+        "duplicates": prepared.parts.duplicates,
+        "dropped": {
+            "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],
+            "in_both": prepared.parts.leaked,
+            "bad": [problem.to_json() for problem in prepared.problems],
+        },
+        "cut": sum(part.cut for part in parts.values()),
+        "notes": [note for formed in prepared.formed for note in formed.notes],
+        "model": {**data.source.to_json(), "sha256": _weights_hash(data.source)},
+    }
+
+
+def _describe_file(file: SourceFile) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "path": str(file.path.resolve()),
+        "bytes": file.path.stat().st_size,
+        "sha256": sha256(file.path),
+        "revision": file.revision,
+    }
+
+
+def _weights_hash(source: Source) -> str:
+    """Return the hash of a model's weights, but for the hub's, which their commit pins."""
+    return "" if source.kind == "hub" else weights_hash(source)
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """Return what tells a run's checkpoints from another's: a hash of its rows, its model and its settings."""
+    settings = {key: value for key, value in _flat(record.get("settings", {})).items() if key not in FREE_SETTINGS}
+    told = [[file["sha256"] for file in record["files"]], record["model"]["sha256"], sorted(settings.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def pins(data: Data) -> dict[str, Any]:
+    """Return what names the very same model and files from anywhere and at any time."""
+    settings, source = data.config.settings, data.source
+    files = [file for formed in data.prepared.formed for file in formed.files]
+
+    def pin(name: str) -> str:
+        return pin_dataset(name, files) if name.startswith(HUB_PREFIX) else str(Path(name).absolute())
+
+    found: dict[str, Any] = {
+        f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
+    }
+    found["data.mix"] = [f"{pin(part.name)}={part.weight!r}" for part in read_mix(settings.data.mix)]
+    if source.kind == "hub":
+        found["model"] = f"{source.name.partition('@')[0]}@{source.revision}"
+    elif source.kind != "builtin":
+        found["model"] = str(Path(settings.model).expanduser().absolute())
+    return found
+
+
+def check_allowed(names: Collection[str]) -> None:
+    """Raise UsageError where a name is none of those that can be allowed."""
+    for name in names:
+        if name not in ALLOWED:
+            what = f"{name!r} can't be allowed"
+            raise UsageError(Problem("usage.flag", what, "--allow", f"one of {', '.join(ALLOWED)}"))
+
+
+def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
+    """Return what changed since a run began, as far as it can be seen before its data is read."""
+    changes = [change for file in record["files"] if (change := _changed_file(file))]
+    before, now = _flat(record.get("settings", {})), _flat(config.settings.model_dump(mode="json"))
+    for key, was in before.items():
+        if key not in FREE_SETTINGS and key in now and now[key] != was:
+            what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
+            changes.append(_change("settings", "run.changed", what, "config.yaml"))
+    versions = machine.versions()
+    for name, was in record["versions"].items():
+        if versions.get(name) != was:
+            changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))
+    return changes
+
+
+def find_other_sources(record: Mapping[str, Any], data: Data) -> list[Change]:
+    """Return which files are new or gone, and whether the model is another. That files are as they were is known by now."""
+    was = {file["path"] for file in record["files"]}
+    found = {str(file.path.resolve()) for formed in data.prepared.formed for file in formed.files}
+    changes = [
+        _change("data", "data.changed", "the file is new" if path in found else "the file is not read any more", path)
+        for path in sorted(was ^ found)
+    ]
+    model = (_weights_hash(data.source), data.source.revision)
+    if (record["model"]["sha256"], record["model"]["revision"]) != model:
+        changes.append(_change("model", "data.changed", "the model is not what it was", record["model"]["name"]))
+    return changes
+
+
+def refuse(changes: Sequence[Change], allowed: Collection[str]) -> None:
+    """Raise DataError (data, model) or RunError (settings, versions) with every change that isn't allowed."""
+    problems = [change.problem for change in changes if change.kind not in allowed]
+    if problems:
+        raise (DataError if any(p.code == "data.changed" for p in problems) else RunError)(problems)
+
+
+def _changed_file(file: Mapping[str, Any]) -> Change | None:
+    path = Path(file["path"])
+    if not path.exists():
+        return Change("data", Problem("data.changed", "the file is gone", file["name"], f"put it back at {path}"))
+    if sha256(path) != file["sha256"]:
+        return _change("data", "data.changed", "the file is not what it was when the run began", file["name"])
+    return None
+
+
+def _change(kind: str, code: str, what: str, where: str) -> Change:
+    cure = f"put back what was there, begin a new run, or go on with it as it is: --allow {kind}"
+    return Change(kind, Problem(code, what, where, cure))
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found

@@ -1,0 +1,462 @@
+"""Runs that are killed, or whose disk, memory or numbers fail, at every named place: they end as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headstart import faults, machine
+from headstart.display import Display
+from headstart.engine import loop
+from headstart.engine.engine import Engine
+from headstart.engine.numbers import is_spike
+from headstart.errors import (
+    DataError,
+    DivergedError,
+    HeadstartError,
+    InterruptedRun,
+    ResourceError,
+    RunError,
+    StoppedError,
+    UsageError,
+)
+from headstart.files import TEMPORARY_PREFIX, read_json
+from headstart.run import RunFolder
+from headstart.tune import resume, tune
+from headstart.verify import differences, verify_resume
+from tests.e2e.test_tiny_run import QUICK, _StopAt, assert_equal_runs
+
+# A server that has imported everything and computed nothing forks a process for each session: none pays for imports.
+SESSIONS = multiprocessing.get_context("forkserver")
+SESSIONS.set_forkserver_preload(["headstart.tune", "peft", "transformers", "tests.e2e.test_survival"])
+SETTINGS = {**QUICK, "steps": 6, "eval.every": 2, "save.every": 2, "save.keep": 1, "data.held_out": 16}
+WAYS: dict[str, dict[str, Any]] = {
+    "lora, dropout, several packs a step": {"lora.dropout": 0.1, "engine.tokens_per_pack": 32},
+    "full": {"method": "full", "optim.lr": 1e-3},
+    "labels": {
+        "method": "full",
+        "eval.generate": None,
+        "kind": "supervised",
+        "data.text": "text",
+        "data.label": "label",
+    },
+}
+
+
+def session(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str) -> None:
+    """Begin a run or go on with it, and leave with its exit code; a process of its own."""
+    os.environ[faults.VARIABLE] = fail
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as file:
+        display = Display(file, live=False)
+        try:
+            if (run / "config.yaml").exists():
+                resume(run, display)
+            else:
+                tune(data, model=str(model), out=run, settings=settings, display=display)
+        except HeadstartError as error:
+            (run.parent / f"{run.name}-error.json").write_text(json.dumps(error.to_json()), encoding="utf-8")
+            sys.exit(error.exit_code)
+
+
+class Trial:
+    """A run that is carried out in sessions, and the same run untouched."""
+
+    def __init__(self, data: Path, model: Path, folder: Path, settings: dict[str, Any]) -> None:
+        self.data, self.model, self.folder = data, model, folder
+        self.settings = {key: value for key, value in settings.items() if value is not None}
+        self.whole = folder / "whole"
+        assert self.session("", self.whole) == 0
+
+    def session(self, fail: str, run: Path) -> int:
+        process = SESSIONS.Process(target=session, args=(self.data, self.model, run, self.settings, fail))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
+
+    def survive(self, *fails: str, code: int = -signal.SIGKILL) -> Path:
+        """Let each session fail as told, then go on to the end; nothing must tell it from the untouched run."""
+        run = self.folder / f"run-{len(list(self.folder.iterdir()))}"
+        for fail in fails:
+            assert self.session(fail, run) == code, fail
+        assert self.session("", run) == 0
+        assert_equal_runs(self.whole, run)
+        assert not [path for path in run.rglob(f"{TEMPORARY_PREFIX}*") if path.parent == run]
+        return run
+
+    def error(self, run: Path) -> dict[str, Any]:
+        return dict(read_json(run.parent / f"{run.name}-error.json")["problems"][0])
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def trials(tiny_model: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
+    made: dict[str, Trial] = {}
+
+    def make(name: str) -> Trial:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("survival")
+            data = folder / "rows.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in (labels() if name == "labels" else chats())))
+            runs = folder / "runs"
+            runs.mkdir()
+            model = tiny_encoder if name == "labels" else tiny_model
+            made[name] = Trial(data, model, runs, {**SETTINGS, **WAYS[name]})
+        return made[name]
+
+    return make
+
+
+def chats() -> list[dict[str, Any]]:
+    words = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
+    turns = [(f"{n} {words[n % 8]}?", f"The {words[n % 8]}.") for n in range(40)]
+    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+
+
+def labels() -> list[dict[str, Any]]:
+    return [{"text": f"text {n % 50} {n % 3}", "label": "abc"[n % 3]} for n in range(48)]
+
+
+KILLS = [
+    *(f"{point}@{name}" for name in ("before.json", "report.html", "result.json") for point in faults.POINTS[:4]),
+    *(f"{point}@step-000004" for point in ("folder.made", "folder.written", "folder.synced", "folder.renamed")),
+    *(f"{point}@best-000002" for point in ("folder.written", "folder.renamed")),
+    *(f"{point}@model" for point in ("folder.made", "folder.synced", "folder.renamed")),
+    "line.made@metrics.jsonl:3",
+    "evaluation.pack:3",
+    "evaluation.scored@before",
+    "evaluation.scored@after",
+    *(f"step.{point}:3" for point in ("forward", "backward", "gradient", "updated", "told")),
+    "step.updated:6",
+    *(f"checkpoint.{point}:2" for point in ("tensors", "values", "committed", "pruning")),
+]
+NOT_BEGUN = [f"{point}@{name}" for name in ("data.json", "config.yaml") for point in faults.POINTS[:3]]
+WAYS_OF = list(WAYS)
+
+
+@pytest.mark.parametrize(("number", "fail"), list(enumerate([*KILLS, *NOT_BEGUN])))
+def test_killed_anywhere_and_gone_on_with_is_never_killed(
+    trials: Callable[[str], Trial], number: int, fail: str
+) -> None:
+    trials(WAYS_OF[number % len(WAYS_OF)]).survive(fail)
+
+
+def test_every_place_is_tried() -> None:
+    tried = {text.partition("@")[0].partition(":")[0] for text in [*KILLS, "folder.aside"]}
+    assert tried == set(faults.POINTS)
+
+
+def test_killed_again_and_again(trials: Callable[[str], Trial], way: str) -> None:
+    """The folder of the model is there when it is written a second time."""
+    trials(way).survive("step.forward:2", "checkpoint.pruning", "file.written@result.json", "folder.aside@model")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random(trials: Callable[[str], Trial], seed: int) -> None:
+    draw = random.Random(seed)
+    points = [point for point in faults.POINTS if point.startswith(("step.", "file.", "folder.w", "folder.s"))]
+    trial = trials(draw.choice(WAYS_OF))
+    run = trial.folder / f"random-{seed}"
+    for _ in range(4):
+        trial.session(f"{draw.choice(points)}:{draw.randint(1, 6)}", run)
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
+DISK_FAULTS = [
+    ("file.written@before.json", "ENOSPC"),
+    ("file.made@config.yaml", "EROFS"),
+    ("folder.made@model", "EMFILE"),
+    ("folder.written@model", "EDQUOT"),
+    ("folder.synced@step-000006", "EIO"),
+    ("file.synced@result.json", "EACCES"),
+    ("file.made@report.html", "ENAMETOOLONG"),
+]
+
+
+@pytest.mark.parametrize(("place", "fault"), DISK_FAULTS)
+def test_a_disk_that_fails_ends_the_run_and_loses_nothing(
+    trials: Callable[[str], Trial], place: str, fault: str
+) -> None:
+    trial = trials(WAYS_OF[len(fault) % len(WAYS_OF)])
+    problem = trial.error(trial.survive(f"{place}={fault}", code=ResourceError.exit_code))
+    assert problem["code"] == ("disk.full" if fault in ("ENOSPC", "EDQUOT") else "disk.failed")
+    assert ("-o FOLDER" if "config.yaml" in place else "headstart resume") in problem["cure"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["folder.written@step-000002=ENOSPC", "checkpoint.values=EIO", "line.made@metrics.jsonl:2=ENOSPC"]
+)
+def test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on(
+    trials: Callable[[str], Trial], fault: str
+) -> None:
+    trial = trials(WAYS_OF[0])
+    run = trial.folder / fault.partition("=")[0]
+    assert trial.session(fault, run) == 0
+    assert_equal_runs(trial.whole, run)
+    assert "can't be written (" in (run / "log.txt").read_text()
+
+
+def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(trials: Callable[[str], Trial]) -> None:
+    trial = trials("full")
+    run = trial.survive("folder.written:5+=ENOSPC", code=ResourceError.exit_code)
+    assert "free some space" in trial.error(run)["cure"]
+
+
+@pytest.mark.parametrize("name", WAYS_OF[1:])
+def test_memory_that_runs_out_in_scoring_costs_time_alone(trials: Callable[[str], Trial], name: str) -> None:
+    trial = trials(name)
+    run = trial.folder / "scored"
+    assert trial.session("evaluation.pack:1=memory,evaluation.pack:4=memory", run) == 0
+    assert (run / "log.txt").read_text().count("out of memory while scoring") == 2
+    assert read_json(run / "result.json")["verdict"] == read_json(trial.whole / "result.json")["verdict"]
+
+
+def test_memory_that_runs_out_beside_training_ends_the_run_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
+    trial = trials("labels")
+    for place in ("evaluation.scored@before", "evaluation.scored@after", "folder.made@model"):
+        run = trial.survive(f"{place}=memory", code=ResourceError.exit_code)
+        assert trial.error(run)["code"] == "memory.exhausted"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("step.forward:4", "SIGTERM"),
+        ("checkpoint.tensors", "SIGTERM"),
+        ("checkpoint.pruning", "SIGINT"),
+        ("step.told:3", "SIGHUP"),
+    ],
+)
+def test_asked_to_stop_anywhere_it_saves_and_goes_on(trials: Callable[[str], Trial], place: str, name: str) -> None:
+    trials(WAYS_OF[len(place) % len(WAYS_OF)]).survive(f"{place}={name}", code=StoppedError.exit_code)
+
+
+def test_asked_twice_it_stops_at_once_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
+    trials(WAYS_OF[0]).survive("step.forward:4=SIGINT,step.backward:4=SIGINT", code=InterruptedRun.exit_code)
+
+
+# --- numbers ---
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Put a NaN into one gradient of some steps."""
+    real = loop.take_step
+
+    def take_step(engine: Engine, examples: Any, rows: Any, plan: Any, step: int, *more: Any, **named: Any) -> Any:
+        add = engine.forward_backward_all
+
+        def add_poisoned(packs: Any) -> Any:
+            sums = add(packs)
+            gradient = next(p.grad for p in engine.trainable.values() if p.grad is not None)
+            gradient.view(-1)[0] = float("nan")
+            return sums
+
+        with monkeypatch.context() as patch:
+            if step + 1 in steps:
+                patch.setattr(engine, "forward_backward_all", add_poisoned)
+            return real(engine, examples, rows, plan, step, *more, **named)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Any:
+    with (tmp_path / "said.txt").open("w") as file:
+        yield Display(file, live=False)
+
+
+def test_a_step_that_is_not_finite_is_left_out_told_and_the_same_after_a_stop(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 2, 3)
+    whole = tune(small_data, model=str(tiny_model), out=tmp_path / "whole", settings=SETTINGS, display=quiet)
+    assert whole.result["steps"]["left_out"] == [2, 3]
+    lines = RunFolder(whole.path).read_metrics()
+    assert [line["step"] for line in lines if "loss" in line] == [1, 4, 5, 6]
+    assert "gradient's norm nan" in next(line["not_finite"] for line in lines if "not_finite" in line)
+    assert "small.jsonl:" in (tmp_path / "said.txt").read_text()
+    assert "left out" in whole.report.read_text()
+    assert "NaN" not in RunFolder(whole.path).metrics_file.read_text()
+    with (tmp_path / "stopped.txt").open("w") as file, pytest.raises(StoppedError):
+        tune(small_data, model=str(tiny_model), out=tmp_path / "run", settings=SETTINGS, display=_StopAt(file, 1))
+    assert_equal_runs(whole.path, resume(tmp_path / "run", quiet).path)
+
+
+def test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 4, 5, 6)
+    with pytest.raises(DivergedError, match="3 steps in a row") as error:
+        tune(small_data, model=str(tiny_model), out=tmp_path / "run", settings=SETTINGS, display=quiet)
+    assert error.value.exit_code == 5
+    problem = error.value.problems[0]
+    assert problem.where.count("small.jsonl:") == SETTINGS["batch_size"]
+    assert "that of step 4" in problem.cure  # left out, it is saved as it was after step 3
+    assert "--allow settings" in problem.cure
+
+
+def test_a_step_that_is_not_finite_can_roll_back_or_end_the_run(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 6)
+    back, left = (
+        tune(
+            small_data,
+            model=str(tiny_model),
+            out=tmp_path / policy,
+            settings={**SETTINGS, "optim.not_finite": policy, "eval.every": 0, "save.every": 4},
+            display=quiet,
+        )
+        for policy in ("rollback", "skip")
+    )
+    saved = load_file(left.path / "checkpoints" / "step-000006" / "state.safetensors")
+    rolled = load_file(back.path / "checkpoints" / "step-000006" / "state.safetensors")
+    assert any(not torch.equal(saved[name], rolled[name]) for name in saved if name.startswith("model."))
+    assert "the weights are those of step 4 again" in (tmp_path / "said.txt").read_text()
+    settings = {**SETTINGS, "optim.not_finite": "stop"}
+    with pytest.raises(DivergedError):
+        tune(small_data, model=str(tiny_model), out=tmp_path / "stop", settings=settings, display=quiet)
+
+
+def test_a_spike_stands_out_by_eight_robust_deviations() -> None:
+    recent = [2.0, 2.1, 1.9, 2.2, 1.8] * 4  # median 2.0, median absolute deviation 0.1
+    limit = 2.0 + 8 * 1.4826 * 0.1
+    assert not is_spike(limit - 1e-6, recent)
+    assert is_spike(limit + 1e-6, recent)
+    assert not is_spike(100.0, recent[:15])
+    assert is_spike(2.0 * (1 + 8 * 0.02) + 1e-6, [2.0] * 16)
+
+
+# --- a changed world ---
+
+
+def stopped(data: Path, model: Path, run: Path, step: int = 3, **more: Any) -> None:
+    with Path(os.devnull).open("w") as file, pytest.raises(StoppedError):
+        tune(data, model=str(model), out=run, settings={**SETTINGS, **more}, display=_StopAt(file, step))
+
+
+def test_other_settings_and_versions_are_refused_or_allowed_by_name_and_recorded(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    stopped(small_data, tiny_model, run)
+    config = run / "config.yaml"
+    config.write_text(re.sub(r"( lr: )[\d.e-]+", r"\g<1>0.0005", config.read_text()))
+    versions = machine.versions()
+    monkeypatch.setattr(machine, "versions", lambda: {**versions, "torch": "99.0"})
+    with pytest.raises(RunError) as error:
+        resume(run, quiet)
+    assert [problem.where for problem in error.value.problems] == ["config.yaml", "torch"]
+    assert re.search(r"`optim\.lr` was [\d.e-]+ and is 0\.0005", str(error.value))
+    with pytest.raises(RunError, match=r"torch: was .* and is 99\.0"):
+        resume(run, quiet, ["settings"])
+    with pytest.raises(UsageError, match="'lr' can't be allowed"):
+        resume(run, quiet, ["lr"])
+    done = resume(run, quiet, ["settings", "versions"])
+    (once,) = read_json(run / "data.json")["allowed"]
+    assert len(once["changes"]) == 2
+    assert "99.0" in done.report.read_text()
+    assert next(line["lr"] for line in reversed(RunFolder(run).read_metrics()) if "lr" in line) < 0.0005
+
+
+def test_more_rows_can_be_allowed_but_never_other_rows_of_the_proof(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = tmp_path / "run"
+    stopped(small_data, tiny_model, run)
+    kept = small_data.read_text()
+    held = {row["where"].rpartition(":")[2] for row in read_json(run / "evaluation" / "before.json")}
+    lines = kept.splitlines(keepends=True)
+    trained = next(n for n in range(len(lines)) if str(n + 1) not in held)
+    small_data.write_text("".join([*lines[:trained], lines[trained].replace("The", "A"), *lines[trained + 1 :]]))
+    with pytest.raises(DataError, match="--allow data"):
+        resume(run, quiet)
+    small_data.write_text("".join(lines[1:]))
+    with pytest.raises(DataError, match="other rows are held out"):
+        resume(run, quiet, ["data"])
+    small_data.write_text(kept)
+    resume(run, quiet)
+
+
+def test_a_checkpoint_of_another_run_is_set_aside(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        stopped(small_data, tiny_model, tmp_path / name, 4, seed=seed, **{"save.keep": 2})
+    newest = tmp_path / "one" / "checkpoints" / "step-000004"
+    shutil.rmtree(newest)
+    shutil.copytree(tmp_path / "two" / "checkpoints" / "step-000004", newest)
+    resume(tmp_path / "one", quiet)
+    assert "belongs to another run" in (tmp_path / "said.txt").read_text()
+    assert (newest.parent / "damaged-step-000004").is_dir()
+
+
+def test_damaged_best_weights_are_told_and_the_last_are_kept(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = tmp_path / "run"
+    stopped(small_data, tiny_model, run, **{"optim.lr": 0.3, "optim.schedule": "constant", "optim.clip": 0})
+    (best,) = (run / "checkpoints").glob("best-*")
+    (best / "state.safetensors").write_bytes(b"")
+    done = resume(run, quiet)
+    said = (tmp_path / "said.txt").read_text()
+    kept = done.result["steps"]["best"]
+    assert kept is None or kept > 2
+    assert kept is not None or "the model of the last step" in said
+
+
+def test_a_run_whose_folder_is_taken_away_says_so(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    class TakesAway(Display):
+        def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
+            if label == "training" and done == 3:
+                shutil.rmtree(tmp_path / "run")
+
+    with (tmp_path / "said.txt").open("w") as file:
+        display = TakesAway(file, live=False)
+        with pytest.raises(ResourceError, match="folder is gone") as error:
+            tune(small_data, model=str(tiny_model), out=tmp_path / "run", settings=SETTINGS, display=display)
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "run").exists()
+
+
+# --- proof on a user's own machine ---
+
+
+def test_a_user_can_see_that_nothing_is_lost(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = tune(
+        small_data, model=str(tiny_model), out=tmp_path / "run", settings={**SETTINGS, "steps": 4}, display=quiet
+    )
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with (tmp_path / "verified.txt").open("w") as file:
+        found = verify_resume(run.path, Display(file, live=False), steps=4)
+    assert found.same, found.differences
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    file = next((other / "model").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (difference,) = differences(run.path, other)
+    assert "1 of" in difference
