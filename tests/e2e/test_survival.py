@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from headstart import faults, machine
+from headstart.config import Override, build_config
+from headstart.data import chats as chats_on_disk
+from headstart.data.store import is_whole
 from headstart.display import Display
 from headstart.engine import loop
 from headstart.engine.engine import Engine
@@ -34,6 +38,7 @@ from headstart.errors import (
     UsageError,
 )
 from headstart.files import TEMPORARY_PREFIX, read_json
+from headstart.job import build_data
 from headstart.run import RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences, verify_resume
@@ -43,6 +48,7 @@ from tests.e2e.test_tiny_run import QUICK, _StopAt, assert_equal_runs
 SESSIONS = multiprocessing.get_context("forkserver")
 SESSIONS.set_forkserver_preload(["headstart.tune", "peft", "transformers", "tests.e2e.test_survival"])
 SETTINGS = {**QUICK, "steps": 6, "eval.every": 2, "save.every": 2, "save.keep": 1, "data.held_out": 16}
+CANARY = "hf_canary_that_must_never_be_written"
 WAYS: dict[str, dict[str, Any]] = {
     "lora, dropout, several packs a step": {"lora.dropout": 0.1, "engine.tokens_per_pack": 32},
     "full": {"method": "full", "optim.lr": 1e-3},
@@ -252,6 +258,50 @@ def test_asked_to_stop_anywhere_it_saves_and_goes_on(trials: Callable[[str], Tri
 
 def test_asked_twice_it_stops_at_once_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
     trials(WAYS_OF[0]).survive("step.forward:4=SIGINT,step.backward:4=SIGINT", code=InterruptedRun.exit_code)
+
+
+def read_alone(data: Path, model: Path, home: Path) -> None:
+    """Encode a file's rows by way of the cache; a process of its own."""
+    os.environ["HEADSTART_HOME"] = str(home)
+    chats_on_disk.STORED_BYTES = 0
+    named = {"data.train": (str(data),), "model": str(model)}
+    build_data(build_config(None, [Override(key, value, "argument") for key, value in named.items()]))
+
+
+def test_ten_processes_make_one_cache(trials: Callable[[str], Trial], tmp_path: Path) -> None:
+    trial = trials(WAYS_OF[0])
+    processes = [SESSIONS.Process(target=read_alone, args=(trial.data, trial.model, tmp_path)) for _ in range(10)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 10
+    (store,) = (path for path in (tmp_path / "tokens").rglob("manifest.json"))
+    assert is_whole(store.parent)
+    assert not list(tmp_path.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+def without_network(data: Path, model: Path, run: Path, settings: dict[str, Any]) -> None:
+    """Carry out a run where no connection can be made, and with a secret in the environment."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    socket.socket.connect = refuse  # type: ignore[method-assign]
+    socket.getaddrinfo = refuse  # type: ignore[assignment]
+    os.environ["HF_TOKEN"] = CANARY
+    session(data, model, run, settings, "")
+
+
+def test_a_run_needs_no_network_and_writes_no_secret(trials: Callable[[str], Trial]) -> None:
+    trial = trials(WAYS_OF[0])
+    run = trial.folder / "offline"
+    process = SESSIONS.Process(target=without_network, args=(trial.data, trial.model, run, trial.settings))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert_equal_runs(trial.whole, run)
+    assert not [path for path in run.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
 
 
 # --- numbers ---

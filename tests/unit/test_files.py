@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -100,6 +101,41 @@ def test_a_place_to_fail_at_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         faults.reach("step.forward")
 
 
+def test_what_is_renamed_was_synced_and_its_folder_is_synced_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename that a power cut keeps must never point to content that it lost."""
+    log: list[tuple[str, str]] = []
+    sync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def note(kind: str, path: object) -> None:
+        log.append((kind, Path(str(path)).relative_to(tmp_path).as_posix()))
+
+    def synced(handle: int) -> None:
+        note("sync", Path(f"/proc/self/fd/{handle}").readlink())
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        note("rename", path)
+        return (rename if path.is_dir() else replace)(path, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to see which file is synced")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomic(tmp_path / "a.txt", "a")
+    (sync_file, moved, sync_parent), log[:] = log[:], []
+    assert (sync_file[0], moved[0], sync_parent) == ("sync", "rename", ("sync", "."))
+    assert sync_file[1] == moved[1]
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "one").write_text("1")
+        (folder / "two").write_text("2")
+    *before, moved, after = log
+    assert {Path(path).name for kind, path in before if kind == "sync"} == {"one", "two", moved[1]}
+    assert (moved[0], after) == ("rename", ("sync", "."))
+
+
 def test_json_refuses_what_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
@@ -122,9 +158,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert found.tensors["w"].tolist() == [3.0] * 3
 
 
-def _link(file: Path, target: Path) -> None:
-    file.unlink()
-    file.symlink_to(target)
+def _link(file: Path) -> None:
+    """Put a link to the very same bytes in a file's place."""
+    file.rename(file.parent.parent / "elsewhere")
+    file.symlink_to(file.parent.parent / "elsewhere")
+
+
+def _replace(new: Path, old: Path) -> None:
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
 
 
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
@@ -135,12 +177,13 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "empty manifest": lambda new, old: (new / MANIFEST).write_text(""),
     "no manifest": lambda new, old: (new / MANIFEST).unlink(),
     "manifest of another step": lambda new, old: shutil.copy(old / MANIFEST, new / MANIFEST),
+    "another step": _replace,
     "swapped": lambda new, old: shutil.copy(old / TENSORS, new / TENSORS),
     "of the future": lambda new, old: (new / MANIFEST).write_text(
         json.dumps({**read_json(new / MANIFEST), "format": 99})
     ),
     "a page of zeros": lambda new, old: (new / TENSORS).write_bytes(bytes((new / TENSORS).stat().st_size)),
-    "a link": lambda new, old: _link(new / TENSORS, old / TENSORS),
+    "a link": lambda new, old: _link(new / TENSORS),
     "other files": lambda new, old: (new / MANIFEST).write_text(json.dumps({**read_json(new / MANIFEST), "files": {}})),
     "a list": lambda new, old: (new / MANIFEST).write_text("[]"),
 }
@@ -154,6 +197,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(tmp_pat
     found, problems = checkpoints.load_newest()
     assert found.step == 2
     assert [(p.code, Path(p.where).name) for p in problems] == [("checkpoint.damaged", "step-000003")]
+    assert ("bytes and not" in problems[0].what) == (damage == "truncated")
     assert (tmp_path / "damaged-step-000003").is_dir()
     shutil.copytree(tmp_path / "damaged-step-000003", tmp_path / "step-000003", symlinks=True)
     assert checkpoints.load_newest()[0].step == 2  # and once more, beside the first

@@ -1,0 +1,103 @@
+"""Would a test notice? Each mutant of the code that keeps runs whole must fail one: `python -m tests.mutants`.
+
+A mutant is the package with one thing taken out. It is tried in a copy, by the tests of files and, where a whole run is
+needed to tell, by some of those of survival.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = ["tests/unit/test_files.py"]
+# (file, what is taken out, what stands there then)
+MUTANTS = [
+    ("files.py", "            os.fsync(file.fileno())\n        Path(name)", "        Path(name)"),
+    ("files.py", "        Path(name).replace(path)", "        Path(path).write_bytes(Path(name).read_bytes())"),
+    ("files.py", '    reach("file.renamed", path.name)\n    sync_folder(path.parent)', "    pass"),
+    ("files.py", "                _sync_file(file)\n", ""),
+    ("files.py", "        sync_folder(temporary)\n", ""),
+    ("files.py", '    reach("folder.renamed", target.name)\n    sync_folder(target.parent)\n', ""),
+    ("files.py", "            old.rename(target)\n", ""),
+    ("files.py", "        Path(name).unlink(missing_ok=True)\n        raise", "        raise"),
+    ("files.py", "        shutil.rmtree(temporary, ignore_errors=True)\n        raise", "        raise"),
+    ("files.py", "                file.truncate(begin)\n", ""),
+    ("files.py", "        self._waiting.clear()", "        pass"),
+    ("engine/checkpoint.py", '    if file.stat().st_size != written["bytes"]:', "    if False:"),
+    ("engine/checkpoint.py", 'if sha256(file) == written["sha256"]', "if True"),
+    ("engine/checkpoint.py", "    if file.is_symlink() or not file.is_file():", "    if False:"),
+    ("engine/checkpoint.py", '        if (manifest["kind"], manifest["step"]) != (kind, step):', "        if False:"),
+    ("engine/checkpoint.py", '        if manifest["format"] > FORMAT:', "        if False:"),
+    ("engine/checkpoint.py", "== {TENSORS, VALUES}", "is not None"),
+    ("engine/checkpoint.py", '            self._set_aside(self._path("step", step))\n', ""),
+    ("engine/checkpoint.py", "        while aside.exists():", "        while False:"),
+    ("engine/checkpoint.py", "[: -self._keep]", "[:-1]"),
+    ("engine/checkpoint.py", "if old != best]", "]"),
+    ("engine/checkpoint.py", "        remove_temporaries(self._folder)\n", ""),
+]
+WHOLE = [
+    "tests/e2e/test_survival.py",
+    "-k",
+    "again_and_again or another_run or for_once or left_out or allowed or taken_away",
+]
+MUTANTS_OF_RUNS = [
+    ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),
+    ("engine/engine.py", '        torch.set_rng_state(tensors["rng.torch"])\n', ""),
+    ("engine/engine.py", '                tensors[f"optim.{key}.{name}"] = value\n', "                pass\n"),
+    ("engine/loop.py", "    progress.seen = feed.seen\n    progress.bad_in_a_row = 0", "    progress.bad_in_a_row = 0"),
+    ("engine/loop.py", "    progress.step += 1\n    progress.seen = feed.seen\n", "    progress.step += 1\n"),
+    ("tune.py", "        self.folder.forget_after(found.step)\n", ""),
+    ("tune.py", "        self.feed.seen = self.progress.seen\n", ""),
+    ("tune.py", "            if progress.end or self.stop.asked:\n                raise\n", ""),
+    ("tune.py", '            self._go_on_without("the checkpoint", error)', "            raise"),
+    ("tune.py", "            _check_proof(folder, job)\n", ""),
+    (
+        "tune.py",
+        "        self._check_there()\n        try:\n            with self._timed_save():\n                tensors",
+        "        try:\n            with self._timed_save():\n                tensors",
+    ),
+    ("origin.py", "        if versions.get(name) != was:", "        if False:"),
+    ("origin.py", '    if sha256(path) != file["sha256"]:', "    if False:"),
+]
+
+
+def is_killed(file: str, old: str, new: str, tests: list[str]) -> bool:
+    """Tell whether a test fails once `old` is taken out."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for folder in ("headstart", "tests"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "headstart" / file
+        text = path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise SystemExit(f"{file}: {old!r} stands there {text.count(old)} times")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(
+            command, cwd=copy, env={**os.environ, "PYTHONPATH": name}, capture_output=True, text=True, check=False
+        )
+        if done.returncode not in (0, 1):
+            raise SystemExit(done.stdout + done.stderr)
+        return done.returncode == 1
+
+
+def main() -> None:
+    """Try all mutants, or those of files that are named."""
+    survivors = 0
+    chosen = [(*mutant, FILES) for mutant in MUTANTS] + [(*mutant, WHOLE) for mutant in MUTANTS_OF_RUNS]
+    for number, (file, old, new, tests) in enumerate(chosen, 1):
+        killed = is_killed(file, old, new, tests)
+        survivors += not killed
+        print(f"{number:>3} {'killed ' if killed else 'SURVIVES'} {file}: {old.strip().splitlines()[0]}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
