@@ -228,6 +228,7 @@ def headstart_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
         "steps": spec["steps"],
         "batch_size": spec["batch_size"],
         "data.max_length": spec["max_length"],
+        "data.leaks": "exact",  # others train on every row that they are given
         "optim.lr": spec["lr"],
         "optim.warmup": 0,
         "engine.threads": spec["threads"],

@@ -93,6 +93,10 @@ class DataSettings(Section):
     group_by: str | None = Field(
         None, description="A column; rows that agree in it are never on both sides of the split."
     )
+    leaks: Literal["auto", "near", "exact"] = Field(
+        "auto",
+        description="Rows not trained on since they are held out too: near takes those that say nearly the same; auto does where data is small.",
+    )
     max_length: Count | None = Field(None, description="The most tokens of a row.")
     over_length: Literal["auto", "drop", "cut", "split", "error"] = Field(
         "auto",

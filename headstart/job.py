@@ -13,7 +13,7 @@ import torch
 
 from headstart import machine
 from headstart.choose import EVALS_PER_RUN, Facts, choose
-from headstart.config import Config, Settings, setting
+from headstart.config import TASKS, Config, Settings, setting
 from headstart.data.chats import find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
@@ -220,6 +220,7 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         decided["data.max_length"] = (limit, "pieces of documents" if split else "the model's own limit")
     if settings.data.over_length == "auto":
         decided["data.over_length"] = ("split" if split else "drop", f"the task is {task}")
+    decided |= _choose_leaks(settings, task, streamed=bool(corpus or chats), corpus=bool(corpus))
     if settings.method is None:
         random = settings.weights == "random"
         decided["method"] = (
@@ -248,8 +249,22 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     return Data(config, source, tokenizer, renderer, prepared)
 
 
+def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool) -> dict[str, tuple[str, str]]:
+    """Decide whether rows are looked for that nearly say what is held out. Raises UsageError where they can't be."""
+    if settings.data.leaks == "near" and corpus:
+        cure = "leave it out; `headstart check` finds them"
+        what = "`data.leaks` can't be near: text of this size goes through in a stream"
+        raise UsageError(Problem("config.no_effect", what, "data.leaks", cure))
+    if settings.data.leaks != "auto":
+        return {}
+    if streamed or task == "images":
+        return {"data.leaks": ("exact", "images" if task == "images" else "comparing so many rows takes long")}
+    return {"data.leaks": ("near", "there are few rows")}
+
+
 # Settings that are for some tasks alone.
 FOR_TASKS = {
+    "data.leaks": tuple(task for task in TASKS if task != "images"),
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
     "data.text_pair": (*ROW_LOSSES, "embedding"),

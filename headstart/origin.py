@@ -57,6 +57,9 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "dropped": {
             "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],
             "in_both": prepared.parts.leaked,
+            "nearly_in_both": [
+                {"where": str(leak.where), "like": str(leak.like), "share": leak.share} for leak in prepared.parts.near
+            ],
             "bad": [problem.to_json() for problem in prepared.problems],
         },
         "cut": sum(part.cut for part in parts.values()),

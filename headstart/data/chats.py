@@ -7,7 +7,6 @@ of rows that are scored, or shown.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.config import DataSettings
-from headstart.data.feed import Keys, content_hash
+from headstart.data.feed import Keys, content_hash, digest_of
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
-from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split
+from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split, without_near_leaks
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read, read_parts
 from headstart.data.records import Conversation, Message, Record
 from headstart.data.render import Renderer
@@ -84,6 +83,8 @@ def prepare_chats(
     others = train if evaluation is None else evaluation
     try:
         found = split(train.keys, None if evaluation is None else others.keys, settings, watch=watch)
+        if settings.leaks == "near":
+            found = without_near_leaks(found, train.records, None if evaluation is None else others.records)
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
     parts = (train.segmented(found.train), others.segmented(found.watch), others.segmented(found.proof))
@@ -109,6 +110,7 @@ def _parts(train: _Stored, others: _Stored, found: Split) -> Parts:
         found.held_out,
         found.duplicates,
         found.leaked,
+        found.near,
     )
 
 
@@ -183,11 +185,17 @@ class _Stored:
         problems = [_to_problem(values, names) for values in known["problems"]]
         formatted = Formatted(Detection(**known["detection"]), problems=problems)
         notes = [_renamed(note, names) for note in known["notes"]]
-        return _Stored(store, Formed(list(files), known["rows"], formatted, notes), names)
+        stored = _Stored(store, Formed(list(files), known["rows"], formatted, notes), names)
+        stored.formed.reread = lambda: stored.records
+        return stored
 
     @property
     def keys(self) -> Keys:
         return Keys(self.store.column("digest"), self.store.column("side"))
+
+    @property
+    def records(self) -> StoredChats:
+        return StoredChats(self, np.arange(len(self.store)))
 
     def record(self, row: int) -> Record:
         return _to_conversation(self.store.where(row), self.store.record(row))
@@ -303,7 +311,7 @@ class _Writing:
             keys = Keys.of(conversations)
             numbers["digest"], numbers["side"] = keys.digests, keys.sides
             numbers["thought"] = [any(m.reasoning for m in c.messages) for c in conversations]
-            numbers["answer"] = [_digest(c.messages[-1].content) for c in conversations]
+            numbers["answer"] = [digest_of(c.messages[-1].content) for c in conversations]
             columns.append(numbers)
             yield conversations
 
@@ -335,10 +343,6 @@ class _Writing:
 def _formatting(rows: Sequence[Row], settings: DataSettings) -> Formatting:
     named: Named = named_columns(settings)
     return Formatting(rows, settings.format, named, "auto", settings.train_on, settings.reasoning, settings.group_by)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _values(problem: Problem) -> list[str]:

@@ -21,7 +21,12 @@ HELD_OUT_MIN = 5
 
 def content_hash(record: Record) -> str:
     """Return a hash of what a row says: equal for equal rows, wherever they stand."""
-    return hashlib.blake2b(record.content.encode(), digest_size=8).hexdigest()
+    return f"{digest_of(record.content):016x}"
+
+
+def digest_of(text: str) -> int:
+    """Return a hash of a text, of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def hashes_of(records: Sequence[Record]) -> list[str]:
@@ -105,8 +110,7 @@ def split_watch(count: int) -> int:
 
 
 def _unit_hash(text: str) -> float:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+    return (digest_of(text) >> 11) / (1 << 53)
 
 
 @dataclass

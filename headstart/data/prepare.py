@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from headstart.config import TASKS, DataSettings
 from headstart.data.documents import Fit, measure_fit, segment_documents
 from headstart.data.encode import Encoder
-from headstart.data.feed import Keys, choose_held_out, split_sides, split_watch
+from headstart.data.feed import Keys, choose_held_out, hashes_of, split_sides, split_watch
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
-from headstart.data.read import Note, Row, SourceFile, find_files, read
+from headstart.data.near import find_near_leaks, shingle
+from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
@@ -39,17 +40,31 @@ R = TypeVar("R")
 
 @dataclass
 class Formed:
-    """The rows of some files as records, before any tokenizer."""
+    """The rows of some files as records, before any tokenizer. Where they aren't kept in memory, `reread` gives them."""
 
     files: list[SourceFile]
     rows: int
     formatted: Formatted
     notes: list[str] = field(default_factory=list)
+    reread: Callable[[], Iterable[Record]] | None = None
 
     @property
     def detection(self) -> Detection:
         """Which format the rows have."""
         return self.formatted.detection
+
+    @property
+    def records(self) -> Iterable[Record]:
+        """All rows that could be read, whatever they are for."""
+        return self.formatted.examples if self.reread is None else self.reread()
+
+
+class NearLeak(NamedTuple):
+    """A row that isn't trained on, the held-out row that says nearly the same, and the part in which they agree."""
+
+    where: Where
+    like: Where
+    share: float
 
 
 @dataclass
@@ -62,6 +77,7 @@ class Parts:
     held_out: float | None
     duplicates: int = 0
     leaked: int = 0
+    near: Sequence[NearLeak] = ()
 
 
 @dataclass
@@ -181,25 +197,28 @@ class Split:
     held_out: float | None
     duplicates: int
     leaked: int
+    near: Sequence[NearLeak] = ()
 
 
 def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch: bool) -> Split:
     """Decide which rows are trained on, watched and kept for the proof.
 
-    Rows to score on that also stand in the training data are taken out of the training data. Raises DataError where
-    a side would be empty.
+    Rows to score on that also stand in the training data (in another group, say) are taken out of the training data.
+    Raises DataError where a side would be empty.
     """
     held_out: float | None = None
     if evaluation is None:
         held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(train))
-        aside = split_sides(train.sides, held_out)
-        held, digests = np.flatnonzero(aside), train.digests
+        own = split_sides(train.sides, held_out)
+        held, digests = np.flatnonzero(own), train.digests
     else:
-        aside = np.isin(train.digests, evaluation.digests)
+        own = np.zeros(len(train), np.bool_)
         held, digests = np.arange(len(evaluation)), evaluation.digests
-        if aside.all() or not len(held):
-            what = f"{len(train) - int(aside.sum())} rows to train on and {len(held)} to score on"
-            raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
+    leaked = np.isin(train.digests, digests[held]) & ~own
+    aside = own | leaked
+    if aside.all() or not len(held):
+        what = f"{len(train) - int(aside.sum())} rows to train on and {len(held)} to score on"
+        raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
     watched = _watched(digests[held], watch=watch)
     return Split(
         train=np.flatnonzero(~aside),
@@ -207,8 +226,28 @@ def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch
         proof=held[~watched],
         held_out=held_out,
         duplicates=len(train) - len(np.unique(train.digests)),
-        leaked=0 if evaluation is None else int(aside.sum()),
+        leaked=int(leaked.sum()),
     )
+
+
+def without_near_leaks(found: Split, rows: Sequence[Record], evaluation: Sequence[Record] | None) -> Split:
+    """Take rows out of the training data that say nearly what a held-out row says. Raises DataError where none is left."""
+    records = rows if evaluation is None else [*rows, *evaluation]
+    before = len(records) - len(rows if evaluation is None else evaluation)
+    held = np.zeros(len(records), np.bool_)
+    held[[*(before + found.watch), *(before + found.proof)]] = True
+    digests = np.array([int(digest, 16) for digest in hashes_of(records)], np.uint64)
+    like = find_near_leaks(shingle("\n".join(record.texts) for record in records), digests, held)
+    near = like.other[found.train] >= 0
+    if near.all():
+        what = f"all {len(near):,} rows to train on say nearly what a held-out row says"
+        cure = "group rows that belong together (data.group_by), or take them: -s data.leaks=exact"
+        raise DataError(Problem("split.too_small", what, "", cure))
+    leaks = [
+        NearLeak(records[row].where, records[like.other[row]].where, round(float(like.share[row]), 3))
+        for row in found.train[near].tolist()
+    ]
+    return replace(found, train=found.train[~near], near=leaks)
 
 
 def _watched(digests: NDArray[np.uint64], *, watch: bool) -> NDArray[np.bool_]:
@@ -224,6 +263,8 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
     rows = train.formatted.examples
     others = rows if evaluation is None else evaluation.formatted.examples
     found = split(Keys.of(rows), None if evaluation is None else Keys.of(others), settings, watch=watch)
+    if settings.leaks == "near":
+        found = without_near_leaks(found, rows, None if evaluation is None else others)
     return Parts(
         [rows[row] for row in found.train],
         [others[row] for row in found.watch],
@@ -231,6 +272,7 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
         found.held_out,
         found.duplicates,
         found.leaked,
+        found.near,
     )
 
 

@@ -140,6 +140,9 @@ def data_lines(prepared: Any) -> list[str]:
         lines.append(f"{parts.duplicates:,} rows stand more than once")
     if parts.leaked:
         lines.append(f"{parts.leaked:,} rows to score on also stood in the training data; they are not trained on")
+    if parts.near:
+        what = f"{len(parts.near):,} rows to train on say nearly what a row to score on says; they are not trained on"
+        lines.append(f"{what}; first {parts.near[0].where}, like {parts.near[0].like}")
     for name, part in (("train on", prepared.train), ("watch", prepared.watch), ("prove with", prepared.proof)):
         if part.dropped:
             longest = max(length for _, length in part.dropped)
@@ -183,4 +186,7 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("in both", f"{data['dropped']['in_both']:,} rows to score on were taken out of the training data")
         )
+    if near := data["dropped"].get("nearly_in_both"):
+        what = f"{len(near):,} rows that say nearly what a row to score on says were taken out of the training data"
+        facts.append(("nearly in both", what))
     return [*facts, *(("note", note) for note in data["notes"])]

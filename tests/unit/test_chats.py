@@ -80,7 +80,17 @@ def plain(prepared: Prepared) -> list[Any]:
     hashes = [hashes_of(part.kept) for part in parts]
     split = prepared.parts
     sides = [[r.where for r in side] for side in (split.train, split.watch, split.proof)]
-    return [rows, numbers[0], hashes, sides, split.held_out, split.duplicates, split.leaked, prepared.choices]
+    return [
+        rows,
+        numbers[0],
+        hashes,
+        sides,
+        split.held_out,
+        split.duplicates,
+        split.leaked,
+        split.near,
+        prepared.choices,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,8 @@ def plain(prepared: Prepared) -> list[Any]:
         {"held_out": 0.3},
         {"held_out": 12},
         {"group_by": "group"},
+        {"leaks": "near"},
+        {"leaks": "near", "eval": ("others.jsonl",)},
         {"over_length": "cut"},
         {"train_on": "last", "reasoning": "drop"},
         {"eval": ("others.jsonl",)},

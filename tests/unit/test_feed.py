@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
+from headstart.config import DataSettings
 from headstart.data.feed import Feed, choose_held_out, content_hash, split_rows, split_watch
+from headstart.data.formats import Detection, Formatted
+from headstart.data.prepare import Formed, split_parts
+from headstart.data.records import Conversation
 from headstart.errors import DataError
 from tests.conftest import conversation
 
@@ -54,6 +59,40 @@ def test_equal_rows_and_groups_are_never_on_both_sides() -> None:
     grouped = [conversation(f"q{n}", "a", line=n, group=f"g{n % 12}") for n in range(90)]
     train, held = split_rows(grouped, 0.3)
     assert not {c.group for c in train} & {c.group for c in held}
+
+
+def formed(rows: Sequence[Conversation]) -> Formed:
+    detection = Detection("messages", len(rows), len(rows), "certain", "`messages`", "chat")
+    return Formed([], len(rows), Formatted(detection, list(rows)))
+
+
+def test_rows_of_a_group_stay_together_when_rows_are_added_and_equal_rows_of_two_groups_do_not_leak() -> None:
+    few = [conversation(f"q{n % 70}", "a", line=n, group=f"g{n % 40}") for n in range(300)]
+    many = few + [conversation(f"r{n % 70}", "a", line=n, group=f"g{n % 60}") for n in range(300, 900)]
+    settings = DataSettings(held_out=0.2, group_by="group")
+    small, large = (split_parts(formed(rows), None, settings, watch=False) for rows in (few, many))
+    assert {c.group for c in small.proof} == {c.group for c in large.proof} & {c.group for c in few}
+    for parts, rows in ((small, few), (large, many)):
+        held = {content_hash(c) for c in parts.proof}
+        assert not {c.group for c in parts.train} & {c.group for c in parts.proof}
+        assert not {content_hash(c) for c in parts.train} & held
+        assert parts.leaked == len(rows) - len(parts.train) - len(parts.proof) > 0
+
+
+def test_rows_that_say_nearly_what_is_held_out_are_not_trained_on_where_that_is_asked() -> None:
+    asked = "one two three four five six seven eight nine ten eleven twelve"
+    rows = [conversation(f"{n} is no like {n * n} and {n + 7}", f"{n}", line=n) for n in range(60)]
+    rows += [conversation(f"{n} {asked}", "a b c d e f g h", line=60 + n) for n in range(2)]
+    held = [conversation(f"2 {asked}", "a b c d e f g h", line=1)]
+    parts = split_parts(formed(rows), formed(held), DataSettings(leaks="near"), watch=False)
+    assert [(leak.where.line, leak.like.line) for leak in parts.near] == [(60, 1), (61, 1)]
+    assert parts.near[0].share == 0.9  # 21 words are 19 shingles; one of them differs: 18 of 20
+    assert [c.where.line for c in parts.train] == list(range(60))
+    plain = split_parts(formed(rows), formed(held), DataSettings(leaks="exact"), watch=False)
+    assert (len(plain.train), plain.near) == (62, ())
+    with pytest.raises(DataError, match="all 1 rows to train on say nearly") as caught:
+        split_parts(formed(rows[60:61]), formed(held), DataSettings(leaks="near"), watch=False)
+    assert "data.leaks=exact" in caught.value.problems[0].cure
 
 
 @pytest.mark.parametrize(("count", "held_out", "expected"), [(20, 0.01, 5), (20, 3, 3), (6, 0.1, 3)])
