@@ -106,19 +106,36 @@ def check(
     sets: Sets = None,
     eval_data: EvalData = None,
     show: Annotated[int, typer.Option(help="Rows to print with their trained, context and cut tokens.")] = 0,
+    fix: Annotated[bool, typer.Option("--fix", help="Write the rows of DATA without bad ones and duplicates.")] = False,
+    near: Annotated[bool, typer.Option("--near", help="With --fix: without near duplicates too.")] = False,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="With --fix: [EMAIL] and the like for what is private.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --fix: the file to write, JSON lines.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look through DATA; nothing is trained."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.show import say_findings, say_rows
-        from headstart.verbs import check_config
+        from headstart.show import say_findings, say_mended, say_rows
+        from headstart.verbs import check_config, mend_config
 
+        if fix != (out is not None) or (not fix and (near or redact)):
+            cure = "headstart check DATA --fix -o clean.jsonl"
+            raise UsageError(
+                Problem("usage.flag", "--fix and -o go together; --near, --redact go with them", "check", cure)
+            )
         flags = {"data.train": data, "model": model, "kind": kind, "data.eval": eval_data}
-        findings, built = check_config(read_config(config, sets, flags))
+        settings = read_config(config, sets, flags)
+        findings, built = check_config(settings)
         say_findings(display, findings, built)
         say_rows(display, built, show)
-        return {**findings.to_json(), "ok": built.acceptable}
+        found = {**findings.to_json(), "ok": built.acceptable}
+        if out is None:
+            return found
+        mended = mend_config(settings, built, out, near=near, private=redact)
+        say_mended(display, mended)
+        return {**found, "ok": True, "mended": mended.to_json()}
 
     if not carry_out(work, as_json)["ok"]:
         raise typer.Exit(DataError.exit_code)

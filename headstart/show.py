@@ -22,11 +22,13 @@ from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
     from headstart.data.check import Findings
+    from headstart.data.mend import Mended
     from headstart.data.segments import Example
     from headstart.job import Data
     from headstart.verbs import Evaluated, Versus
 
 SHOWN = 20
+FIRST = 3  # rows that are named of a finding; the others are in --json
 STYLES = {"trained": ("green", "⟦", "⟧"), "context": ("dim", "", ""), "cut": ("red strike", "⟦cut: ", "⟧")}
 
 
@@ -45,8 +47,14 @@ def say_findings(display: Display, findings: Findings, data: Data) -> None:
     )
     predicted = f", {findings.targets:,} of them predicted" * bool(findings.targets)
     display.fact("tokens", f"{findings.tokens:,}{predicted}; a row: {lengths}")
+    heavy = f"{sum(row.frac for row in findings.longest):.1%} of all tokens"
+    rows = ", ".join(f"{row.where} ({row.tokens:,})" for row in findings.longest[:FIRST])
+    display.fact("longest", f"{heavy} are in {len(findings.longest)} rows: {rows}, ...")
+    for finding in findings.quality:
+        more = ", ..." * (len(finding.rows) > FIRST)
+        display.warn(f"{len(finding.rows):,} {finding.what}: {', '.join(map(str, finding.rows[:FIRST]))}{more}")
     if findings.control_rows:
-        some = ", ".join(findings.control_rows[:3])
+        some = ", ".join(findings.control_rows[:FIRST])
         display.warn(
             f"{len(findings.control_rows):,} rows spell control tokens in their text ({some}); they are read as text"
         )
@@ -55,7 +63,18 @@ def say_findings(display: Display, findings: Findings, data: Data) -> None:
     if len(findings.problems) > SHOWN:
         display.warn(f"and {len(findings.problems) - SHOWN:,} more (all of them: --json)")
     if not findings.problems:
-        display.line("  no row has a problem", "green")
+        display.line("  every row can be used", "green")
+
+
+def say_mended(display: Display, mended: Mended) -> None:
+    """Say what was written, and what was done to the rows."""
+    display.title("mended")
+    display.fact("written", f"{mended.rows:,} rows: {mended.out}")
+    dropped = (("bad", mended.bad), ("duplicates", mended.duplicates), ("near duplicates", mended.near_duplicates))
+    display.fact("dropped", ", ".join(f"{count:,} {name}" for name, count in dropped))
+    if mended.redacted:
+        counts = sorted(mended.redacted.items())
+        display.fact("redacted", ", ".join(f"{count:,} x [{kind.upper()}]" for kind, count in counts))
 
 
 def say_rows(display: Display, data: Data, count: int) -> None:

@@ -17,7 +17,9 @@ from headstart.data.feed import content_hash
 from headstart.data.images import Look
 from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
+from headstart.data.mend import Mended, Mending
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
+from headstart.data.read import find_files
 from headstart.data.segments import Segmented
 from headstart.display import Display
 from headstart.errors import DataError, Problem
@@ -103,6 +105,20 @@ def check_config(config: Config) -> tuple[Findings, Data]:
     """Look through the data that settings name."""
     data = build_data(config)
     return find(data.prepared, data.renderer), data
+
+
+def mend_config(config: Config, data: Data, out: Path, *, near: bool = False, private: bool = False) -> Mended:
+    """Write the rows to train on without those that can't be used or stand twice; `near` and `private` as `Mending` has them.
+
+    `data` is what was built from the settings. Raises DataError where a file could not be read to its end.
+    """
+    prepared = data.prepared
+    reject_bad_rows([problem for problem in prepared.problems if not problem.is_row], 0)
+    parts = (prepared.train, prepared.watch, prepared.proof)
+    bad = [problem.where for part in parts for problem in part.problems]
+    settings = config.settings.data
+    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private)
+    return mending.write(out)
 
 
 def plan(

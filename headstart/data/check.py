@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -13,13 +13,29 @@ from headstart.data.documents import Fit
 from headstart.data.encode import Encoder
 from headstart.data.images import Look
 from headstart.data.prepare import Prepared
-from headstart.data.segments import Example
+from headstart.data.quality import Finding, look_through
+from headstart.data.records import Record
+from headstart.data.segments import Example, Segmented
 from headstart.errors import Problem
+
+LONGEST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Heavy:
+    """A row that costs much: its tokens, and their part of all."""
+
+    where: str
+    tokens: int
+    frac: float
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the check found. Lengths are in tokens; `control_rows` spell a control token in their content."""
+    """What the check found. Lengths are in tokens; `control_rows` spell a control token in their content.
+
+    `longest` are the rows that cost most, `quality` what hurts though it can be trained on.
+    """
 
     formats: Sequence[str]
     rows: int
@@ -36,6 +52,8 @@ class Findings:
     length_median: int
     length_p95: int
     length_longest: int
+    longest: Sequence[Heavy]
+    quality: Sequence[Finding]
     fit: Fit | None
     notes: Sequence[str]
     problems: Sequence[Problem]
@@ -74,10 +92,36 @@ def find(prepared: Prepared, renderer: Encoder | Look) -> Findings:
         length_median=int(np.median(lengths)),
         length_p95=int(np.quantile(lengths, 0.95)),
         length_longest=int(lengths.max()),
+        longest=_find_longest(parts),
+        quality=look_through(_with_sides(prepared)),
         fit=prepared.fit,
         notes=[note for formed in prepared.formed for note in formed.notes],
         problems=prepared.problems,
     )
+
+
+def _find_longest(parts: Sequence[Segmented]) -> list[Heavy]:
+    """Return the rows of the most tokens, of equals the first."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    order = np.argsort(-lengths, kind="stable")[:LONGEST]
+    ends = np.cumsum([len(part.examples) for part in parts])
+    found = []
+    for place in order.tolist():
+        number = int(np.searchsorted(ends, place, side="right"))
+        example = parts[number].examples[place - int(ends[number])]
+        found.append(Heavy(str(example.where), int(lengths[place]), int(lengths[place]) / int(lengths.sum())))
+    return found
+
+
+def _with_sides(prepared: Prepared) -> Iterator[tuple[Record, bool]]:
+    """Yield all rows, each with whether it is held out."""
+    parts = prepared.parts
+    held = {record.where for part in (parts.watch, parts.proof) for record in part}
+    if prepared.parts.held_out is None:
+        yield from ((record, False) for record in prepared.formed[0].records)
+        yield from ((record, True) for record in prepared.formed[1].records)
+    else:
+        yield from ((record, record.where in held) for record in prepared.formed[0].records)
 
 
 def show_tokens(example: Example, renderer: Encoder) -> list[Stretch]:

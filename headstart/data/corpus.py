@@ -149,7 +149,9 @@ def prepare_corpus(
     watched, proof = split_held(held, watch=watch)
     to_watch, to_prove = (segment(side, settings, encoder, max_length, coding, whole=True) for side in (watched, proof))
     problems = [*corpus.problems, *to_watch.problems, *to_prove.problems]
+    spec = _Spec(files, settings, encoder, coding, max_length, None, ())
     formed = Formed(list(files), corpus.rows, Formatted(corpus.detection), corpus.notes)
+    formed.reread = lambda: itertools.chain.from_iterable(_documents(spec, _Tally()))
     parts = Parts([], watched, proof, corpus.held_out, corpus.duplicates, corpus.leaked)
     train = Segmented(corpus.train, [], corpus.dropped)
     both = [formed] if evaluation is None else [formed, evaluation]

@@ -81,6 +81,88 @@ def test_check_finds_every_bad_row_and_trains_nothing(data: Path) -> None:
     assert not Path("runs").exists()
 
 
+def planted(data: Path) -> list[str]:
+    """Add rows that hurt to the data, and return what must not be printed."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    words = "one two three four five six seven eight nine ten eleven twelve"
+    secrets = ["jo.doe@example.org", "AKIA" + "IOSFODNN7EXAMPLE"]
+    asked = [
+        rows[0]["messages"][0]["content"],
+        words,
+        f"more {words}",
+        f"mail {secrets[0]}",
+        f"key {secrets[1]}",
+        "\u202e",
+    ]
+    for number, text in enumerate(asked):
+        answer = rows[0]["messages"][1]["content"] if number else "Quite another answer."
+        rows.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]})
+    rows.append(rows[0])
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n", encoding="utf-8")
+    return secrets
+
+
+def test_check_names_what_hurts_and_never_prints_a_secret(data: Path) -> None:
+    secrets = planted(data)
+    said = call("check", "data.jsonl").stdout
+    code, found = as_json("check", "data.jsonl")
+    assert code == 3
+    places = {finding["kind"]: [row["where"] for row in finding["rows"]] for finding in found["quality"]}
+    expected = {"contradiction": 41, "near_duplicate": 43, "email": 44, "api_key": 45, "bidi": 46, "duplicate": 47}
+    assert {kind: places[kind] for kind in expected} == {k: [f"data.jsonl:{n}"] for k, n in expected.items()}
+    for finding in found["quality"]:
+        assert f"{len(finding['rows'])} {finding['what']}: {finding['rows'][0]['where']}" in said
+    assert not any(secret in said + json.dumps(found) for secret in secrets)
+    assert "jo..., 18 characters" in said
+    assert len(found["longest"]) == 10
+    assert found["longest"][0]["tokens"] == found["length_longest"]
+
+
+def test_check_mends_a_file_that_passes_then(data: Path) -> None:
+    planted(data)
+    before = data.read_bytes()
+    code, found = as_json("check", "data.jsonl", "--fix", "--near", "--redact", "-o", "clean.jsonl")
+    assert code == 0
+    done = found["mended"]
+    assert (done["rows"], done["bad"], done["duplicates"], done["near_duplicates"]) == (45, 1, 1, 1)
+    assert done["redacted"] == {"email": 1, "api_key": 1}
+    code, again = as_json("check", "clean.jsonl")
+    assert (code, again["problems"], again["duplicates"], again["rows"]) == (0, [], 0, 45)
+    assert {finding["kind"] for finding in again["quality"]} == {
+        "contradiction",
+        "bidi",
+    }  # which only a person can mend
+    said = call("check", "data.jsonl", "--fix", "-o", "clean.jsonl")
+    assert "46 rows: clean.jsonl" in said.stdout
+    assert "1 bad, 1 duplicates, 0 near duplicates" in said.stdout
+    assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--fix"], ["-o", "c.jsonl"], ["--near"], ["--fix", "-o", "data.jsonl"]])
+def test_check_writes_nothing_where_it_is_not_clear_what(data: Path, flags: list[str]) -> None:
+    before = data.read_bytes()
+    result = call("check", "data.jsonl", *flags)
+    assert result.exit_code == 2
+    assert "-o clean.jsonl" in result.stderr
+    assert (data.read_bytes(), list(Path().glob("c*.jsonl"))) == (before, [])
+
+
+def test_a_run_records_which_rows_it_left_out_for_saying_nearly_what_is_held_out(data: Path) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve"
+    row = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "The plan."}]}
+    held = {"messages": [{"role": "user", "content": f"so {words}"}, row["messages"][1]]}
+    with data.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    Path("held.jsonl").write_text(json.dumps(held) + "\n", encoding="utf-8")
+    tune = ["tune", "data.jsonl", "--eval-data", "held.jsonl", *QUICK]
+    assert "say nearly what a row to score on says" in call(*tune, "-o", "runs/near").stdout
+    record = json.loads(Path("runs/near/data.json").read_text())
+    # 14 and 15 words are 12 and 13 shingles, of which the shorter row has 12.
+    assert record["dropped"]["nearly_in_both"] == [{"where": "data.jsonl:41", "like": "held.jsonl:1", "share": 0.923}]
+    assert record["rows"]["train"] == 40
+    assert "leaks: near  # auto: there are few rows" in Path("runs/near/config.yaml").read_text()
+
+
 def test_plan_says_what_a_run_would_take(data: Path) -> None:
     code, plan = as_json("plan", "data.jsonl", *QUICK)
     assert code == 0
