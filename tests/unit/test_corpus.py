@@ -11,6 +11,7 @@ import pytest
 
 from headstart.config import DataSettings
 from headstart.data import corpus
+from headstart.data.check import find
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.prepare import Prepared, form_sides, prepare
@@ -67,6 +68,9 @@ def test_a_stream_gives_the_rows_that_memory_gives(renderer: Renderer, file: Pat
     assert streamed.longest == held.longest
     assert store.highest_id == max(int(s.ids.max()) for e in held.train.examples for s in e.segments)
     assert (streamed.parts.duplicates, streamed.formed[0].rows) == (held.parts.duplicates, held.formed[0].rows)
+    quality = find(streamed, renderer).quality
+    assert quality == find(held, renderer).quality
+    assert "duplicate" in {finding.kind for finding in quality}
     assert str(streamed.formed[0].detection) == str(held.formed[0].detection)
 
 
