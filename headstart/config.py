@@ -86,6 +86,7 @@ class DataSettings(Section):
     template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
         "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."
     )
+    redact: bool = Field(False, description="Learn [EMAIL] and the like in place of personal data and secrets.")
     mix: Names = Field((), description="Other data sets mixed in, each PATH=WEIGHT: 0.2 is 20 rows beside each 100.")
     held_out: float | None = Field(
         None, gt=0, description="Rows kept from training: a part below 1, else a number of rows."

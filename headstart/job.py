@@ -264,7 +264,7 @@ def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool
 
 # Settings that are for some tasks alone.
 FOR_TASKS = {
-    "data.leaks": tuple(task for task in TASKS if task != "images"),
+    **dict.fromkeys(("data.leaks", "data.redact"), tuple(task for task in TASKS if task != "images")),
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
     "data.text_pair": (*ROW_LOSSES, "embedding"),

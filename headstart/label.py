@@ -23,6 +23,7 @@ from headstart.data.columns import (
 )
 from headstart.data.labels import Labels
 from headstart.data.prepare import Coding, segment
+from headstart.data.private import redact
 from headstart.data.read import Note, Row, find_files, read_parts
 from headstart.data.records import Labelled, Record
 from headstart.data.segments import ROWS_AT_ONCE, Example
@@ -113,6 +114,7 @@ def _take(
         text, pair = known or (find_text_column(rows), pair)
 
     def take(row: Row) -> Record:
+        row = row._replace(fields=redact(row.fields, {})) if reading.redact else row
         if task == "images":
             return take_picture(Row(row.where, {**row.fields, "": "?"}), text, "")
         if task == "tagging":

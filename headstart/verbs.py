@@ -50,6 +50,7 @@ READING = (
     "whole_words",
     "train_on",
     "reasoning",
+    "redact",
     "template",
     "over_length",
     "max_length",

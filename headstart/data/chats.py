@@ -21,6 +21,7 @@ from headstart.data.feed import Keys, content_hash, digest_of
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
 from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split, without_near_leaks
+from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read, read_parts
 from headstart.data.records import Conversation, Message, Record
 from headstart.data.render import Renderer
@@ -174,7 +175,7 @@ class _Stored:
             [[kind_of(file.path), file_hash(file.path)] for file in files],
             renderer.identity,
             asdict(named_columns(settings)),
-            [settings.format, settings.train_on, settings.reasoning, settings.group_by],
+            [settings.format, settings.train_on, settings.reasoning, settings.group_by, *["redact"] * settings.redact],
             [max_length, over_length],
         )
         writing = _Writing(files, settings, renderer, max_length, over_length)
@@ -290,7 +291,7 @@ class _Writing:
             "detection": {**asdict(self.formatting.detection), "rows": self.rows, "fitting": self.fitting},
             "files": [file.name for file in self.files],
             "rows": self.rows + len(self.unread),
-            "notes": [*self.notes, *self.formatting.notes()],
+            "notes": [*self.notes, *self.formatting.notes(), *redacted_notes(self.formatted.redacted)],
             "problems": [_values(problem) for problem in problems],
             "unfit": unfit,
         }
@@ -342,7 +343,8 @@ class _Writing:
 
 def _formatting(rows: Sequence[Row], settings: DataSettings) -> Formatting:
     named: Named = named_columns(settings)
-    return Formatting(rows, settings.format, named, "auto", settings.train_on, settings.reasoning, settings.group_by)
+    how = (settings.train_on, settings.reasoning, settings.group_by, settings.redact)
+    return Formatting(rows, settings.format, named, "auto", *how)
 
 
 def _values(problem: Problem) -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from headstart.data.feed import content_hash, side_of
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.masking import find_masking
 from headstart.data.prepare import Coding, Formed, Parts, Prepared, form_rows, segment, split_held
+from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, read, read_parts
 from headstart.data.records import Document
 from headstart.data.segments import ROWS_AT_ONCE, Segmented
@@ -69,6 +71,7 @@ class _Spec:
         """A name for the tokens: equal for equal content, tokenizer and settings."""
         settings = self.settings
         reading = [settings.format, settings.text, settings.group_by, settings.over_length, settings.positions]
+        reading += ["redact"] * settings.redact
         held = hashlib.sha256("".join(map(content_hash, self.others)).encode()).hexdigest()
         return store_key(
             "corpus",
@@ -93,6 +96,7 @@ class _Tally:
     cut: int = 0
     digests: array[int] = field(default_factory=lambda: array("Q"))
     notes: dict[str, None] = field(default_factory=dict)
+    redacted: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[Where, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     detection: Detection | None = None
@@ -221,7 +225,12 @@ def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
     settings = spec.settings
     for rows in read_parts(spec.files, ROWS_AT_ONCE, tally.put_aside):
         formatted = format_rows(
-            rows, format="text", named=named_columns(settings), task=spec.coding.task, group_by=settings.group_by
+            rows,
+            format="text",
+            named=named_columns(settings),
+            task=spec.coding.task,
+            group_by=settings.group_by,
+            redact=settings.redact,
         )
         if tally.detection is None:  # how sure it is is seen without being told
             found = format_rows(rows, format=settings.format, named=named_columns(settings), task=spec.coding.task)
@@ -230,13 +239,14 @@ def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
         tally.fitting += formatted.detection.fitting
         tally.problems += formatted.problems
         tally.notes |= dict.fromkeys(formatted.notes)
+        tally.redacted += formatted.redacted
         documents = [record for record in formatted.examples if isinstance(record, Document)]
         tally.spelled += sum(spec.encoder.spells_control(document.content) for document in documents)
         yield documents
 
 
 def _describe(tally: _Tally, max_length: int, fit: Fit | None) -> dict[str, Any]:
-    notes = [*tally.notes]
+    notes = [*tally.notes, *redacted_notes(tally.redacted)]
     if tally.cut:
         notes.append(f"{tally.cut:,} rows were cut to {max_length:,} tokens")
     if tally.spelled:

@@ -46,6 +46,7 @@ from headstart.data.columns import (
     take_text,
     template_columns,
 )
+from headstart.data.private import redact
 from headstart.data.read import Row, Where
 from headstart.data.records import Conversation, Document, Message, Record
 from headstart.errors import DataError, Problem
@@ -107,6 +108,7 @@ class Formatted:
     examples: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    redacted: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,17 @@ def format_rows(
     train_on: str = "all",
     reasoning: str = "keep",
     group_by: str | None = None,
+    redact: bool = False,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
     `task` is what the rows are to be used for, where that is known. With `train_on` `last`, only the last answer of a
-    conversation is trained; `reasoning` tells what becomes of thoughts before an answer: keep, drop or untrained.
+    conversation is trained; `reasoning` tells what becomes of thoughts before an answer: keep, drop or untrained. With
+    `redact`, personal data and secrets are replaced, and counted in what is returned.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
-    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by)
+    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by, redact)
     formatted = Formatted(formatting.detection)
     formatting.take(rows, formatted)
     formatted.notes = formatting.notes()
@@ -164,10 +168,12 @@ class Formatting:
         train_on: str = "all",
         reasoning: str = "keep",
         group_by: str | None = None,
+        redact: bool = False,
     ) -> None:
         if group_by is not None:
             need_columns(rows, [group_by], "data.group_by")
         self._group_by = group_by
+        self._redact = redact
         self._named = named
         self._tally = _Tally(reasoning)
         self.detection, self._take = _find_format(rows, format, named, task, self._tally, train_on)
@@ -176,7 +182,8 @@ class Formatting:
         """Add what becomes of rows: records, and problems of those of which nothing does."""
         for row in rows:
             try:
-                record = self._take(row)
+                plain = row._replace(fields=redact(row.fields, formatted.redacted)) if self._redact else row
+                record = self._take(plain)
                 group = take_group(row, self._group_by)
             except RowError as error:
                 formatted.problems += error.problems

@@ -18,6 +18,7 @@ from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.near import find_near_leaks, shingle
+from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
@@ -159,6 +160,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
             train_on=settings.train_on,
             reasoning=settings.reasoning,
             group_by=settings.group_by,
+            redact=settings.redact,
         )
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
@@ -166,7 +168,9 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
     found = formatted.detection
     if kind not in ("auto", found.kind) or (task != "auto" and task not in FITTING[found.format]):
         raise DataError(_other_kind(found, kind if kind not in ("auto", found.kind) else task, rows[0]))
-    return Formed(files, len(rows) + len(problems), formatted, [*notes, *formatted.notes])
+    return Formed(
+        files, len(rows) + len(problems), formatted, [*notes, *formatted.notes, *redacted_notes(formatted.redacted)]
+    )
 
 
 def _other_kind(found: Detection, asked: str, first: Row) -> Problem:

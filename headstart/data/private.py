@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -147,6 +147,12 @@ def redact(value: Any, counts: dict[str, int]) -> Any:
     if isinstance(value, dict):
         return {name: redact(inner, counts) for name, inner in value.items()}
     return [redact(inner, counts) for inner in value] if isinstance(value, list) else value
+
+
+def redacted_notes(counts: Mapping[str, int]) -> list[str]:
+    """Return what there is to tell of what was replaced."""
+    named = ", ".join(f"{count:,} x [{kind.upper()}]" for kind, count in sorted(counts.items()))
+    return [f"private data replaced: {named}"] if named else []
 
 
 def _redact_text(text: str, counts: dict[str, int]) -> str:

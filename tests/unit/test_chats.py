@@ -42,6 +42,7 @@ def rows_of_all_kinds() -> list[Any]:
     rows[7] = rows[6]
     rows[11]["messages"] = [{"role": "system", "content": "be brief"}, *rows[11]["messages"], *rows[12]["messages"]]
     rows[13]["messages"][1]["content"] = "<think>why?</think>It is <|im_end|> so."
+    rows[15]["messages"][0]["content"] += " Ask jo@example.org."
     rows[17]["messages"] = [{"role": "user", "content": "no answer"}]
     rows[19]["messages"][0]["content"] = 5
     rows[23]["messages"][1] = {"role": "assistant", "tool_calls": [CALL]}  # the template can't write it
@@ -101,6 +102,7 @@ def plain(prepared: Prepared) -> list[Any]:
         {"held_out": 12},
         {"group_by": "group"},
         {"leaks": "near"},
+        {"redact": True},
         {"leaks": "near", "eval": ("others.jsonl",)},
         {"over_length": "cut"},
         {"train_on": "last", "reasoning": "drop"},

@@ -34,6 +34,7 @@ def renderer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Renderer:
 def file(tmp_path: Path) -> Path:
     rows = [{"text": f"The patient {n} has a sore throat. " * (1 + n % 40), "group": n % 90} for n in range(900)]
     rows[7] = rows[6]
+    rows[8]["text"] = f"Ask jo@example.org. {rows[8]['text']}"
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -50,7 +51,15 @@ def tokens(examples: Any) -> list[tuple[str, list[int], list[float], int]]:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"positions": "continue"}, {"over_length": "cut"}, {"group_by": "group"}, {"text": "{text}!"}]
+    "how",
+    [
+        {},
+        {"positions": "continue"},
+        {"over_length": "cut"},
+        {"group_by": "group"},
+        {"text": "{text}!"},
+        {"redact": True},
+    ],
 )
 def test_a_stream_gives_the_rows_that_memory_gives(renderer: Renderer, file: Path, how: dict[str, Any]) -> None:
     settings = DataSettings(train=(str(file),), held_out=0.1, **how)
@@ -70,7 +79,10 @@ def test_a_stream_gives_the_rows_that_memory_gives(renderer: Renderer, file: Pat
     assert (streamed.parts.duplicates, streamed.formed[0].rows) == (held.parts.duplicates, held.formed[0].rows)
     quality = find(streamed, renderer).quality
     assert quality == find(held, renderer).quality
-    assert "duplicate" in {finding.kind for finding in quality}
+    kinds = {finding.kind for finding in quality}
+    assert ("duplicate" in kinds, "email" in kinds) == (True, not settings.redact)
+    replaced = "private data replaced: 1 x [EMAIL]"
+    assert all((replaced in prepared.formed[0].notes) == settings.redact for prepared in (streamed, held))
     assert str(streamed.formed[0].detection) == str(held.formed[0].detection)
 
 

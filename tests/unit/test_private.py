@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from headstart.config import DataSettings
+from headstart.data.prepare import form_rows
 from headstart.data.private import find_private, masked, redact
 
 # Put together here, so that no scanner takes this file for a leak. Card and IBAN are the examples of their standards.
@@ -67,3 +72,13 @@ def test_of_what_overlaps_one_kind_is_counted() -> None:
     assert [item.kind for item in find_private("mail 4111111111111111@example.org now")] == ["email"]
     both = find_private("a@example.org or b@example.org from 203.0.113.77")
     assert [item.kind for item in both] == ["email", "email", "ip_address"]
+
+
+def test_rows_are_learned_without_what_is_private_and_grouped_as_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"ask {name}@example.org", "who": f"{name}@example.org"} for name in ("jo", "al")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    formed = form_rows([str(file)], DataSettings(redact=True, group_by="who"))
+    assert [record.content for record in formed.records] == ["ask [EMAIL]"] * 2
+    assert [record.group for record in formed.records] == ['"jo@example.org"', '"al@example.org"']
+    assert "private data replaced: 4 x [EMAIL]" in formed.notes
