@@ -47,23 +47,23 @@ def say_findings(display: Display, findings: Findings, data: Data) -> None:
     )
     predicted = f", {findings.targets:,} of them predicted" * bool(findings.targets)
     display.fact("tokens", f"{findings.tokens:,}{predicted}; a row: {lengths}")
-    heavy = f"{sum(row.frac for row in findings.longest):.1%} of all tokens"
-    rows = ", ".join(f"{row.where} ({row.tokens:,})" for row in findings.longest[:FIRST])
-    display.fact("longest", f"{heavy} are in {len(findings.longest)} rows: {rows}, ...")
+    heavy = f"{sum(row.frac for row in findings.longest):.1%} of all tokens are in {len(findings.longest)} rows"
+    display.fact("longest", f"{heavy}: {_some([f'{row.where} ({row.tokens:,})' for row in findings.longest])}")
     for finding in findings.quality:
-        more = ", ..." * (len(finding.rows) > FIRST)
-        display.warn(f"{len(finding.rows):,} {finding.what}: {', '.join(map(str, finding.rows[:FIRST]))}{more}")
+        display.warn(f"{len(finding.rows):,} {finding.what}: {_some(finding.rows)}")
     if findings.control_rows:
-        some = ", ".join(findings.control_rows[:FIRST])
-        display.warn(
-            f"{len(findings.control_rows):,} rows spell control tokens in their text ({some}); they are read as text"
-        )
+        spelled = f"{len(findings.control_rows):,} rows spell control tokens in their text"
+        display.warn(f"{spelled} ({_some(findings.control_rows)}); they are read as text")
     for problem in findings.problems[:SHOWN]:
         display.warn(str(problem))
     if len(findings.problems) > SHOWN:
         display.warn(f"and {len(findings.problems) - SHOWN:,} more (all of them: --json)")
     if not findings.problems:
         display.line("  every row can be used", "green")
+
+
+def _some(rows: Sequence[Any]) -> str:
+    return ", ".join(map(str, rows[:FIRST])) + ", ..." * (len(rows) > FIRST)
 
 
 def say_mended(display: Display, mended: Mended) -> None:

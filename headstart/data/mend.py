@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from headstart.config import DataSettings
 from headstart.data.formats import Detection, Formatted, Formatting, named_columns
@@ -73,17 +73,24 @@ class Mending:
             texts = ("\n".join(kept.record.texts) for kept in self._rows(Mended("")))
             unlike = (find_alike(shingle(texts).finish()).other < 0).tolist()
         mended = Mended(str(out))
-        with new_file(out) as file:
-            for number, kept in enumerate(self._rows(mended)):
-                if unlike is not None and not unlike[number]:
-                    mended.near_duplicates += 1
-                    continue
-                file.write(_line(kept.row))
-                mended.rows += 1
-                mended.redacted += kept.redacted
-            if not mended.rows:
-                raise DataError(Problem("data.empty", "no row is left", self.files[0].name, "mend the rows by hand"))
+        try:
+            with new_file(out) as file:
+                self._write(file, mended, unlike)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            what = f"{out} can't be written: {error.strerror}"
+            raise UsageError(Problem("usage.flag", what, "--out", "give a new file: -o clean.jsonl")) from None
         return mended
+
+    def _write(self, file: BinaryIO, mended: Mended, unlike: Sequence[bool] | None) -> None:
+        for number, kept in enumerate(self._rows(mended)):
+            if unlike is not None and not unlike[number]:
+                mended.near_duplicates += 1
+                continue
+            file.write(_line(kept.row))
+            mended.rows += 1
+            mended.redacted += kept.redacted
+        if not mended.rows:
+            raise DataError(Problem("data.empty", "no row is left", self.files[0].name, "mend the rows by hand"))
 
     def _check(self, out: Path) -> None:
         """Raise UsageError where the file would take the place of what it is made from, or could not be read again."""

@@ -77,8 +77,9 @@ def test_nothing_is_written_over_what_is_read_nor_half(file: Path, tmp_path: Pat
     mending = Mending(find_files(settings.train), settings, found)
     (tmp_path / "link.jsonl").symlink_to(file)
     before = file.read_bytes()
-    for out in (file, tmp_path / "link.jsonl", tmp_path / "c.csv", tmp_path / "c.jsonl.gz"):
-        with pytest.raises(UsageError, match=r"is what is read|is no name"):
+    names = ("rows.jsonl", "link.jsonl", "c.csv", "c.jsonl.gz", "rows.jsonl/c.jsonl")
+    for out in [tmp_path / name for name in names]:
+        with pytest.raises(UsageError, match=r"is what is read|is no name|can't be written"):
             mending.write(out)
     one_line = tmp_path / "line.json"
     one_line.write_text('[{"text": "a"}, {"text": "b"}, {"text": ""}]', encoding="utf-8")
