@@ -5,7 +5,7 @@ shares a bucket verified on the shingles themselves (Broder 1997; Leskovec, Raja
 agree in 0.8 share a bucket with a probability of 1 - (1 - 0.8^5)^20 = 0.9996. Rows like a held-out one are found
 without chance: held-out rows are few, so their shingles are an index.
 
-Of a text only the `KEPT` shingles with the least hashes are kept, so memory is bounded and the comparison exact up to that
+Of a text only the `KEPT` shingles with the least hashes are kept: at most 1 KiB, and the comparison is exact up to that
 many. What a twentieth of all rows say (a prompt's fixed words) doesn't tell rows apart and isn't compared.
 """
 
@@ -102,12 +102,11 @@ class Shingler:
         self._limits.frombytes(limits.tobytes())
 
     def finish(self, rows: Ints | None = None) -> Shingles:
-        """Return the shingles of all texts, or of some rows, without those that many of these share."""
+        """Return the shingles of all texts, or of some rows, without those that many of these share; nothing stays here."""
         ends = np.cumsum(np.frombuffer(self._counts, np.int64))
         found = Shingles(np.frombuffer(self._hashes, np.uint32), ends, np.frombuffer(self._limits, np.uint32))
-        if rows is not None and len(rows) < len(found):
-            found = Shingles(found.take(rows)[0], np.cumsum(found.counts[rows]), found.limits[rows])
-        return _without_common(found) if len(found) else found
+        self._hashes, self._counts, self._limits = array("I"), array("q"), array("I")
+        return _without_common(found, np.arange(len(found)) if rows is None else rows)
 
 
 def shingle(texts: Iterable[str], size: int = 4096) -> Shingler:
@@ -160,32 +159,31 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _without_common(shingles: Shingles) -> Shingles:
-    """Leave out what a `COMMON` part of the rows says; a row that says nothing else becomes one shingle, of all it says."""
-    rows = np.arange(0, len(shingles), -(-len(shingles) // SAMPLE))
-    values, seen = np.unique(shingles.take(rows)[0], return_counts=True)
-    least = max(COMMON_LEAST, COMMON * len(shingles)) * len(rows) / len(shingles)
-    common = values[seen >= min(least, max(3, len(rows)))]
-    if not len(common):
-        return shingles
+def _without_common(shingles: Shingles, rows: Ints) -> Shingles:
+    """Return some rows without what a `COMMON` part of them says; one that says nothing else becomes a shingle, of all it says."""
+    sample = rows[:: max(1, -(-len(rows) // SAMPLE))]
+    values, seen = np.unique(shingles.take(sample)[0], return_counts=True)
+    least = min(max(COMMON_LEAST, COMMON * len(rows)), max(3, len(rows)))
+    common = values[seen * len(rows) >= least * len(sample)]
     kept, counts = array("I"), array("q")
-    for begin, end in shingles.parts():
-        hashes, places = shingles.take(np.arange(begin, end))
+    for begin in range(0, len(rows), PART // KEPT):
+        part = rows[begin : begin + PART // KEPT]
+        hashes, places = shingles.take(part)
         stays = ~_among(hashes, common)
-        only = np.bincount(places[stays], minlength=end - begin) == 0
         firsts = np.flatnonzero(np.diff(places, prepend=-1))
+        only = firsts[np.bincount(places[stays], minlength=len(part)) == 0]
         whole = _mix(np.add.reduceat(hashes.astype(np.uint64), firsts)) >> np.uint64(32)
-        hashes = hashes.copy()
-        hashes[firsts[only]] = whole[only].astype(np.uint32)
-        stays[firsts[only]] = True
+        hashes[only], stays[only] = whole[places[only]], True
         kept.frombytes(hashes[stays].tobytes())
-        counts.frombytes(np.bincount(places[stays], minlength=end - begin).astype(np.int64).tobytes())
+        counts.frombytes(np.bincount(places[stays], minlength=len(part)).astype(np.int64).tobytes())
     ends = np.cumsum(np.frombuffer(counts, np.int64))
-    return Shingles(np.frombuffer(kept, np.uint32), ends, shingles.limits)
+    return Shingles(np.frombuffer(kept, np.uint32), ends, shingles.limits[rows])
 
 
 def _among(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
     """Tell which hashes are among `known`, which rise."""
+    if not len(known):
+        return np.zeros(len(hashes), np.bool_)
     places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
     found: NDArray[np.bool_] = known[places] == hashes
     return found
@@ -297,13 +295,14 @@ def _sharing(shingles: Shingles, rows: Ints, index: Hashes, owners: Ints, least:
     return np.concatenate(firsts), np.concatenate(seconds)
 
 
-def find_near_leaks(shingler: Shingler, digests: NDArray[np.uint64], held: NDArray[np.bool_]) -> Likeness:
-    """Find for each row that isn't `held` a held-out one that says nearly the same; one that says the very same is no near one."""
-    distinct = Distinct.of(digests)
-    known = np.isin(digests[distinct.rows], digests[held])
-    found = find_leaks(shingler.finish(distinct.rows), known)
-    first = np.full(len(known), -1, np.int64)  # of what is held out, the first row that is
-    for row in np.flatnonzero(held)[::-1].tolist():
-        first[distinct.places[row]] = row
+def find_near_leaks(shingles: Shingles, distinct: Distinct, held: NDArray[np.bool_]) -> Likeness:
+    """Find for each row that isn't `held` a held-out one that says nearly the same; one that says the very same is no near one.
+
+    `shingles` are those of the `distinct` rows.
+    """
+    first = np.full(len(shingles), -1, np.int64)  # of what is held out, the first row that is
+    rows = np.flatnonzero(held)[::-1]
+    first[distinct.places[rows]] = rows
+    found = find_leaks(shingles, first >= 0)
     other = np.where(found.other >= 0, first[found.other], -1)
     return Likeness(other[distinct.places], found.share[distinct.places])

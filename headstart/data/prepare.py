@@ -17,7 +17,7 @@ from headstart.data.formats import Detection, Formatted, format_rows, named_colu
 from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
-from headstart.data.near import find_near_leaks, shingle
+from headstart.data.near import Distinct, find_near_leaks, shingle
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
@@ -241,7 +241,9 @@ def without_near_leaks(found: Split, rows: Sequence[Record], evaluation: Sequenc
     held = np.zeros(len(records), np.bool_)
     held[[*(before + found.watch), *(before + found.proof)]] = True
     digests = np.array([int(digest, 16) for digest in hashes_of(records)], np.uint64)
-    like = find_near_leaks(shingle("\n".join(record.texts) for record in records), digests, held)
+    distinct = Distinct.of(digests)
+    shingles = shingle("\n".join(record.texts) for record in records).finish(distinct.rows)
+    like = find_near_leaks(shingles, distinct, held)
     near = like.other[found.train] >= 0
     if near.all():
         what = f"all {len(near):,} rows to train on say nearly what a held-out row says"

@@ -245,14 +245,15 @@ def _find_equal(rows: Rows) -> Found:
 
 
 def _find_near(rows: Rows, shingler: Shingler) -> Found:
-    apart = Distinct.of(rows["digest"]).rows
-    like = find_alike(shingler.finish(apart))
+    distinct = Distinct.of(rows["digest"])
+    shingles = shingler.finish(distinct.rows)
+    like = find_alike(shingles)
     for place in np.flatnonzero(like.other >= 0).tolist():
-        row, other = int(apart[place]), int(apart[like.other[place]])
+        row, other = int(distinct.rows[place]), int(distinct.rows[like.other[place]])
         labelled = rows["asked"][row] == rows["digest"][row]  # what such a row says is what it asks
         differs = labelled and rows["told"][row] != rows["told"][other]
         yield "near_duplicate", row, other, f"{like.share[place]:.2f}" + ", with another label" * bool(differs)
-    like = find_near_leaks(shingler, rows["digest"], rows["held"])
+    like = find_near_leaks(shingles, distinct, rows["held"])
     for row in np.flatnonzero(like.other >= 0).tolist():
         yield "near_leak", row, int(like.other[row]), f"{like.share[row]:.2f}"
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from headstart.data.near import KEPT, THRESHOLD, find_alike, find_leaks, find_near_leaks, jaccard, shingle
+from headstart.data.near import KEPT, THRESHOLD, Distinct, find_alike, find_leaks, find_near_leaks, jaccard, shingle
 
 
 def sets(text: str) -> set[tuple[str, ...]]:
@@ -105,7 +105,8 @@ def test_near_leaks_of_rows_that_stand_twice() -> None:
     text = some_text(rng, 40)
     near = re.sub(r"\S+$", "end", text)
     rows = [near, text, some_text(rng, 40), near, text]
-    digests = np.array([7, 8, 9, 7, 8], np.uint64)
-    found = find_near_leaks(shingle(rows), digests, np.array([False, False, False, False, True]))
+    distinct = Distinct.of(np.array([7, 8, 9, 7, 8], np.uint64))
+    assert distinct.rows.tolist() == [0, 1, 2]
+    found = find_near_leaks(shingle(rows).finish(distinct.rows), distinct, np.array([False, False, False, False, True]))
     # Row 1 is the held-out row itself, which is another thing than a near one.
     assert found.other.tolist() == [4, -1, -1, 4, -1]
