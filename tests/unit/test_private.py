@@ -10,6 +10,7 @@ import pytest
 from headstart.config import DataSettings
 from headstart.data.prepare import form_rows
 from headstart.data.private import find_private, masked, redact
+from headstart.data.read import Row, Where
 
 # Put together here, so that no scanner takes this file for a leak. Card and IBAN are the examples of their standards.
 KEYS = {
@@ -82,3 +83,12 @@ def test_rows_are_learned_without_what_is_private_and_grouped_as_they_stand(tmp_
     assert [record.content for record in formed.records] == ["ask [EMAIL]"] * 2
     assert [record.group for record in formed.records] == ['"jo@example.org"', '"al@example.org"']
     assert "private data replaced: 4 x [EMAIL]" in formed.notes
+
+
+def test_rows_to_label_are_read_as_those_that_were_learned() -> None:
+    from headstart.label import _take
+
+    rows = [Row(Where("rows", 1), {"text": "ask jo@example.org"})]
+    for redact_them, said in ((True, "ask [EMAIL]"), (False, "ask jo@example.org")):
+        (record,), _ = _take(rows, "classification", DataSettings(redact=redact_them), [])
+        assert record.content == said
