@@ -28,11 +28,15 @@ def mts_dialog() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny Llama, its tokenizer and a ChatML template."""
+    return build_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def build_model(folder: Path) -> Path:
+    """Write a tiny Llama, its tokenizer and a ChatML template; return the folder."""
     import transformers
 
     from tests.tokens import make_tokenizer
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = make_tokenizer("chatml")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -56,10 +60,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny BERT and its tokenizer of words."""
+    return build_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+def build_encoder(folder: Path) -> Path:
+    """Write a tiny BERT and its tokenizer of words; return the folder."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    folder = tmp_path_factory.mktemp("models") / "encoder"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "text", *map(str, range(50)), "[MASK]"]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -83,7 +83,8 @@ class Trial:
 
     def __init__(self, data: Path, model: Path, folder: Path, settings: dict[str, Any]) -> None:
         self.data, self.model, self.folder = data, model, folder
-        self.settings = {key: value for key, value in settings.items() if value is not None}
+        self.settings = {key: value for key, value in {**SETTINGS, **settings}.items() if value is not None}
+        folder.mkdir()
         self.whole = folder / "whole"
         assert self.session("", self.whole) == 0
 
@@ -120,15 +121,18 @@ def trials(tiny_model: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPa
     def make(name: str) -> Trial:
         if name not in made:
             folder = tmp_path_factory.mktemp("survival")
-            data = folder / "rows.jsonl"
-            data.write_text("".join(json.dumps(row) + "\n" for row in (labels() if name == "labels" else chats())))
-            runs = folder / "runs"
-            runs.mkdir()
             model = tiny_encoder if name == "labels" else tiny_model
-            made[name] = Trial(data, model, runs, {**SETTINGS, **WAYS[name]})
+            made[name] = Trial(write_rows(folder, name), model, folder / "runs", WAYS[name])
         return made[name]
 
     return make
+
+
+def write_rows(folder: Path, way: str) -> Path:
+    """Write the rows that a way of training learns from; return the file."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (labels() if way == "labels" else chats())))
+    return path
 
 
 def chats() -> list[dict[str, Any]]:

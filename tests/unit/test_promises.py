@@ -1,0 +1,168 @@
+"""What headstart promises of a run, and the tests that hold it: a table that names them, so that none goes missing.
+
+`python -m tests.unit.test_promises` prints it as it stands in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Promise(NamedTuple):
+    """What is promised, the tests that hold it (`file::name`), and what isn't held yet."""
+
+    what: str
+    tests: tuple[str, ...]
+    missing: str = ""
+
+
+SURVIVAL = "tests/e2e/test_survival.py"
+TINY = "tests/e2e/test_tiny_run.py"
+FILES = "tests/unit/test_files.py"
+PROMISES = (
+    Promise(
+        "Killed at any named place and carried on, a run is the run that was never killed, bit for bit: weights, moments, "
+        "metrics, order of the data, scores. LoRA with dropout and several packs a step, full, labels with an encoder.",
+        (
+            f"{SURVIVAL}::test_killed_anywhere_and_gone_on_with_is_never_killed",
+            f"{SURVIVAL}::test_killed_again_and_again",
+            f"{SURVIVAL}::test_killed_at_random",
+            f"{SURVIVAL}::test_every_place_is_tried",
+            f"{TINY}::test_killed_and_resumed_is_never_killed",
+        ),
+        "embeddings, masked text and images are carried on in tests of their own, not at each place",
+    ),
+    Promise(
+        "So it is at any moment: `python -m tests.soak` kills by the clock.",
+        (),
+        "not part of the suite, which times nothing",
+    ),
+    Promise(
+        "A user can see it with a run of their own: `headstart verify-resume RUN`.",
+        (f"{SURVIVAL}::test_a_user_can_see_that_nothing_is_lost",),
+    ),
+    Promise(
+        "A checkpoint that is cut, lost, zeroed, changed by a bit, swapped, linked, of another step, run or version is named, "
+        "set aside and never used; the newest good one is.",
+        (
+            f"{FILES}::test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used",
+            f"{FILES}::test_no_whole_checkpoint_is_an_error_that_names_each",
+            f"{SURVIVAL}::test_a_checkpoint_of_another_run_is_set_aside",
+            f"{SURVIVAL}::test_damaged_best_weights_are_told_and_the_last_are_kept",
+        ),
+    ),
+    Promise(
+        "A checkpoint that the first version wrote loads and goes on.",
+        ("tests/laws/test_golden.py::test_a_checkpoint_of_the_first_version_goes_on",),
+    ),
+    Promise(
+        "A disk that is full, fails, is read-only or has no handles left costs a checkpoint or ends the run with exit 4; the "
+        "last good checkpoint and the record stay, and the run says how to go on.",
+        (
+            f"{SURVIVAL}::test_a_disk_that_fails_ends_the_run_and_loses_nothing",
+            f"{SURVIVAL}::test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on",
+            f"{SURVIVAL}::test_a_disk_that_stays_full_keeps_the_last_good_checkpoint",
+            f"{SURVIVAL}::test_a_run_whose_folder_is_taken_away_says_so",
+            f"{FILES}::test_lines_that_the_disk_refused_come_with_the_next_in_order",
+            f"{FILES}::test_half_a_line_is_taken_back",
+            f"{FILES}::test_a_failed_write_leaves_the_old_file_and_nothing_else",
+            f"{FILES}::test_a_folder_that_cannot_be_replaced_stays",
+        ),
+    ),
+    Promise(
+        "What is renamed into its place was synced before, and the folder is synced after: a power cut finds old or new.",
+        (f"{FILES}::test_what_is_renamed_was_synced_and_its_folder_is_synced_after",),
+    ),
+    Promise(
+        "SIGTERM, SIGINT and SIGHUP save and stop with exit 75, twice stops at once with exit 130; both go on bit for bit.",
+        (
+            f"{SURVIVAL}::test_asked_to_stop_anywhere_it_saves_and_goes_on",
+            f"{SURVIVAL}::test_asked_twice_it_stops_at_once_and_loses_nothing",
+            f"{TINY}::test_stopped_and_resumed_is_never_stopped",
+            "tests/unit/test_guards.py::test_a_signal_that_is_ignored_stays_ignored",
+        ),
+        "SIGSTOP and a grace shorter than a save are not tried",
+    ),
+    Promise(
+        "A loss or gradient that isn't finite never reaches the weights; its rows are named, and the step is left out, rolls "
+        "back or ends the run with exit 5. Spikes are told. No NaN is logged.",
+        (
+            f"{SURVIVAL}::test_a_step_that_is_not_finite_is_left_out_told_and_the_same_after_a_stop",
+            f"{SURVIVAL}::test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint",
+            f"{SURVIVAL}::test_a_step_that_is_not_finite_can_roll_back_or_end_the_run",
+            f"{SURVIVAL}::test_a_spike_stands_out_by_eight_robust_deviations",
+            "tests/unit/test_guards.py::test_a_watched_loss_that_is_no_number_is_never_the_best",
+        ),
+    ),
+    Promise(
+        "Where the memory runs out in a step it is taken anew in smaller packs, exactly; in scoring, it begins anew; elsewhere "
+        "the run ends with exit 4 and goes on.",
+        (
+            "tests/laws/test_memory.py::test_a_run_on_which_memory_ran_out_says_so_and_goes_on_bit_for_bit",
+            f"{SURVIVAL}::test_memory_that_runs_out_in_scoring_costs_time_alone",
+            f"{SURVIVAL}::test_memory_that_runs_out_beside_training_ends_the_run_and_loses_nothing",
+        ),
+        "memory of a real GPU",
+    ),
+    Promise(
+        "One run folder has one writer, who is named; a process that ends lets go. Ten processes make one cache.",
+        (
+            f"{TINY}::test_two_processes_do_not_write_one_run",
+            f"{SURVIVAL}::test_ten_processes_make_one_cache",
+        ),
+    ),
+    Promise(
+        "The same run twice gives the same bits, however often it is looked at, watched or saved.",
+        (
+            f"{TINY}::test_the_same_run_twice_gives_the_same_bits",
+            f"{TINY}::test_how_often_one_looks_does_not_change_the_weights",
+        ),
+    ),
+    Promise(
+        "Other data, another model, other settings or versions are refused with the difference, or allowed by name and recorded.",
+        (
+            f"{SURVIVAL}::test_other_settings_and_versions_are_refused_or_allowed_by_name_and_recorded",
+            f"{SURVIVAL}::test_more_rows_can_be_allowed_but_never_other_rows_of_the_proof",
+            f"{TINY}::test_a_run_goes_on_from_anywhere_and_only_with_what_it_began_with",
+        ),
+    ),
+    Promise(
+        "No network is needed but for a model or data that is named so, and no secret of the environment is written.",
+        (f"{SURVIVAL}::test_a_run_needs_no_network_and_writes_no_secret",),
+    ),
+    Promise(
+        "Each sync, rename, hash and check of the code that keeps runs whole is missed by a test when it is taken out: "
+        "`python -m tests.mutants`.",
+        (),
+        "not part of the suite: it runs the suite's tests once for each",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", [name for promise in PROMISES for name in promise.tests])
+def test_every_promise_has_its_tests(name: str) -> None:
+    file, _, function = name.partition("::")
+    assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_page_is_the_table() -> None:
+    assert as_markdown() in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
+def as_markdown() -> str:
+    """Return the table as it stands in the documentation."""
+    lines = ["| promise | held by | not held yet |", "|---|---|---|"]
+    for promise in PROMISES:
+        tests = "<br>".join(f"`{name.partition('::')[2]}`" for name in promise.tests) or "-"
+        lines.append(f"| {promise.what} | {tests} | {promise.missing or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")  # noqa: T201
