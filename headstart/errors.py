@@ -35,7 +35,7 @@ CODES: dict[str, str] = {
     "data.encoding": "Text is read as UTF-8 and never guessed, since a wrong guess corrupts it in silence.",
     "data.truncated": "A file that ends in the middle of a row has most likely lost more than that.",
     "data.unreadable": "What stands behind the fault can't be read any more, so rows would be lost uncounted.",
-    "data.too_large": "A row of this size would exhaust the memory before anything could be checked.",
+    "data.too_large": "Data of this size would exhaust the memory before anything could be checked.",
     "data.empty": "There is nothing to learn from.",
     "data.changed": "A run can only go on with the very rows that it began with.",
     "data.hub": "The data set can't be read from the hub.",

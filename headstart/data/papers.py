@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from headstart.data.inflate import Meter
+
+TREE_SIZE = 8  # about as many bytes of memory take the parts of a Word file for each byte
+BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 NEEDS = {".pdf": "pypdf", ".docx": "docx", ".html": "bs4", ".htm": "bs4"}
 SILENT = ("script", "style", "noscript", "template", "head", "nav", "footer")
 BLOCKS = ("p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "section", "article", "blockquote", "pre")
@@ -15,7 +20,8 @@ BLOCKS = ("p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "sec
 def read_paper(path: Path) -> str:
     """Return the text of a file, blocks parted by empty lines.
 
-    Raises ImportError where the library for it isn't installed, and ValueError where the file isn't what its name says.
+    Raises ImportError where the library for it isn't installed, ValueError where the file isn't what its name says, and
+    InflationError where it holds too much.
     """
     parts = {".pdf": _pdf, ".docx": _word, ".html": _web, ".htm": _web}[path.suffix.lower()](path)
     return "\n\n".join(text for part in parts if (text := part.strip()))
@@ -44,6 +50,9 @@ def _word(path: Path) -> Iterator[str]:
     from docx.table import Table
 
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())  # no more than this is ever read of them
+        Meter(path.stat().st_size).add(TREE_SIZE * size)
         content = docx.Document(str(path)).iter_inner_content()
     except (PackageNotFoundError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(str(error)) from None
@@ -57,7 +66,13 @@ def _word(path: Path) -> Iterator[str]:
 def _web(path: Path) -> Iterator[str]:
     from bs4 import BeautifulSoup
 
-    page = BeautifulSoup(path.read_bytes(), "html.parser")
+    logging.getLogger("bs4").setLevel(logging.CRITICAL)
+    content = path.read_bytes()
+    page = BeautifulSoup(content, "html.parser")
+    declared = page.declared_html_encoding
+    guessed = page.original_encoding not in (None, "ascii", "utf-8", declared) and not content.startswith(BOMS)
+    if guessed or page.contains_replacement_characters:
+        raise ValueError(f"it is no text in {declared or 'UTF-8'}, and what else it is in is not guessed")
     for tag in page(SILENT):
         tag.decompose()
     for tag in page(BLOCKS):

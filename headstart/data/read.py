@@ -14,7 +14,7 @@ import gzip
 import io
 import itertools
 import json
-import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from headstart.data.inflate import InflationError, Meter, open_plain
 from headstart.data.papers import NEEDS, read_paper
+from headstart.data.strict import DepthError, DuplicateKeyError, parse_json, parse_json_at
 from headstart.errors import DataError, Problem
 from headstart.files import shown
 
 LINE_BYTES = 16 << 20
 SNIFF_BYTES = 1 << 16
+PARQUET_ROWS = 256  # read at once
 HUB_PREFIX = "hub:"
+BLANKS = " \t\r"
 NOT_WRAPPERS = ("messages", "conversations", "conversation")  # a row of turns, not rows
 TEXTS = {".txt": "text", ".md": "text"}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -43,17 +47,24 @@ KINDS = TEXTS | {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+LINES = ("text", "conll", "json", "csv")  # readers of lines
 SIGNATURES = {
     b"PAR1": "parquet",
     b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"BZh": "a bzip2 archive",
     b"\xfd7zXZ": "an xz archive",
+    b"\x1f\x8b": "a gzip archive inside of another",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"%PDF": "a PDF file",
+    b"ARROW1": "an Arrow file (write it as parquet)",
+    b"\x80\x04": "a Python pickle, which is never opened",
+    b"\x80\x05": "a Python pickle, which is never opened",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
-    b"<!DOCTYPE": "a web page, most likely a login or error page",
-    b"<!doctype": "a web page, most likely a login or error page",
-    b"<html": "a web page, most likely a login or error page",
 }
+PAGE = re.compile(rb"<(!doctype|html|head|body)\b", re.IGNORECASE)
+NULS_FRAC = 1 / 8  # as many NUL bytes are no accident of one row
 BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -113,11 +124,10 @@ def find_files(names: Sequence[str]) -> list[SourceFile]:
 
             found += fetch_dataset(name)
             continue
-        files = _expand(Path(name))
-        if isinstance(files, Problem):
-            problems.append(files)
-        else:
-            found += [SourceFile(path, shown(path)) for path in files]
+        try:
+            found += [SourceFile(path, shown(path)) for path in _expand(Path(name))]
+        except DataError as error:
+            problems += error.problems
     if problems:
         raise DataError(problems)
     return found
@@ -128,6 +138,8 @@ def read(files: Sequence[SourceFile]) -> Iterator[Item]:
     for file in files:
         try:
             yield from _read_file(file)
+        except InflationError as error:
+            yield Problem("data.too_large", f"made to fill the memory: {error}", file.name, "unpack it, or delete it")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield Problem("data.truncated", f"the archive is damaged: {error}", file.name, "fetch it again")
         except OSError as error:
@@ -151,22 +163,21 @@ def read_parts(files: Sequence[SourceFile], size: int, aside: Callable[[Problem 
         yield part
 
 
-def _expand(path: Path) -> list[Path] | Problem:
+def _expand(path: Path) -> list[Path]:
     try:
         there = path.exists()
     except (OSError, ValueError) as error:
-        return Problem("data.missing", f"no path: {error}", str(path)[:80], "give a path that exists")
+        raise DataError(
+            Problem("data.missing", f"no path: {error}", str(path)[:80], "give a path that exists")
+        ) from None
     if not there:
-        return Problem("data.missing", "no such file", str(path), f"give a path that exists; this is {Path.cwd()}")
+        cure = f"give a path that exists; this is {Path.cwd()}"
+        raise DataError(Problem("data.missing", "no such file", str(path), cure))
     if path.is_file():
         return [path]
     if not path.is_dir():
-        return Problem("data.not_a_file", "neither a file nor a folder", str(path), "give a regular file")
-    files = sorted(
-        p
-        for p in path.rglob("*")
-        if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
+        raise DataError(Problem("data.not_a_file", "neither a file nor a folder", str(path), "give a regular file"))
+    files = _walk(path)
     # Beside tables a text file is a README or a licence, and an image is what a table names.
     tables = [p for p in files if kind_of(p) not in ("text", "image", "paper")]
     images = [p for p in files if kind_of(p) == "image"]
@@ -174,9 +185,39 @@ def _expand(path: Path) -> list[Path] | Problem:
     if files:
         # A folder of papers with their figures is one of texts; a folder of images with a README is one of images.
         return tables or (texts if any(kind_of(p) == "paper" for p in texts) else images or texts)
-    return Problem(
-        "data.empty", "the folder holds no data file", str(path), f"known endings: {' '.join(KINDS)} (each also .gz)"
-    )
+    cure = f"known endings: {' '.join(KINDS)} (each also .gz)"
+    raise DataError(Problem("data.empty", "the folder holds no data file", str(path), cure))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Return the files of a folder and of those in it whose names have a known ending, but for hidden ones.
+
+    Raises DataError with all that would be left out otherwise: what can't be read, what is no regular file, and links to
+    folders, which may lead round in circles.
+    """
+    found: list[Path] = []
+    problems: list[Problem] = []
+
+    def put_aside(error: OSError) -> None:
+        what = f"can't be read: {error.strerror}"
+        problems.append(Problem("data.not_a_file", what, str(error.filename), "mend its permissions"))
+
+    for place, folders, names in os.walk(folder, onerror=put_aside):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (path for path in (Path(place, name) for name in folders) if path.is_symlink()):
+            cure = "name the folder that it leads to"
+            problems.append(Problem("data.not_a_file", "a link to a folder is not followed", str(link), cure))
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if not kind_of(path):
+                continue
+            if path.is_file():
+                found.append(path)
+            else:
+                cure = "take it out of the folder"
+                problems.append(Problem("data.not_a_file", "no regular file, or a link to none", str(path), cure))
+    if problems:
+        raise DataError(problems)
+    return sorted(found)
 
 
 def kind_of(path: Path) -> str | None:
@@ -194,15 +235,17 @@ def _read_file(file: SourceFile) -> Iterator[Item]:
             "data.unknown_type", "the name has no known ending", file.name, f"known: {' '.join(KINDS)} (each also .gz)"
         )
         return
-    with _open(file.path) as stream:
+    with open_plain(file.path) as stream:
         head = stream.read(SNIFF_BYTES)
-    if not head.strip():
+    if not head.strip() and len(head) < SNIFF_BYTES:
         yield Problem("data.empty", "the file is empty", file.name, "give a file with rows")
         return
     if kind == "paper":
         yield from _read_paper(file, head)
         return
-    seen = next((what for mark, what in SIGNATURES.items() if head.startswith(mark)), None)
+    seen = _seen_as(head)
+    if kind in LINES and seen is None:
+        seen = _no_text(head)
     if (kind == "parquet") != (seen == "parquet") or (seen and seen != "parquet"):
         what = seen or "not parquet"
         yield Problem(
@@ -212,10 +255,28 @@ def _read_file(file: SourceFile) -> Iterator[Item]:
     yield from READERS[kind](file, head)
 
 
-def _open(path: Path) -> IO[bytes]:
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
+def _seen_as(head: bytes) -> str | None:
+    """Return what a file's first bytes show it to be, if they do."""
+    begin = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if PAGE.match(begin):
+        return "a web page, most likely a login or error page"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    return next((what for mark, what in SIGNATURES.items() if begin.startswith(mark)), None)
+
+
+def _no_text(head: bytes) -> str | None:
+    """Return what bytes are that hold too many NULs to be text; None of text."""
+    nuls = head.count(0)
+    if nuls < NULS_FRAC * len(head) or any(head.startswith(mark) for mark in BOMS):
+        return None
+    if nuls > len(head) / 2:
+        return "UTF-32 text without a byte order mark, or binary (iconv -f UTF-32LE -t UTF-8)"
+    sides = {"UTF-16LE": head[1::2].count(0), "UTF-16BE": head[0::2].count(0)}
+    name, most = max(sides.items(), key=lambda side: side[1])
+    if most < 0.9 * nuls:
+        return "binary"
+    return f"{name} text without a byte order mark (iconv -f {name} -t UTF-8)"
 
 
 # --- text ---
@@ -235,21 +296,19 @@ def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
     encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
     if encoding in ("utf-16", "utf-32"):
         yield Note(file.name, f"decoded from {encoding.upper()}")
-        with _open(file.path) as raw, io.TextIOWrapper(raw, encoding, newline="\n") as stream:
-            try:
-                for number, text in enumerate(stream, 1):
-                    yield _Line(number, text.removesuffix("\n"), text.endswith("\n"))
-            except UnicodeError as error:
-                yield Problem("data.unreadable", f"not {encoding.upper()}: {error}", file.name, "convert it to UTF-8")
+        yield from _wide_lines(file, encoding)
         return
+    if encoding == "utf-8-sig":
+        yield Note(file.name, "begins with a byte order mark, which is left out")
     newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"
-    with _open(file.path) as raw:
+    if newline == b"\r":
+        yield Note(file.name, "its lines end with a carriage return alone, and are read as lines")
+    with open_plain(file.path) as raw:
         number = 0
         while block := _readline(raw, newline):
             number += 1
             if len(block) > LINE_BYTES:
-                where = f"{file.name}:{number}"
-                yield Problem("data.too_large", "the line is longer than 16 MiB", where, "one row a line, smaller rows")
+                yield _too_long(file, number)
                 return
             block = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
             problem = None
@@ -257,11 +316,40 @@ def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
                 text = block.decode()
             except UnicodeDecodeError as error:
                 what = f"byte {error.start + 1} of the line (0x{block[error.start]:02x}) is not UTF-8"
-                cure = "convert the file: iconv -f CP1252 -t UTF-8 (if CP1252 is what it is)"
+                cure = "convert the file: iconv -f CP1252 -t UTF-8, or GB18030, SHIFT-JIS, whatever it is in"
                 problem = Problem("data.encoding", what, f"{file.name}:{number}", cure)
                 text = block.decode(errors="replace")
             ended = text.endswith(newline.decode())
-            yield _Line(number, text.removesuffix(newline.decode()), ended, problem)
+            text = text.removesuffix(newline.decode())
+            yield _Line(number, text, ended, problem or _nul_in(file, number, text))
+
+
+def _wide_lines(file: SourceFile, encoding: str) -> Iterator[_Line | Problem]:
+    with open_plain(file.path) as raw, io.TextIOWrapper(raw, encoding, newline="\n") as stream:
+        number = 0
+        try:
+            while text := stream.readline(LINE_BYTES + 1):
+                number += 1
+                if len(text) > LINE_BYTES:
+                    yield _too_long(file, number)
+                    return
+                ended = text.endswith("\n")
+                text = text.removesuffix("\n")
+                yield _Line(number, text, ended, _nul_in(file, number, text))
+        except UnicodeError as error:
+            yield Problem("data.unreadable", f"not {encoding.upper()}: {error}", file.name, "convert it to UTF-8")
+
+
+def _too_long(file: SourceFile, number: int) -> Problem:
+    where = f"{file.name}:{number}"
+    return Problem("data.too_large", "the line is longer than 16 MiB", where, "one row a line, smaller rows")
+
+
+def _nul_in(file: SourceFile, number: int, text: str) -> Problem | None:
+    if "\0" not in text:
+        return None
+    what = f"character {text.index(chr(0)) + 1} of the line is a NUL byte, which no text holds"
+    return Problem("data.encoding", what, f"{file.name}:{number}", "delete it, or write the row again")
 
 
 def _readline(stream: IO[bytes], newline: bytes) -> bytes:
@@ -279,39 +367,11 @@ def _readline(stream: IO[bytes], newline: bytes) -> bytes:
 # --- json ---
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateKeyError(twice)
-    return fields
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is larger than any number that can be held")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
-_FAULTS = (ValueError, RecursionError)
-
-
 def _decode(text: str, where: str, *, last: bool = False) -> Any | Problem:
     """Decode one JSON value, or say what is wrong with it and how to mend it."""
     try:
-        return _DECODER.decode(text)
-    except _FAULTS as error:
+        return parse_json(text)
+    except ValueError as error:
         if last and isinstance(error, json.JSONDecodeError) and _at_end(error, text):
             cure = "fetch the file again, or delete the line"
             return Problem("data.truncated", "the last line ends in the middle of a row", where, cure)
@@ -324,18 +384,20 @@ def _at_end(error: json.JSONDecodeError, text: str) -> bool:
 
 
 def _explain(error: Exception, text: str, where: str) -> Problem:
-    if isinstance(error, _DuplicateKeyError):
+    if isinstance(error, DuplicateKeyError):
         what = f"the name {error.args[0]!r} stands twice in one object"
         return Problem("row.duplicate_key", what, where, "keep one of them")
     if isinstance(error, json.JSONDecodeError):
         what = f"no JSON: {error.msg} at column {error.colno}"
         return Problem("row.not_json", what, where, _json_cure(text, error))
-    if isinstance(error, RecursionError):
-        return Problem("row.not_json", "nested too deep", where, "flatten the row")
+    if isinstance(error, DepthError):
+        return Problem("row.not_json", str(error), where, "flatten the row")
     return Problem("row.not_json", f"no JSON: {error}", where, "use null, or a number that JSON has")
 
 
 def _json_cure(text: str, error: json.JSONDecodeError) -> str:
+    if error.msg == "Extra data" and "\n" in text:
+        return "one object a line, each written by json.dumps; or all of them in one list, in [ and ]"
     if error.msg == "Extra data":
         return "one object a line: break the line between the objects"
     if text.lstrip()[:2] in ("{'", "['") or "property name enclosed in double quotes" in error.msg:
@@ -348,17 +410,24 @@ def _json_cure(text: str, error: json.JSONDecodeError) -> str:
 def _read_json(file: SourceFile, head: bytes) -> Iterator[Item]:
     lines = _lines(file, head)
     first: list[_Line] = []
+    filled = 0
     for item in lines:
         if isinstance(item, _Line):
             first.append(item)
+            filled += bool(item.text.strip())
             # The first lines decide whether this is one object a line or one document.
-            if len([line for line in first if line.text.strip()]) >= 5:
+            if filled == 5:
                 break
         else:
             yield item
+            if isinstance(item, Problem):  # behind which nothing can be read
+                yield from _read_objects(file, first, lines) if first else ()
+                return
     if _is_document(first):
         yield from _read_document(file, first, lines)
         return
+    if file.path.name.removesuffix(".gz").endswith(".json"):
+        yield Note(file.name, "is one object a line, not one JSON document; read as such")
     yield from _read_objects(file, first, lines)
 
 
@@ -377,6 +446,7 @@ def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | P
     found = 0
     for item in itertools.chain(first, rest):
         if not isinstance(item, _Line):
+            found += isinstance(item, Problem)
             yield item
             continue
         if not item.text.strip():
@@ -386,10 +456,20 @@ def _read_objects(file: SourceFile, first: list[_Line], rest: Iterator[_Line | P
             yield item.problem
             continue
         where = Where(file.name, item.number)
-        value = _decode(item.text, str(where), last=not item.ended)
-        yield value if isinstance(value, Problem) else _row(where, value)
+        yield from _objects_of(item.text, where, last=not item.ended)
     if not found:
         yield Problem("data.empty", "the file holds blank lines only", file.name, "give a file with rows")
+
+
+def _objects_of(text: str, where: Where, *, last: bool) -> Iterator[Item]:
+    """Yield the row of a line; or several, where a carriage return, which no JSON text holds, parts them."""
+    value = _decode(text, str(where), last=last)
+    parts = [part for part in text.split("\r") if part.strip()]
+    if isinstance(value, Problem) and len(parts) > 1:
+        for part in parts:
+            yield from _objects_of(part, where, last=last and part is parts[-1])
+        return
+    yield value if isinstance(value, Problem) else _row(where, value)
 
 
 def _read_document(file: SourceFile, first: list[_Line], rest: Iterator[_Line | Problem | Note]) -> Iterator[Item]:
@@ -406,14 +486,17 @@ def _read_document(file: SourceFile, first: list[_Line], rest: Iterator[_Line | 
     if not whole:
         return
     text = "\n".join(parts)
-    if file.path.name.removesuffix(".gz").endswith("l") and len(parts) > 1:
+    array = text.lstrip().startswith("[")
+    if file.path.name.removesuffix(".gz").endswith("l") and (array or len(parts) > 1):
         yield Note(file.name, "is one JSON document, not one object a line; read as such")
-    if text.lstrip().startswith("["):
+    if array:
         yield from _read_array(file, text, text.index("[") + 1, "]")
         return
-    value = _decode(text, file.name)
-    if isinstance(value, Problem):
-        yield _fatal(value)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        yield _fatal(_explain(error, text, str(Where(file.name, line))))
         return
     lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
     wrapped = _WRAPPED.match(text)
@@ -456,8 +539,8 @@ def _read_array(file: SourceFile, text: str, position: int, closing: str) -> Ite
             after, position = ",", position + 1
             continue
         try:
-            value, position = _DECODER.raw_decode(text, position)
-        except _FAULTS as error:
+            value, position = parse_json_at(text, position)
+        except ValueError as error:
             if isinstance(error, json.JSONDecodeError):
                 where = Where(file.name, error.lineno)
             yield _fatal(_explain(error, text, str(where)))
@@ -541,9 +624,6 @@ def _csv_lines(file: SourceFile, head: bytes, aside: list[Problem | Note], bad: 
             continue
         if item.problem:
             bad[item.number] = item.problem
-        elif "\0" in item.text:
-            where = f"{file.name}:{item.number}"
-            bad[item.number] = Problem("row.csv", "the line holds a NUL byte", where, "delete it")
         yield item.text.replace("\0", "") + "\n"
 
 
@@ -579,24 +659,53 @@ def _read_parquet(file: SourceFile, _: bytes) -> Iterator[Item]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
+    meter = Meter(file.path.stat().st_size)
     try:
-        with _open(file.path) as stream:
+        with open_plain(file.path) as stream:
             table = pq.ParquetFile(pa.BufferReader(stream.read()) if file.path.suffix == ".gz" else file.path)
-            names = table.schema_arrow.names
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                what = f"the column {twice!r} stands twice"
-                yield Problem("data.unreadable", what, file.name, "give each column its own name")
-                return
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for fields in _without_nanoseconds(batch).to_pylist():
-                    number += 1
-                    yield Row(Where(file.name, number), fields)
-    except (pa.ArrowException, ValueError, OSError) as error:
+        if problem := _parquet_fault(file, table.schema_arrow):
+            yield problem
+            return
+        _check_groups(table, meter)
+        meter = Meter(file.path.stat().st_size)
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+            meter.add(batch.nbytes)
+            for fields in _without_nanoseconds(batch).to_pylist():
+                number += 1
+                yield Row(Where(file.name, number), fields)
+        if number != table.metadata.num_rows:
+            raise ValueError(f"{number:,} rows where it says that it holds {table.metadata.num_rows:,}")
+    except InflationError:
+        raise
+    except Exception as error:  # what the libraries below raise on a damaged file, nobody lists
         yield Problem("data.unreadable", f"damaged parquet: {error}", file.name, "fetch the file again")
         return
     if not number:
         yield Problem("data.empty", "the file holds no rows", file.name, "give a file with rows")
+
+
+def _check_groups(table: Any, meter: Meter) -> None:
+    """Count what is to come out of a parquet file. Raises ValueError where what it says of itself doesn't agree."""
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        meter.add(group.total_byte_size)
+        for column in range(group.num_columns):
+            flat = table.schema.column(column).max_repetition_level == 0
+            if flat and group.column(column).num_values != group.num_rows:
+                raise ValueError(f"a column of {group.column(column).num_values:,} values in {group.num_rows:,} rows")
+
+
+def _parquet_fault(file: SourceFile, schema: Any) -> Problem | None:
+    names = schema.names
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        what = f"the column {twice!r} stands twice"
+        return Problem("data.unreadable", what, file.name, "give each column its own name")
+    for column in schema:
+        if (column.metadata or {}).get(b"ARROW:extension:name") == b"arrow.py_extension_type":
+            what = f"the column {column.name!r} holds Python pickles, which are never opened"
+            return Problem("data.unreadable", what, file.name, "write it as text, numbers or lists")
+    return None
 
 
 def _without_nanoseconds(batch: Any) -> Any:
@@ -623,7 +732,11 @@ def _read_text(file: SourceFile, head: bytes) -> Iterator[Item]:
             yield item if isinstance(item, Problem) else item.problem  # type: ignore[misc]
             return
         parts.append(item.text + "\n" * item.ended)
-    yield Row(Where(file.name, 1), {"text": "".join(parts)})
+    text = "".join(parts)
+    if "\r" in text:
+        yield Note(file.name, "line ends with a carriage return are read as line feeds")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    yield Row(Where(file.name, 1), {"text": text})
 
 
 # --- tagged words ---
@@ -639,18 +752,19 @@ def _read_conll(file: SourceFile, head: bytes) -> Iterator[Item]:
         if isinstance(item, Note | Problem):
             yield item
             continue
-        text = item.text.strip() if item else ""
+        text = item.text.strip(BLANKS) if item else ""
         aside = not begin and text.startswith(("-DOCSTART-", "# "))  # within a row a # is a word
         if item and not item.problem and text and not aside:
             begin = begin or item.number
-            columns = item.text.strip("\n").split("\t") if "\t" in item.text else text.split()
+            # Other white space, a no-break space say, is part of a word.
+            columns = item.text.split("\t") if "\t" in item.text else text.replace("\r", " ").split(" ")
             if len(columns) < 2:
                 where = f"{file.name}:{item.number}"
                 problem = problem or Problem(
                     "row.tags", f"no tag in {text!r:.40}", where, "a word and its tag on each line"
                 )
-            words.append(columns[0].strip())
-            tags.append(columns[-1].strip())
+            words.append(columns[0].strip(BLANKS))
+            tags.append(columns[-1].strip(BLANKS))
         elif item and item.problem:
             begin, problem = begin or item.number, item.problem
         elif begin:
@@ -666,6 +780,8 @@ def _read_paper(file: SourceFile, _: bytes) -> Iterator[Item]:
     suffix = file.path.suffix.lower()
     try:
         text = read_paper(file.path)
+    except InflationError:
+        raise
     except ImportError:
         cure = 'pip install "headstart[documents]"'
         yield Problem("data.unknown_type", f"{suffix} files need {NEEDS[suffix]}", file.name, cure)
