@@ -90,7 +90,9 @@ def predict(
             if problems:
                 continue
             for row, found in zip(rows, _tell(reader, segmented.examples, records, labels), strict=True):
-                file.write(json.dumps({**row.fields, **found}, ensure_ascii=False, default=str).encode() + b"\n")
+                line = json.dumps({**row.fields, **found}, ensure_ascii=False, default=str)
+                # Half of a surrogate pair in a column that isn't read stays the escape that it was.
+                file.write(line.encode(errors="backslashreplace") + b"\n")
             done += len(rows)
             if on_progress:
                 on_progress("labelling", done, done)

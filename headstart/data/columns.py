@@ -117,7 +117,7 @@ def take_number(value: Any, place: str) -> float:
     """Return a finite number."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # of 400 digits, say
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise RowError(Problem("row.label", f"{value!r:.40} where a number is expected", place, "a finite number"))
@@ -183,7 +183,7 @@ def label_task(rows: Sequence[Row], label: Sequence[str]) -> str:
 def _is_number(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -227,9 +227,11 @@ def take_picture(row: Row, image: str, label: str) -> Picture:
     path = Path(row.where.path).parent / name
     found = take_class(row.fields.get(label), row.where.field(label))
     try:
+        if path.exists() and not path.is_file():  # a device, say, which has no end
+            raise OSError("no regular file")
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    except OSError as error:
-        what = f"can't be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:
+        what = f"can't be read: {getattr(error, 'strerror', None) or error}"
         raise RowError(Problem("row.image", what, str(path), "mend the path; it starts at the data file")) from None
     return Picture(row.where, str(path), found, digest)
 

@@ -49,9 +49,11 @@ from headstart.data.columns import (
 from headstart.data.private import redact
 from headstart.data.read import Row, Where
 from headstart.data.records import Conversation, Document, Message, Record
+from headstart.data.strict import parse_json
 from headstart.errors import DataError, Problem
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "developer")
 ALIASES = {
     "human": "user",
     "gpt": "assistant",
@@ -527,7 +529,7 @@ def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) 
     if kept and kept[0].role == "assistant":
         kept[0] = replace(kept[0], trained=False)
     if not problems:
-        problems += _check_turns(kept, row.where)
+        problems += _check_turns(kept, row.where) or _check_calls(kept, tools, row.where)
     if problems:
         raise RowError(*problems)
     last = max(i for i, m in enumerate(kept) if (m.trained if train_on == "last" else m.role == "assistant"))
@@ -574,6 +576,8 @@ def _message(
         legacy = turn.get("function_call")
         calls = _tool_calls([legacy] if legacy else turn.get("tool_calls"), f"{place}.tool_calls")
         content = _content(turn.get("content"), f"{place}.content", optional=bool(calls))
+        for key in ("name", "tool_call_id"):
+            check_encodable(turn.get(key), f"{place}.{key}")
     except RowError as error:
         problems += error.problems
         return None
@@ -608,6 +612,7 @@ def _reasoning(turn: Mapping[str, Any], content: str, place: str, problems: list
         what = f"a {type(thought).__name__} where text is expected"
         problems.append(Problem("row.field_type", what, f"{place}.{key}", "give it as text"))
         return "", content
+    check_encodable(thought, f"{place}.{key}")
     return thought.strip(), content
 
 
@@ -650,9 +655,13 @@ def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
                 )
             )
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _parse_arguments(arguments, f"{place}[{index}].function.arguments")
-        check_encodable([function["name"], arguments], f"{place}[{index}].function")
+        where = f"{place}[{index}].function.arguments"
+        if arguments is None or isinstance(arguments, str):
+            arguments = _parse(arguments or "", where) or {}
+        if not isinstance(arguments, dict):
+            what = f"the arguments are a {type(arguments).__name__}, not an object"
+            raise RowError(Problem("row.tool_call", what, where, '{"name": value}'))
+        check_encodable([call.get("id"), function["name"], arguments], f"{place}[{index}]")
         calls.append(
             {
                 "id": str(call.get("id") or ""),
@@ -663,29 +672,39 @@ def _tool_calls(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(calls)
 
 
-def _parse_arguments(text: str, place: str) -> Any:
+def _parse(text: str, place: str) -> Any:
+    """Return what stands in a text as JSON; None where nothing does."""
     try:
-        return json.loads(text) if text.strip() else {}
+        return parse_json(text) if text.strip() else None
     except ValueError as error:
-        raise RowError(
-            Problem("row.tool_call", f"the arguments are no JSON: {error}", place, "an object as JSON")
-        ) from None
+        raise RowError(Problem("row.tool_call", f"no JSON: {error}", place, "write it with json.dumps")) from None
 
 
 def _calls_from_text(text: Any, place: str) -> list[Any]:
-    calls = _parse_arguments(text, place) if isinstance(text, str) else text
+    calls = _parse(text, place) if isinstance(text, str) else text
     return calls if isinstance(calls, list) else [calls]
 
 
 def _tools(value: Any, where: Where) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str):
-        value = _parse_arguments(value, where.field("tools")) if value.strip() else None
+        value = _parse(value, where.field("tools"))
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError(Problem("row.field_type", "no list of tools", where.field("tools"), "a list of JSON schemas"))
     check_encodable(value, where.field("tools"))
+    for index, tool in enumerate(value):
+        function = _function(tool)
+        named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not named or not isinstance(function.get("parameters"), dict | None):
+            cure = '{"type": "function", "function": {"name": "look", "parameters": {...}}}'
+            what = "no function with a name, or parameters that are no schema"
+            raise RowError(Problem("row.tool_call", what, where.field(f"tools[{index}]"), cure))
     return tuple(value)
+
+
+def _function(tool: Mapping[str, Any]) -> Any:
+    return tool.get("function", tool)
 
 
 def _check_turns(messages: Sequence[Message], where: Where) -> list[Problem]:
@@ -697,8 +716,26 @@ def _check_turns(messages: Sequence[Message], where: Where) -> list[Problem]:
         ]
     known: set[str] = set()
     for index, message in enumerate(messages):
+        if index and message.role in SYSTEM:
+            second = messages[0].role in SYSTEM
+            what = f"a {message.role} turn {'behind another' if second else 'that is not the first'}"
+            cure = "join it to the first turn, or to the user's"
+            return [Problem("row.role", what, where.field(f"turn[{index}].role"), cure)]
         known.update(call["id"] for call in message.tool_calls)
         if message.role == "tool" and message.tool_call_id and message.tool_call_id not in known:
             what = f"the result of a call {message.tool_call_id!r} that was never made"
             return [Problem("row.tool_call", what, where.field(f"turn[{index}]"), "add the call before it")]
+    return []
+
+
+def _check_calls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], where: Where) -> list[Problem]:
+    """Return the call of a tool that isn't among those of the row, where it names any."""
+    names = [_function(tool)["name"] for tool in tools]
+    for index, message in enumerate(messages):
+        for call in message.tool_calls:
+            name = call["function"]["name"]
+            if tools and name not in names:
+                what = f"a call of {name!r}, which is none of the tools"
+                cure = f"one of {', '.join(names)}; or add it to the tools"
+                return [Problem("row.tool_call", what, where.field(f"turn[{index}].tool_calls"), cure)]
     return []

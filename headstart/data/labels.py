@@ -195,6 +195,9 @@ def segment_labelled(
         for record in part:
             texts = encoded[place : place + len(record.texts)]
             place += len(record.texts)
+            if not all(texts):
+                result.problems.append(no_tokens(record))
+                continue
             room = max_length - encoder.frame_length(len(texts))
             over = sum(map(len, texts)) - room
             if over > 0 and over_length != "cut":
@@ -219,6 +222,11 @@ def segment_labelled(
     if over_length == "error":
         result.reject_dropped(max_length, "drop or cut")
     return result
+
+
+def no_tokens(record: Record) -> Problem:
+    """Return what is wrong with a text of which a tokenizer keeps nothing: of lone joiners, say."""
+    return Problem("row.empty_text", "the text gives no token", str(record.where), "delete the row")
 
 
 def _cut(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], list[int]]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.encode import Encoder
+from headstart.data.labels import no_tokens
 from headstart.data.records import Document
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
 from headstart.errors import ModelError, Problem
@@ -113,8 +114,7 @@ def segment_masked(
         part = documents[start : start + ROWS_AT_ONCE]
         for document, tokens in zip(part, encoder.encode_texts([d.content for d in part]), strict=True):
             if not tokens:
-                what = "the text gives no token"
-                result.problems.append(Problem("row.empty_text", what, str(document.where), "delete the row"))
+                result.problems.append(no_tokens(document))
                 continue
             if len(tokens) > room and over_length in ("drop", "error"):
                 result.dropped.append((document.where, len(tokens) + max_length - room))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from headstart.data.encode import Encoder
+from headstart.data.labels import no_tokens
 from headstart.data.records import Document, Related
 from headstart.data.segments import ROWS_AT_ONCE, Example, Segment, Segmented
 from headstart.errors import DataError, Problem
@@ -54,6 +55,9 @@ def segment_related(
         encoded = iter(encoder.encode_texts([text for row in part for text in row.texts]))
         for row in part:
             texts = [next(encoded) for _ in row.texts]
+            if not all(texts):
+                result.problems.append(no_tokens(row))
+                continue
             longest = max(map(len, texts))
             if longest > room and over_length != "cut":
                 result.dropped.append((row.where, longest + max_length - room))

@@ -25,7 +25,7 @@ from headstart.data.segments import Example, Segment
 from headstart.files import new_folder, read_json, remove_folder, sha256, write_json
 from headstart.machine import home
 
-FORMAT = 2  # of the files; another number makes all stores anew
+FORMAT = 3  # of the files and of what rows become; another number makes all stores anew
 MANIFEST, IDS, WEIGHTS, RECORDS = "manifest.json", "ids.bin", "weights.bin", "records.jsonl"
 # A larger file is known by its size alone: hashing it would cost more than reading what is needed.
 HASHED_BYTES = 1 << 30
