@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from headstart.data.bounded import BoundedTemplate
 from headstart.data.encode import Encoder, Run, split_keep
 from headstart.data.opaque import is_opaque
 from headstart.data.read import Where
@@ -61,6 +62,7 @@ class Renderer(Encoder):
             )
             raise ModelError(Problem("model.template", "the model has no chat template", "", cure))
         self.stop_ids = tuple(dict.fromkeys(int(id_) for id_ in stop_ids))
+        self._templates: dict[str, BoundedTemplate] = {}
         self._stop_id = self._find_stop()
         self._writes_reasoning = not self._plain and self._find_reasoning()
         self._opaque = (
@@ -173,20 +175,27 @@ class Renderer(Encoder):
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, generation: bool = False
     ) -> str:
-        import jinja2
-
+        """Return what transformers' `apply_chat_template` gives, within bounds and on the day of the run."""
+        given = list(tools) or None
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                    strftime_now=self._today.strftime,
-                )
+            template = self._bounded(self.tokenizer.get_chat_template(tools=given))
+            return template.render(
+                **self.tokenizer.special_tokens_map,
+                messages=[_with_other_names(message) for message in messages],
+                tools=given,
+                documents=None,
+                add_generation_prompt=generation,
+                strftime_now=self._today.strftime,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # what a template can do wrong, nobody lists
             raise _TemplateError(str(error) or type(error).__name__) from None
+
+    def _bounded(self, text: str) -> BoundedTemplate:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        if text not in self._templates:
+            self._templates[text] = BoundedTemplate(_compile_jinja_template("").environment, text)
+        return self._templates[text]
 
     def _match_plain(
         self,
@@ -439,6 +448,12 @@ def _as_is(text: str) -> str:
 
 
 STRIPS: tuple[Strip, ...] = (_as_is, str.strip, str.lstrip, str.rstrip)
+
+
+def _with_other_names(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message whose reasoning also stands under the older name that some templates read."""
+    thought = message.get("reasoning_content")
+    return message if thought is None else {"thinking": thought, **message}
 
 
 def _as_mapping(message: Message) -> dict[str, Any]:
