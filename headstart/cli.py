@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from headstart.errors import DataError, HeadstartError, Problem, UsageError
+from headstart.files import json_text
 
 if TYPE_CHECKING:
     from headstart.config import Config, Override
@@ -438,13 +439,13 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        print(json_text(result, default=str))
     return result
 
 
 def _fail(error: HeadstartError, as_json: bool) -> NoReturn:
     if as_json:
-        print(json.dumps(error.to_json(), indent=2, ensure_ascii=False))
+        print(json_text(error.to_json()))
     else:
         from headstart.display import Display
 

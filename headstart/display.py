@@ -15,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from headstart.files import Lines
 
 PLAIN_EVERY_S = 5.0
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 GIB, MIB = 1 << 30, 1 << 20
 
 
 def safe(text: str) -> str:
-    """Return text in which nothing steers a terminal: control characters are spelled out."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Return text in which nothing steers a terminal: control characters are spelled out.
+
+    So are halves of surrogate pairs, which can't be printed: file names that are no UTF-8 hold them.
+    """
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Display:
@@ -77,7 +80,7 @@ class Display:
     def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
         """Show how far a phase is: a bar in a terminal, else a line now and then and at the end."""
         if self._live:
-            self._move_bar(label, done, total, detail)
+            self._move_bar(safe(label), done, total, safe(detail))
             return
         now = time.monotonic()
         if label != self._label or done == total or now - self._printed_at >= PLAIN_EVERY_S:
@@ -104,7 +107,7 @@ class Display:
             columns: list[Any] = [TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
             columns += [TextColumn("{task.fields[detail]}"), TimeRemainingColumn(compact=True)]
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task(label, total=total, detail="")
+            self._task = self._bar.add_task(escape(label), total=total, detail="")
             self._label = label
             self._bar.start()
         if self._task is not None:

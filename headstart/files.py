@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,6 +18,7 @@ from headstart.faults import reach
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+UNPRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -26,7 +28,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     the permissions that any new file would get.
     """
     with new_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # Names of files may hold halves of surrogate pairs, which no encoding writes: these are spelled out.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -82,8 +85,13 @@ class Lines:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Refuses NaN and infinity, which are no JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
+    write_atomic(path, json_text(value, allow_nan=False) + "\n")
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """Return `value` as indented JSON in which nothing steers a terminal: such characters are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, **how)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def read_json(path: Path) -> Any:

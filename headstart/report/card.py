@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from headstart.data.templates import TEMPLATES
+from headstart.display import safe
 from headstart.report.words import score_table, sentence, speed_facts
 
 LORA = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")
-{room}model = PeftModel.from_pretrained(base, "{model}")
+base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({model})
+{room}model = PeftModel.from_pretrained(base, {model})
 {rest}```
 """
 FULL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{model}", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoModelForCausalLM.from_pretrained({model}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({model})
 {rest}```
 """
 PIPELINE = """```python
 from transformers import pipeline
 
-tell = pipeline("{pipeline}", model="{model}", dtype="{dtype}"{more})
+tell = pipeline("{pipeline}", model={model}, dtype="{dtype}"{more})
 print(tell("..."))
 ```
 """
 NUMBERS = """```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{model}", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoModelForSequenceClassification.from_pretrained({model}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({model})
 found = model(**tokenizer("...", return_tensors="pt")).logits[0]
 {rest}print(found.tolist())
 ```
@@ -44,7 +48,7 @@ found = model(**tokenizer("...", return_tensors="pt")).logits[0]
 EMBEDDING = """```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{model}")
+model = SentenceTransformer({model})
 print(model.similarity(model.encode("..."), model.encode("...")))
 ```
 """
@@ -52,7 +56,7 @@ IMAGES = (
     """```python
 import headstart
 
-headstart.predict("{model}", "a folder of images", "found.jsonl")
+headstart.predict({model}, "a folder of images", "found.jsonl")
 ```
 
 or, with torchvision at hand:
@@ -94,7 +98,8 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     model = result["model"]
     head = ["---", *_metadata(model, result), "---"]
     scores = [
-        f"| {name} | {before} | {after} | {difference} |" for name, before, after, difference, _ in score_table(result)
+        f"| {_text(name)} | {before} | {after} | {difference} |"
+        for name, before, after, difference, _ in score_table(result)
     ]
     rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
     shape = SHAPES.get(result["task"], LORA if result["method"] == "lora" else FULL)
@@ -102,9 +107,9 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         rest = UNITS.format(**result["scale"]) if result["scale"] else ""
     code = ", trust_remote_code=True" if result["task"] == "images" else ""
     snippet = shape.format(
-        model=folder / "model",
-        base=model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"],
-        revision=f', revision="{model["revision"]}"' if model["revision"] else "",
+        model=_literal(str(folder / "model")),
+        base=_literal(model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"]),
+        revision=f", revision={_literal(model['revision'])}" if model["revision"] else "",
         dtype=result["dtype"],
         rest=rest,
         room=ROOM if template in TEMPLATES else "",
@@ -116,11 +121,11 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     return "\n".join(
         [
             *head,
-            f"# {folder.name}",
+            f"# {_text(folder.name)}",
             "",
-            f"{base}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
+            f"{_text(base)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
             "",
-            f"**{sentence(result)}.**",
+            f"**{_text(sentence(result))}.**",
             "",
             "| | before | after | difference, 95% interval |",
             "|---|---|---|---|",
@@ -146,7 +151,27 @@ def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     library = "peft" if adapter else "sentence-transformers" if task == "embedding" else "transformers"
     lines.append(f"library_name: {library}")
     if model["kind"] == "hub":
-        lines.append(f"base_model: {model['name'].partition('@')[0]}")
+        lines.append(f"base_model: {_value(model['name'].partition('@')[0])}")
     if model["license"]:
-        lines.append(f"license: {model['license'].lower()}")
+        lines.append(f"license: {_value(model['license'].lower())}")
     return lines
+
+
+MARKUP = re.compile(r"([\\`*\[\]|])")
+UNQUOTED = re.compile(r"[\w./@+-]+")
+
+
+def _text(text: str) -> str:
+    """Return a name as Markdown that shows it, whatever it spells: no markup, no HTML, no link, one line."""
+    return MARKUP.sub(r"\\\1", html.escape(safe(text).replace("\n", " "), quote=False))
+
+
+def _literal(text: str) -> str:
+    """Return a text as Python writes it, in which nothing ends a block of code or begins a tag."""
+    escaped = json.dumps(text)
+    return escaped.replace("<", "\\x3c").replace("`", "\\x60")
+
+
+def _value(text: str) -> str:
+    """Return a text as YAML: as it is where that is plain."""
+    return text if UNQUOTED.fullmatch(text) else json.dumps(text).replace("<", "\\u003c")

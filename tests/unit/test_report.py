@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,15 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from rich.console import Console
 
 from headstart.config import build_config
-from headstart.display import in_bytes, in_time, safe
+from headstart.display import Display, in_bytes, in_time, safe
 from headstart.engine.loop import Progress
+from headstart.errors import Problem
 from headstart.evaluate.measure import Measured, RowResult
+from headstart.files import json_text, read_json, write_json
 from headstart.report.card import model_card
 from headstart.report.charts import POINTS_MAX, Series, line_chart, nice_ticks, thin_out
 from headstart.report.page import report_page
 from headstart.report.result import build_result
+from headstart.report.told import told_sections
 from headstart.report.words import sentence
 
 PAYLOADS = [
@@ -146,6 +154,44 @@ def test_data_in_the_page_is_text(page: str) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
+def test_names_of_classes_and_models_are_text_in_page_and_card() -> None:
+    classes = Measured(
+        [
+            RowResult(p, 1.0, 1.0, "asked", p, PAYLOADS[(n + 1) % len(PAYLOADS)], True, probability=0.5)
+            for n, p in enumerate(PAYLOADS)
+        ],
+        "classification",
+    )
+    hostile = {
+        **result(),
+        "scale": None,
+        "model": {
+            **SOURCE,
+            "name": "a\n# b `c` [d](javascript:e) | <img src=x onerror=f>",
+            "license": "x: <script>\ny",
+        },
+    }
+    cards = [
+        model_card(Path("runs/<script>alert(1)") / name, {**hostile, "method": method, "task": task}, "model")
+        for name in ("```<img onerror=x>", '"); import os; ("', "[x](javascript:y)")
+        for method in ("lora", "full")
+        for task in ("chat", "classification", "regression", "embedding", "images")
+    ]
+    parser = _Tags()
+    parser.feed("".join(body for _, body in told_sections(classes, classes)))
+    assert not {"script", "img", "svg onload"} & set(parser.tags)
+    assert not [name for name, _ in parser.attributes if name.startswith("on")]
+    for card in cards:
+        assert not re.search(r"<(script|img|svg)", card)
+        prose = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+        assert not re.search(r"(?<!\\)\]\(javascript:|^# b|(?<!\\)`", prose, re.MULTILINE)
+        assert card.count("```") % 2 == 0
+        for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+            names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
+            assert "os" not in names
+        assert len(yaml.safe_load(card.split("---\n")[1])) >= 4
+
+
 def test_the_page_says_what_was_and_what_was_not_measured(page: str) -> None:
     for said in (
         "Better",
@@ -218,6 +264,29 @@ def test_long_curves_are_thinned_and_odd_values_left_out() -> None:
 def test_nothing_in_data_steers_a_terminal() -> None:
     assert safe("a\x1b[31mb\x07\x9b") == "a\\x1b[31mb\\x07\\x9b"
     assert safe("tab\tand\nline") == "tab\tand\nline"
+
+
+def test_names_that_steer_a_terminal_are_spelled_out_wherever_they_are_printed(tmp_path: Path) -> None:
+    hostile = "a\x1b]0;title\x07\x9b2J\udcff.jsonl"
+    for live in (True, False):
+        file = io.StringIO()
+        display = Display(file, live=live)
+        display.console = Console(file=file, force_terminal=live, highlight=False, soft_wrap=True)
+        display.log_to(tmp_path / "log.txt")
+        display.line(hostile)
+        display.fact("file", hostile)
+        display.warn(str(Problem("data.empty", hostile, hostile, hostile)))
+        display.stream(hostile)
+        display.progress(f"[bold]{hostile}", 0, 2, hostile)
+        display.progress(f"[bold]{hostile}", 2, 2, hostile)
+        said = file.getvalue() + (tmp_path / "log.txt").read_text(encoding="utf-8")
+        assert not re.search("\x1b\\]|\x07|\x9b|\udcff", said)
+        assert "\\x1b]0;title\\x07\\x9b2J\\udcff.jsonl" in said
+    told = json_text({"file": hostile})
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", told)
+    assert json.loads(told) == {"file": hostile}
+    write_json(tmp_path / "data.json", {"file": hostile})
+    assert read_json(tmp_path / "data.json") == {"file": hostile}
 
 
 def test_sizes_and_times_in_their_units() -> None:
