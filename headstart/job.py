@@ -22,7 +22,7 @@ from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import mix
-from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows
+from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped
 from headstart.data.read import SourceFile, find_files
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
@@ -115,8 +115,15 @@ class Data:
         return True
 
     def reject_bad_rows(self) -> None:
-        """Raise DataError with every bad row where there are more than the settings allow."""
-        reject_bad_rows(self.prepared.problems, self.config.settings.data.max_bad_rows)
+        """Raise DataError with every bad row where there are more than the settings allow.
+
+        Also where many rows are dropped as too long and the user didn't say that they may be.
+        """
+        settings = self.config.settings.data
+        reject_bad_rows(self.prepared.problems, settings.max_bad_rows)
+        if not self.config.given("data.over_length"):
+            parts = (self.prepared.train, self.prepared.watch, self.prepared.proof)
+            reject_dropped(parts, settings.max_length or self.prepared.longest)
 
 
 @dataclass

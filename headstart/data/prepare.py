@@ -36,6 +36,8 @@ FITTING = {
     "images": ("images",),
     **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "columns"), ("chat",)),
 }
+FEW_ROWS = 10
+DROPPED_FRAC = 0.05  # as many rows may be left out as too long where the user said nothing of them
 R = TypeVar("R")
 
 
@@ -191,6 +193,17 @@ def reject_bad_rows(problems: Sequence[Problem], allowed: int) -> None:
         raise DataError(problems)
 
 
+def reject_dropped(parts: Sequence[Segmented], max_length: int) -> None:
+    """Raise DataError where more rows than a few are dropped since they are too long."""
+    dropped = [place for part in parts for place in part.dropped]
+    rows = len(dropped) + sum(len(part.examples) for part in parts)
+    if len(dropped) > DROPPED_FRAC * rows:
+        where, length = max(dropped, key=lambda place: place[1])
+        share = f"{len(dropped):,} of {rows:,} rows ({len(dropped) / rows:.0%}) are over {max_length:,} tokens"
+        cure = "raise data.max_length; or say what becomes of them: -s data.over_length=drop or cut"
+        raise DataError(Problem("row.too_long", f"{share}, the longest has {length:,}", str(where), cure))
+
+
 @dataclass(frozen=True)
 class Split:
     """Which rows are for what, by their numbers: `watch` and `proof` among the rows to score on, where these were named."""
@@ -313,6 +326,9 @@ def prepare(
         parts = split_parts(train, evaluation, settings, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
         raise DataError([*problems, *error.problems]) from None
+    if len(parts.train) < FEW_ROWS:
+        few = f"{len(parts.train)} rows to train on are few: most likely they are learned by heart"
+        train.notes.append(few)
     labels = None
     if task in LABELLED:
         labels = find_labels(parts.train, task, settings.label)

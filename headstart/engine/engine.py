@@ -251,11 +251,11 @@ class Engine:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         # The one moment of a step at which the host waits for a GPU.
         total, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
-        norm = total / count
+        norm = total / count if count else math.nan  # where nothing is predicted there is no mean
         self.taken = replace(sums, summed=loss, counted=count)
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad()
-            what = f"the loss sum is {loss} and the gradient's norm {norm}"
+            what = f"the loss sum is {loss} over {count:g} targets and the gradient's norm {norm}"
             cure = "lower optim.lr; look at the rows of this step"
             raise DivergedError(Problem("numbers.not_finite", what, "", cure))
         # The update divides as it goes, by the step's count and by what clips: no pass over the gradients for that.
