@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,10 +148,13 @@ def _fault(picture: Picture) -> Problem | None:
     return None
 
 
-def _open(path: str) -> Any:
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[Any]:
     from PIL import Image as Pillow
 
     Pillow.MAX_IMAGE_PIXELS = None  # the size is checked before a pixel is decoded
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says, the problem says
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Pillow.open(path)
+        with Pillow.open(path) as file:
+            yield file
