@@ -332,7 +332,17 @@ def known_keys() -> dict[str, str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without custom tags, in which a key that stands twice is an error."""
+    """YAML without custom tags and aliases, in which a key that stands twice is an error."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of which can stand for more than any memory holds
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "an alias (*name) has no use here",
+                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -355,7 +365,7 @@ def _read_yaml(path: Path | None) -> list[Override]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(
             Problem("config.unreadable", f"the config file can't be read: {error}", str(path), "mend the file")
         ) from None

@@ -114,6 +114,11 @@ def test_a_setting_without_effect_is_an_error(values: dict[str, object]) -> None
         ("data:\n  prompt: {{dialogue}}\n", "in quotes"),
         ("out: 2024-13-45\n", "can't be read"),
         ("a: !!python/name:os.system ''\n", "can't be read"),
+        ("a: !!python/object/apply:os.system [id]\n", "can't be read"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
+        ("a: " + "[" * 5_000 + "\n", "can't be read"),
+        ("seed: " + "9" * 5_000 + "\n", "can't be read"),
+        ("seed: 1\0\n", "can't be read"),
     ],
 )
 def test_a_config_file_that_cannot_be_read_as_written(tmp_path: Path, text: str, said: str) -> None:
