@@ -96,7 +96,7 @@ class DataSettings(Section):
     )
     leaks: Literal["auto", "near", "exact"] = Field(
         "auto",
-        description="Rows not trained on since they are held out too: near takes those that say nearly the same; auto does where data is small.",
+        description="Rows not trained on since they are held out too: near takes those that say nearly the same; auto does where data is small and few rows do.",
     )
     max_length: Count | None = Field(None, description="The most tokens of a row.")
     over_length: Literal["auto", "drop", "cut", "split", "error"] = Field(

@@ -266,7 +266,7 @@ def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool
         return {}
     if streamed or task == "images":
         return {"data.leaks": ("exact", "images" if task == "images" else "comparing so many rows takes long")}
-    return {"data.leaks": ("near", "there are few rows")}
+    return {}
 
 
 # Settings that are for some tasks alone.

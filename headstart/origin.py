@@ -62,6 +62,7 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
             ],
             "bad": [problem.to_json() for problem in prepared.problems],
         },
+        "alike": prepared.parts.alike,
         "cut": sum(part.cut for part in parts.values()),
         "notes": [note for formed in prepared.formed for note in formed.notes],
         "model": {**data.source.to_json(), "sha256": _weights_hash(data.source)},

@@ -43,7 +43,7 @@ MUTANTS = [
 WHOLE = [
     "tests/e2e/test_survival.py",
     "-k",
-    "again_and_again or another_run or for_once or left_out or allowed or taken_away",
+    "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run",
 ]
 MUTANTS_OF_RUNS = [
     ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),

@@ -37,6 +37,9 @@ FITTING = {
     **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "columns"), ("chat",)),
 }
 FEW_ROWS = 10
+NEAR_FRAC = (
+    0.2  # as many rows may be left out since they nearly say what is held out; where more do, rows are like that
+)
 DROPPED_FRAC = 0.05  # as many rows may be left out as too long where the user said nothing of them
 R = TypeVar("R")
 
@@ -81,6 +84,7 @@ class Parts:
     duplicates: int = 0
     leaked: int = 0
     near: Sequence[NearLeak] = ()
+    alike: int = 0  # rows that nearly say what is held out, and stay, since so many do
 
 
 @dataclass
@@ -215,6 +219,7 @@ class Split:
     duplicates: int
     leaked: int
     near: Sequence[NearLeak] = ()
+    alike: int = 0  # rows that nearly say what is held out, and stay, since so many do
 
 
 def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch: bool) -> Split:
@@ -247,8 +252,13 @@ def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch
     )
 
 
-def without_near_leaks(found: Split, rows: Sequence[Record], evaluation: Sequence[Record] | None) -> Split:
-    """Take rows out of the training data that say nearly what a held-out row says. Raises DataError where none is left."""
+def without_near_leaks(
+    found: Split, rows: Sequence[Record], evaluation: Sequence[Record] | None, within: float = 1.0
+) -> Split:
+    """Take rows out of the training data that say nearly what a held-out row says. Raises DataError where none is left.
+
+    Where they are more than a part `within` of it, that is how these rows are, and all of them stay.
+    """
     records = rows if evaluation is None else [*rows, *evaluation]
     before = len(records) - len(rows if evaluation is None else evaluation)
     held = np.zeros(len(records), np.bool_)
@@ -258,6 +268,8 @@ def without_near_leaks(found: Split, rows: Sequence[Record], evaluation: Sequenc
     shingles = shingle("\n".join(record.texts) for record in records).finish(distinct.rows)
     like = find_near_leaks(shingles, distinct, held)
     near = like.other[found.train] >= 0
+    if near.mean() > within:
+        return replace(found, alike=int(near.sum()))
     if near.all():
         what = f"all {len(near):,} rows to train on say nearly what a held-out row says"
         cure = "group rows that belong together (data.group_by), or take them: -s data.leaks=exact"
@@ -282,8 +294,9 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
     rows = train.formatted.examples
     others = rows if evaluation is None else evaluation.formatted.examples
     found = split(Keys.of(rows), None if evaluation is None else Keys.of(others), settings, watch=watch)
-    if settings.leaks == "near":
-        found = without_near_leaks(found, rows, None if evaluation is None else others)
+    if settings.leaks != "exact":
+        within = 1.0 if settings.leaks == "near" else NEAR_FRAC
+        found = without_near_leaks(found, rows, None if evaluation is None else others, within)
     return Parts(
         [rows[row] for row in found.train],
         [others[row] for row in found.watch],
@@ -292,6 +305,7 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
         found.duplicates,
         found.leaked,
         found.near,
+        found.alike,
     )
 
 

@@ -143,6 +143,11 @@ def data_lines(prepared: Any) -> list[str]:
     if parts.near:
         what = f"{len(parts.near):,} rows to train on say nearly what a row to score on says; they are not trained on"
         lines.append(f"{what}; first {parts.near[0].where}, like {parts.near[0].like}")
+    if parts.alike:
+        lines.append(
+            f"{parts.alike:,} rows to train on say nearly what a row to score on says: so many that they stay; what is gained "
+            "on rows that are really new may be less (-s data.leaks=near takes them out)"
+        )
     for name, part in (("train on", prepared.train), ("watch", prepared.watch), ("prove with", prepared.proof)):
         if part.dropped:
             longest = max(length for _, length in part.dropped)
@@ -186,6 +191,8 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("in both", f"{data['dropped']['in_both']:,} rows to score on were taken out of the training data")
         )
+    if alike := data.get("alike"):
+        facts.append(("nearly in both", f"{alike:,} rows nearly say what a row to score on says, and were trained on"))
     if near := data["dropped"].get("nearly_in_both"):
         what = f"{len(near):,} rows that say nearly what a row to score on says were taken out of the training data"
         facts.append(("nearly in both", what))

@@ -791,6 +791,28 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
     55: ("R", ("tests/laws/test_rendering.py::test_the_prompt_is_a_prefix_of_the_training_tokens",)),
     56: ("R", ("tests/unit/test_bad_inputs.py::test_a_token_without_an_embedding_is_refused",)),
     57: ("OK", ("tests/unit/test_feed.py::test_every_step_but_the_last_is_full_and_epochs_are_whole",)),
+    58: (
+        "W, F",
+        (
+            "tests/unit/test_near.py::test_near_duplicates_are_those_that_all_pairs_give",
+            "tests/unit/test_feed.py::test_rows_that_say_nearly_what_is_held_out_are_not_trained_on_where_that_is_asked",
+        ),
+    ),
+    59: (
+        "W",
+        (
+            "tests/unit/test_private.py::test_each_kind_is_found_whole_between_words_and_replaced",
+            "tests/unit/test_private.py::test_what_only_looks_private_stays",
+        ),
+    ),
+    60: ("W", ("tests/unit/test_quality.py::test_what_hurts_in_one_row",)),
+    64: (
+        "W",
+        (
+            "tests/unit/test_quality.py::test_rows_in_another_script",
+            "tests/unit/test_quality.py::test_what_hurts_in_one_row",
+        ),
+    ),
     61: (
         "F",
         (
@@ -811,11 +833,9 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
 # Rows that nothing holds yet, and why; of those that are held too, the part that is not.
 OPEN = {
     46: "there is no tuning by preferences yet",
-    58: "near duplicates are not looked for",
-    59: "personal data is not looked for",
-    60: "look-alike characters are not looked for",
+    60: "look-alike letters of other scripts are not looked for",
     63: "a server is not there yet; names on the command line are held",
-    64: "languages and blobs are not looked for",
+    64: "languages within one script are not told apart",
 }
 
 

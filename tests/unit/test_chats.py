@@ -114,7 +114,7 @@ def test_a_store_gives_what_memory_gives(
 ) -> None:
     monkeypatch.chdir(file.parent)
     write(Path("others.jsonl"), [*rows_of_all_kinds()[30:60], {"instruction": "x"}])
-    settings = DataSettings(train=(file.name,), **how)
+    settings = DataSettings(train=(file.name,), **{"leaks": "exact", **how})
     held = prepare(form_sides(settings), settings, renderer, 90, task="chat")
     for _ in range(2):  # as it is written, and as it is found again
         found = stored(renderer, settings)

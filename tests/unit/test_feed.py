@@ -89,6 +89,10 @@ def test_rows_that_say_nearly_what_is_held_out_are_not_trained_on_where_that_is_
     assert parts.near[0].share == 0.9  # 21 words are 19 shingles; one of them differs: 18 of 20
     assert [c.where.line for c in parts.train] == list(range(60))
     plain = split_parts(formed(rows), formed(held), DataSettings(leaks="exact"), watch=False)
+    few = split_parts(formed(rows), formed(held), DataSettings(leaks="auto"), watch=False)
+    assert few == parts
+    all_alike = split_parts(formed(rows[60:61] * 2), formed(held), DataSettings(leaks="auto"), watch=False)
+    assert (len(all_alike.train), all_alike.near, all_alike.alike) == (2, (), 2)
     assert (len(plain.train), plain.near) == (62, ())
     with pytest.raises(DataError, match="all 1 rows to train on say nearly") as caught:
         split_parts(formed(rows[60:61]), formed(held), DataSettings(leaks="near"), watch=False)
