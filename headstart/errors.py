@@ -90,7 +90,7 @@ CODES: dict[str, str] = {
     "memory.plan": "The run would run out of memory after time has been spent on it.",
     "memory.exhausted": "The machine has no more memory.",
     "disk.full": "The result could not be kept.",
-    "disk.failed": "What can't be written is lost with the process.",
+    "disk.failed": "What can't be read or written is lost to what needs it.",
     # training
     "numbers.not_finite": "One update with such a number destroys the model.",
     # ends

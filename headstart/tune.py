@@ -121,7 +121,7 @@ def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
     if folder.result_file.exists():
         display.line(f"{path} is finished: {sentence(Run(path).result)}")
         return Run(path)
-    with _disk_faults_told(folder), machine.resources(), _stoppable(display) as stop, folder.locked():
+    with machine.resources(), _disk_faults_told(folder), _stoppable(display) as stop, folder.locked():
         record = read_json(folder.data_file)
         known = {told for once in record.get("allowed", []) for told in once["changes"]}
         config = folder.read_config()
@@ -163,6 +163,7 @@ class _Session:
     display: Display
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
+    metrics_wait: bool = False
 
     def __post_init__(self) -> None:
         run = identity(read_json(self.folder.data_file))
@@ -280,11 +281,15 @@ class _Session:
             raise FileNotFoundError(errno.ENOENT, "the run's folder is gone", str(self.folder.path))
 
     def _record(self, values: dict[str, Any]) -> None:
-        """Add a line to the metrics; where the disk refuses, it is written with the next."""
+        """Add a line to the metrics; where the disk refuses, it is written with the next, and that is told once."""
         try:
             self.folder.add_metrics(values)
         except OSError as error:
-            self._go_on_without("its line of the metrics", error, "it is written with the next")
+            if not self.metrics_wait:
+                self._go_on_without("its line of the metrics", error, "lines are written as soon as they can be")
+            self.metrics_wait = True
+        else:
+            self.metrics_wait = False
 
     def _go_on_without(self, what: str, error: OSError, then: str = "") -> None:
         newest = self.checkpoints.newest
