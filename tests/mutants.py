@@ -1,4 +1,4 @@
-"""Would a test notice? Each mutant of the code that keeps runs whole must fail one: `python -m tests.mutants`.
+"""Would a test notice? Each mutant of the code that keeps runs whole must fail one: `python -m tests.mutants [NUMBER ...]`.
 
 A mutant is the package with one thing taken out. It is tried in a copy, by the tests of files and, where a whole run is
 needed to tell, by some of those of survival.
@@ -88,14 +88,17 @@ def is_killed(file: str, old: str, new: str, tests: list[str]) -> bool:
 
 
 def main() -> None:
-    """Try all mutants, or those of files that are named."""
-    survivors = 0
+    """Try all mutants, or those whose numbers are named."""
+    survivors = tried = 0
     chosen = [(*mutant, FILES) for mutant in MUTANTS] + [(*mutant, WHOLE) for mutant in MUTANTS_OF_RUNS]
     for number, (file, old, new, tests) in enumerate(chosen, 1):
+        if sys.argv[1:] and str(number) not in sys.argv[1:]:
+            continue
+        tried += 1
         killed = is_killed(file, old, new, tests)
         survivors += not killed
         print(f"{number:>3} {'killed ' if killed else 'SURVIVES'} {file}: {old.strip().splitlines()[0]}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    print(f"{tried - survivors} of {tried} killed")
     sys.exit(bool(survivors))
 
 
