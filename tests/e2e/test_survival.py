@@ -482,16 +482,19 @@ def test_damaged_best_weights_are_told_and_the_last_are_kept(
     assert kept is not None or "the model of the last step" in said
 
 
-def test_a_run_whose_folder_is_taken_away_says_so(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [0, 2])  # what is written first is a checkpoint, or the best weights
+def test_a_run_whose_folder_is_taken_away_says_so(
+    small_data: Path, tiny_model: Path, tmp_path: Path, every: int
+) -> None:
     class TakesAway(Display):
         def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
             if label == "training" and done == 3:
                 shutil.rmtree(tmp_path / "run")
 
     with (tmp_path / "said.txt").open("w") as file:
-        display = TakesAway(file, live=False)
+        display, settings = TakesAway(file, live=False), {**SETTINGS, "eval.every": every}
         with pytest.raises(ResourceError, match="folder is gone") as error:
-            tune(small_data, model=str(tiny_model), out=tmp_path / "run", settings=SETTINGS, display=display)
+            tune(small_data, model=str(tiny_model), out=tmp_path / "run", settings=settings, display=display)
     assert error.value.exit_code == 4
     assert not (tmp_path / "run").exists()
 
