@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,19 @@ from headstart.data.read import Where
 from headstart.data.records import Conversation, Message
 from headstart.data.segments import Example, Segment
 
+# Runs leave signals alone that are ignored when they begin, as in the background or under nohup; tests send them.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _handler)
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def is_test(name: str) -> bool:
+    """Tell whether there is a test of this name, `file::function`: tables in the documentation name them."""
+    file, _, function = name.partition("::")
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.conftest import is_test
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,8 +148,7 @@ PROMISES = (
 
 @pytest.mark.parametrize("name", [name for promise in PROMISES for name in promise.tests])
 def test_every_promise_has_its_tests(name: str) -> None:
-    file, _, function = name.partition("::")
-    assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert is_test(name)
 
 
 def test_the_page_is_the_table() -> None:
