@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from headstart.errors import DataError, HeadstartError, Problem, ResourceError, UsageError
+from headstart.errors import DataError, HeadstartError, Problem, UsageError
 from headstart.files import json_text
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     With --json the object goes to stdout alone, and what a run says on its way to stderr.
     """
     from headstart.display import Display
-    from headstart.machine import resources
+    from headstart.machine import disk_error, resources
 
     display = Display(sys.stderr if as_json else sys.stdout)
     try:
@@ -439,8 +439,7 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     except BrokenPipeError:  # whoever read what is printed is gone
         raise typer.Exit(141) from None
     except OSError as error:  # a cache that can't be written, a file that nobody may read
-        what, where = error.strerror or str(error), str(error.filename or "")
-        _fail(ResourceError(Problem("disk.failed", what, where, "see that it can be read and written")), as_json)
+        _fail(disk_error(error), as_json)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if as_json:

@@ -34,7 +34,6 @@ class Display:
         self.console = Console(file=file, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal if live is None else live
         self._log: Lines | None = None
-        self._refused = False
         self._unlogged: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -120,14 +119,14 @@ class Display:
         if self._log is None:
             self._unlogged.append(text)
             return
+        waited = self._log.waits
         try:
             self._log.add(safe(text))
         except OSError as error:
-            if not self._refused:
+            if not waited:
                 self.console.print(
                     escape(f"  ! the log can't be written ({error.strerror}): it is tried with every line")
                 )
-            self._refused = True
 
 
 def in_bytes(count: float) -> str:

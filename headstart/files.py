@@ -66,6 +66,11 @@ class Lines:
         self._waiting.append(line + "\n")
         self.flush()
 
+    @property
+    def waits(self) -> bool:
+        """Tell whether the disk refused what was added last."""
+        return bool(self._waiting)
+
     def flush(self) -> None:
         """Write what waits, whole or not at all. Raises OSError."""
         if not self._waiting:

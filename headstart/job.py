@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +87,21 @@ class Data:
     tokenizer: Any
     renderer: Encoder | Look
     prepared: Prepared
+    _proofs: dict[int | None, Segmented] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return self.renderer.stop_ids if isinstance(self.renderer, Encoder) else ()
 
-    @cached_property
-    def _proof_order(self) -> list[int]:
-        hashes = hashes_of(self.prepared.proof.kept)
-        return sorted(range(len(hashes)), key=hashes.__getitem__)
-
     def proof(self, rows: int | None) -> Segmented:
         """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
-        whole = self.prepared.proof
-        chosen = sorted(self._proof_order[:rows])
-        return Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
+        if rows not in self._proofs:
+            whole = self.prepared.proof
+            hashes = hashes_of(whole.kept)
+            chosen = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:rows])
+            self._proofs[rows] = Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
+        return self._proofs[rows]
 
     @property
     def acceptable(self) -> bool:
@@ -139,7 +137,7 @@ class Job:
     engine_facts: str
     shape: Shape | None = None
 
-    @cached_property
+    @property
     def proof(self) -> Segmented:
         """The rows of the proof that are scored."""
         return self.data.proof(self.config.settings.eval.rows)

@@ -21,6 +21,7 @@ from headstart.errors import Problem, ResourceError
 
 PACKAGES = ("headstart", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 GIB = 1 << 30
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MEMORY_MARKS = ("allocate memory", "out of memory", "not enough memory")
 
 
@@ -177,10 +178,20 @@ def resources() -> Iterator[None]:
         cure = "-s engine.tokens_per_pack=512, -s engine.checkpointing=on, or a smaller model"
         raise ResourceError(Problem("memory.exhausted", said, "", cure)) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
-        cure = "free some space; a run goes on with headstart resume"
-        raise ResourceError(Problem("disk.full", str(error), str(error.filename or ""), cure)) from None
+        raise disk_error(error, "; a run goes on with headstart resume") from None
+
+
+def disk_error(error: OSError, then: str = "", where: str = "") -> ResourceError:
+    """Return what a fault of the disk is to a user: `disk.full` or `disk.failed`, and what to do, `then` included.
+
+    `where` is the place of which the system says nothing more exact.
+    """
+    full = error.errno in DISK_FULL
+    cure = ("free some space" if full else "see that it can be read and written") + then
+    what, place = error.strerror or str(error), str(error.filename or where)
+    return ResourceError(Problem("disk.full" if full else "disk.failed", what, place, cure))
 
 
 # What glibc's mallopt calls them, and the largest size that it takes for the first.

@@ -119,7 +119,7 @@ def check_allowed(names: Collection[str]) -> None:
 
 
 def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
-    """Return what changed since a run began, as far as it can be seen before its data is read."""
+    """Return what changed since a run began and isn't allowed yet, as far as it can be seen before its data is read."""
     changes = [change for file in record["files"] if (change := _changed_file(file))]
     before, now = _flat(record.get("settings", {})), _flat(config.settings.model_dump(mode="json"))
     for key, was in before.items():
@@ -130,11 +130,14 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
     for name, was in record["versions"].items():
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))
-    return changes
+    return _not_allowed(record, changes)
 
 
 def find_other_sources(record: Mapping[str, Any], data: Data) -> list[Change]:
-    """Return which files are new or gone, and whether the model is another. That files are as they were is known by now."""
+    """Return which files are new or gone and whether the model is another, as far as that isn't allowed yet.
+
+    That files are as they were is known by now.
+    """
     was = {file["path"] for file in record["files"]}
     found = {str(file.path.resolve()) for formed in data.prepared.formed for file in formed.files}
     changes = [
@@ -144,7 +147,7 @@ def find_other_sources(record: Mapping[str, Any], data: Data) -> list[Change]:
     model = (_weights_hash(data.source), data.source.revision)
     if (record["model"]["sha256"], record["model"]["revision"]) != model:
         changes.append(_change("model", "data.changed", "the model is not what it was", record["model"]["name"]))
-    return changes
+    return _not_allowed(record, changes)
 
 
 def refuse(changes: Sequence[Change], allowed: Collection[str]) -> None:
@@ -152,6 +155,11 @@ def refuse(changes: Sequence[Change], allowed: Collection[str]) -> None:
     problems = [change.problem for change in changes if change.kind not in allowed]
     if problems:
         raise (DataError if any(p.code == "data.changed" for p in problems) else RunError)(problems)
+
+
+def _not_allowed(record: Mapping[str, Any], changes: Sequence[Change]) -> list[Change]:
+    known = {told for once in record.get("allowed", []) for told in once["changes"]}
+    return [change for change in changes if change.told not in known]
 
 
 def _changed_file(file: Mapping[str, Any]) -> Change | None:

@@ -33,7 +33,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
-        self._metrics = Lines(self.metrics_file)
+        self.metrics = Lines(self.metrics_file)
         self.checkpoints = path / "checkpoints"
         self.evaluation = path / "evaluation"
         self.model = path / "model"
@@ -111,11 +111,11 @@ class RunFolder:
 
     def add_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to the metrics. Raises OSError where it can't be written now; then it is with the next."""
-        self._metrics.add(json.dumps(record, allow_nan=False))
+        self.metrics.add(json.dumps(record, allow_nan=False))
 
     def sync_metrics(self) -> None:
         """Make the metrics survive a power cut, those that the disk refused before included."""
-        self._metrics.flush()
+        self.metrics.flush()
         if self.metrics_file.exists():
             with self.metrics_file.open("rb+") as file:
                 os.fsync(file.fileno())

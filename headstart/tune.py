@@ -123,12 +123,11 @@ def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
         return Run(path)
     with machine.resources(), _disk_faults_told(folder), _stoppable(display) as stop, folder.locked():
         record = read_json(folder.data_file)
-        known = {told for once in record.get("allowed", []) for told in once["changes"]}
         config = folder.read_config()
-        changes = [change for change in find_changes(record, config) if change.told not in known]
+        changes = find_changes(record, config)
         refuse(changes, allow)
         job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display)
-        changes += [change for change in find_other_sources(record, job.data) if change.told not in known]
+        changes += find_other_sources(record, job.data)
         refuse(changes, allow)
         if changes:
             _check_proof(folder, job)
@@ -163,7 +162,6 @@ class _Session:
     display: Display
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
-    metrics_wait: bool = False
 
     def __post_init__(self) -> None:
         run = identity(read_json(self.folder.data_file))
@@ -282,14 +280,12 @@ class _Session:
 
     def _record(self, values: dict[str, Any]) -> None:
         """Add a line to the metrics; where the disk refuses, it is written with the next, and that is told once."""
+        waited = self.folder.metrics.waits
         try:
             self.folder.add_metrics(values)
         except OSError as error:
-            if not self.metrics_wait:
+            if not waited:
                 self._go_on_without("its line of the metrics", error, "lines are written as soon as they can be")
-            self.metrics_wait = True
-        else:
-            self.metrics_wait = False
 
     def _go_on_without(self, what: str, error: OSError, then: str = "") -> None:
         newest = self.checkpoints.newest
@@ -524,15 +520,10 @@ def _disk_faults_told(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         newest = Checkpoints(folder.checkpoints).newest
         kept = "" if newest is None else f" (its last good checkpoint is that of step {newest})"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = (
-            f"{'free some space' if full else 'see that it can be written'}, then: headstart resume {folder.path}{kept}"
-        )
+        then = f", then: headstart resume {folder.path}{kept}"
         if not folder.config_file.exists():
-            cure = "begin the run anew, where it can be written: -o FOLDER"
-        where = str(error.filename or folder.path)
-        code = "disk.full" if full else "disk.failed"
-        raise ResourceError(Problem(code, error.strerror or str(error), where, cure)) from None
+            then = ", and begin the run anew there or elsewhere: -o FOLDER"
+        raise machine.disk_error(error, then, str(folder.path)) from None
 
 
 def _check_proof(folder: RunFolder, job: Job) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from headstart import faults
 from headstart.config import read_resolved
 from headstart.display import Display
-from headstart.errors import Problem, ResourceError, RunError
+from headstart.errors import HeadstartError, Problem, ResourceError
 from headstart.files import read_json, write_atomic
 from headstart.run import RunFolder
 
@@ -68,26 +68,22 @@ def verify_resume(run: Path, display: Display, steps: int = STEPS) -> Verified:
     }
     with tempfile.TemporaryDirectory(prefix="headstart-verify-") as name:
         whole, killed = Path(name) / "untouched", Path(name) / "killed"
-        files = {}
         for folder in (whole, killed):
-            files[folder] = folder.with_suffix(".yaml")
-            write_atomic(files[folder], config.pin({**few, "out": str(folder)}).render())
+            write_atomic(folder.with_suffix(".yaml"), config.pin({**few, "out": str(folder)}).render())
         display.line(f"  {steps} steps, untouched")
-        _session(["begin", str(files[whole])], "", 0)
+        _carry_on(whole, "", 0)
         for kill in KILLS:
             display.line(f"  the same steps, killed at {kill}")
-            _session(_command(killed, files[killed]), kill, -signal.SIGKILL)
+            _carry_on(killed, kill, -signal.SIGKILL)
         display.line("  and carried on to the end")
-        _session(_command(killed, files[killed]), "", 0)
+        _carry_on(killed, "", 0)
         return Verified(str(run), steps, KILLS, differences(whole, killed))
 
 
-def _command(folder: Path, config: Path) -> list[str]:
-    return ["resume", str(folder)] if (folder / "config.yaml").exists() else ["begin", str(config)]
-
-
-def _session(command: Sequence[str], fail: str, code: int) -> None:
-    """Carry a run on in a process of its own."""
+def _carry_on(run: Path, fail: str, code: int) -> None:
+    """Begin a run from the settings beside its folder, or go on with it, in a process of its own that ends with `code`."""
+    begun = RunFolder(run).config_file.exists()
+    command = ["resume", str(run)] if begun else ["begin", str(run.with_suffix(".yaml"))]
     environment = {**os.environ, faults.VARIABLE: fail}
     done = subprocess.run(
         [sys.executable, "-m", "headstart.verify", *command],
@@ -168,5 +164,5 @@ def _main(verb: str, path: str) -> None:
 if __name__ == "__main__":
     try:
         _main(*sys.argv[1:])
-    except RunError as error:
+    except HeadstartError as error:
         sys.exit(str(error))

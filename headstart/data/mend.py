@@ -154,10 +154,8 @@ def _line(row: Row) -> bytes:
     """Return a row as a line of JSON. Raises DataError where it holds what JSON doesn't know."""
     try:
         text = json.dumps(row.fields, ensure_ascii=False, allow_nan=False, default=_as_text)
-        try:
-            return text.encode() + b"\n"
-        except UnicodeEncodeError:  # half of a surrogate pair, in a column that isn't used
-            return json.dumps(row.fields, allow_nan=False, default=_as_text).encode() + b"\n"
+        # Half of a surrogate pair in a column that isn't used stays the escape that it was.
+        return text.encode(errors="backslashreplace") + b"\n"
     except (TypeError, ValueError) as error:
         what = f"can't be written as JSON: {error}"
         raise DataError(Problem("row.not_json", what, str(row.where), "change the value, or delete the row")) from None
