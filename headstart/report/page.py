@@ -11,6 +11,7 @@ from typing import Any
 
 from headstart.config import Config, known_keys, setting
 from headstart.display import in_bytes, in_time
+from headstart.evaluate.graders.rows import ungraded_lines
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
 from headstart.report.tables import cell, table
@@ -110,7 +111,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows). What was not measured: what the model knew before (guard).</p>"
     )
-    return table(["", "before", "after", "difference", ""], rows) + note
+    missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
+    return table(["", "before", "after", "difference", ""], rows) + note + missed
 
 
 def _samples(before: Measured, after: Measured) -> str:
@@ -134,7 +136,11 @@ def _gain(before: RowResult, after: RowResult) -> float:
 
 def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -> str:
     loss = f"loss {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
-    head = f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
+    grades = "".join(
+        f", {name} {_grade(before.grades.get(name))} to {_grade(score)}" for name, score in after.grades.items()
+    )
+    said = html.escape(f"{title}: {after.where}, {loss}{grades}")
+    head = f"<details{' open' if is_open else ''}><summary>{said}</summary>"
     if after.answer is None:
         return f'{head}<pre class="asked">{_text(after.asked)}</pre></details>'
     texts = (("before", "before", before), ("after", "after", after))
@@ -144,6 +150,10 @@ def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -
     )
     columns += f"<div><h4>reference</h4><pre>{_text(after.reference)}</pre></div>"
     return f'{head}<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
+
+
+def _grade(score: float | None) -> str:
+    return "not graded" if score is None else f"{score:.3g}"
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
