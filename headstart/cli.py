@@ -41,6 +41,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALU
 Epochs = Annotated[float | None, typer.Option(help="Times that each row is seen.")]
 EvalData = Annotated[list[str] | None, typer.Option(help="Rows to score on; else a part is held out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Graders = Annotated[list[str] | None, typer.Option("--grader", metavar="FILE", help="A grader file; repeatable.")]
 Answers = Annotated[int, typer.Option(help="Rows that are answered and scored as text.")]
 
 
@@ -219,6 +220,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
     data: Data,
     answers: Answers = 32,
+    grader: Graders = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="A folder for every prediction; one that was begun goes on.")
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -228,8 +233,18 @@ def evaluate(
         from headstart.show import say_evaluated
         from headstart.verbs import evaluate as evaluate_model
 
-        found = evaluate_model(model, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        found = evaluate_model(
+            model,
+            data,
+            answers=answers,
+            graders=grader or (),
+            out=out,
+            settings=read_sets(sets),
+            on_progress=display.progress,
+        )
         say_evaluated(display, found)
+        if out:
+            display.fact("predictions", str(Path(out) / "predictions.parquet"))
         return found.to_json()
 
     carry_out(work, as_json)
@@ -258,21 +273,39 @@ def predict(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
-    data: Data,
+    names: Annotated[list[str], typer.Argument(help="Two models or more, and the data.", metavar="A B [C...] DATA...")],
     answers: Answers = 32,
+    grader: Graders = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A page to write: compare.html.")] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Score two models on the same DATA."""
+    """Score models on the same DATA, each in pairs with A."""
 
     def work(display: Display) -> dict[str, Any]:
+        from headstart.files import write_atomic
+        from headstart.report.versus import versus_page
         from headstart.show import say_versus
         from headstart.verbs import compare as compare_models
+        from headstart.verbs import split_names
 
-        found = compare_models(a, b, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        if out is not None and (out.suffix != ".html" or out.is_dir()):
+            raise UsageError(Problem("usage.flag", f"{out} is no name for a page", "--out", "-o compare.html"))
+        (a, b, *more), data = split_names(names)
+        found = compare_models(
+            a,
+            b,
+            data,
+            more=more,
+            answers=answers,
+            graders=grader or (),
+            settings=read_sets(sets),
+            on_progress=display.progress,
+        )
         say_versus(display, found)
+        if out is not None:
+            write_atomic(out, versus_page(found))
+            display.fact("page", str(out))
         return found.to_json()
 
     carry_out(work, as_json)
