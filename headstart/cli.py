@@ -113,6 +113,10 @@ def check(
     redact: Annotated[
         bool, typer.Option("--redact", help="With --fix: [EMAIL] and the like for what is private.")
     ] = False,
+    grader: Graders = None,
+    least: Annotated[
+        float | None, typer.Option("--min", help="With --grader: the least score that a row's own answer needs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="With --fix: the file to write, JSON lines.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -122,11 +126,12 @@ def check(
         from headstart.show import say_findings, say_mended, say_rows
         from headstart.verbs import check_config, mend_config
 
-        if fix != (out is not None) or (not fix and (near or redact)):
+        if fix != (out is not None) or (not fix and (near or redact or grader)):
             cure = "headstart check DATA --fix -o clean.jsonl"
-            raise UsageError(
-                Problem("usage.flag", "--fix and -o go together; --near, --redact go with them", "check", cure)
-            )
+            what = "--fix and -o go together; --near, --redact, --grader go with them"
+            raise UsageError(Problem("usage.flag", what, "check", cure))
+        if least is not None and not grader:
+            raise UsageError(Problem("usage.flag", "--min goes with --grader", "check", "--grader FILE --min 0.5"))
         flags = {"data.train": data, "model": model, "kind": kind, "data.eval": eval_data}
         settings = read_config(config, sets, flags)
         findings, built = check_config(settings)
@@ -135,7 +140,9 @@ def check(
         found = {**findings.to_json(), "ok": built.acceptable}
         if out is None:
             return found
-        mended = mend_config(settings, built, out, near=near, private=redact)
+        mended = mend_config(
+            settings, built, out, near=near, private=redact, graders=grader or (), least=least, tell=display.warn
+        )
         say_mended(display, mended)
         return {**found, "ok": True, "mended": mended.to_json()}
 

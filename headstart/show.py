@@ -72,8 +72,13 @@ def say_mended(display: Display, mended: Mended) -> None:
     """Say what was written, and what was done to the rows."""
     display.title("mended")
     display.fact("written", f"{mended.rows:,} rows: {mended.out}")
-    dropped = (("bad", mended.bad), ("duplicates", mended.duplicates), ("near duplicates", mended.near_duplicates))
-    display.fact("dropped", ", ".join(f"{count:,} {name}" for name, count in dropped))
+    dropped = (
+        ("bad", mended.bad),
+        ("duplicates", mended.duplicates),
+        ("near duplicates", mended.near_duplicates),
+        ("by graders", mended.unfit),
+    )
+    display.fact("dropped", ", ".join(f"{count:,} {name}" for name, count in dropped if count or name != "by graders"))
     if mended.redacted:
         counts = sorted(mended.redacted.items())
         display.fact("redacted", ", ".join(f"{count:,} x [{kind.upper()}]" for kind, count in counts))

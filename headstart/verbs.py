@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from headstart.display import Display
 from headstart.engine.forward import Reader
 from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.compare import compare_all
-from headstart.evaluate.graders.rows import Grading, build_grading, read_items, ungraded, ungraded_lines
+from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
 from headstart.evaluate.versus import Evaluated, Versus, build_versus
@@ -78,17 +78,33 @@ def check_config(config: Config) -> tuple[Findings, Data]:
     return find(data.prepared, data.renderer), data
 
 
-def mend_config(config: Config, data: Data, out: Path, *, near: bool = False, private: bool = False) -> Mended:
+def mend_config(
+    config: Config,
+    data: Data,
+    out: Path,
+    *,
+    near: bool = False,
+    private: bool = False,
+    graders: Sequence[str | Path] = (),
+    least: float | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Mended:
     """Write the rows to train on without those that can't be used or stand twice; `near` and `private` as `Mending` has them.
 
-    `data` is what was built from the settings. Raises DataError where a file could not be read to its end.
+    `data` is what was built from the settings. With `graders` (files) a row stays only where each gives its own answer
+    `least`, or what it takes as passed. Raises DataError where a file could not be read to its end.
     """
     prepared = data.prepared
     reject_bad_rows([problem for problem in prepared.problems if not problem.is_row], 0)
     parts = (prepared.train, prepared.watch, prepared.proof)
     bad = [problem.where for part in parts for problem in part.problems]
     settings = config.settings.data
-    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private)
+    unfit: set[str] = set()
+    if graders:
+        records = list(prepared.formed[0].records)
+        grading = build_grading([str(file) for file in graders], settings.train, settings, records)
+        unfit = find_unfit(grading, records, least, tell)
+    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private, unfit)
     return mending.write(out)
 
 

@@ -147,7 +147,7 @@ def find_flips(first: Measured, second: Measured, graders: Sequence[Grader] = ()
     Rows that were not answered, or not graded, are none of them.
     """
     if graders:
-        by = f"{graders[0].name} at least {graders[0].pass_threshold:g}"
+        by = f"{graders[0].name} at least {graders[0].least:g}"
         right = _by_grade(graders[0])
     elif second.task in ("chat", "classification", "images", "multilabel", "tagging"):
         by, right = "answers exactly right", _by_reference
@@ -170,7 +170,7 @@ def find_flips(first: Measured, second: Measured, graders: Sequence[Grader] = ()
 def _by_grade(grader: Grader) -> Callable[[RowResult], bool | None]:
     def right(row: RowResult) -> bool | None:
         score = row.grades.get(grader.name)
-        return None if score is None else score >= grader.pass_threshold
+        return None if score is None else score >= grader.least
 
     return right
 

@@ -164,6 +164,20 @@ def test_compare_takes_several_models_and_shows_what_flipped_and_whose_settings_
     assert "lora.rank" in call(*flags).stdout
 
 
+def test_rows_whose_own_answer_does_not_pass_are_left_out_of_a_mended_file(data: Path) -> None:
+    code, found = as_json("check", "data.jsonl", "--fix", "--grader", "graders.json", "--min", "1", "-o", "all.jsonl")
+    assert (code, found["mended"]["rows"], found["mended"]["unfit"]) == (0, 40, 0)
+    said = ["check", "data.jsonl", "--fix", "--grader", "picky.json"]
+    result = call(*said, "-o", "odd.jsonl")
+    assert "picky could not grade every answer (20)" in result.stdout
+    assert "20 by graders" in result.stdout
+    rows = [json.loads(line) for line in Path("odd.jsonl").read_text().splitlines()]
+    assert [row["n"] for row in rows] == list(range(1, 40, 2))
+    assert rows[0] == json.loads(data.read_text().splitlines()[1])
+    assert call(*said, "--min", "1.5", "-o", "none.jsonl").exit_code == 3  # no row is left
+    assert call("check", "data.jsonl", "--fix", "--min", "1", "-o", "x.jsonl").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

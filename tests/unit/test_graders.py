@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -185,6 +186,17 @@ def test_a_bad_form_is_an_error_with_its_place_and_a_cure(tmp_path: Path, form: 
         read_graders([file])
     assert said in str(caught.value)
     assert all(p.where.startswith(str(file)) and p.cure and p.code == "grader.form" for p in caught.value.problems)
+
+
+def test_the_examples_are_graders() -> None:
+    root = Path(__file__).parents[2]
+    shown = re.findall(r"```json\n(.*?)```", (root / "docs" / "graders.md").read_text(encoding="utf-8"), re.DOTALL)
+    least = [build_grader(json.loads(form)).least for form in shown]
+    assert least == [0.5, 3]  # of a model's score the middle of its range
+    case = Case("a:1", {}, "q", "one two three", "one two four")
+    found = [grade(grader, [case])[0].score for grader in read_graders([root / "examples" / "graders.json"])]
+    # Of 12 and 13 characters 9 are common in order, "one two " and "r"; two words of three, one pair of two.
+    assert found == pytest.approx([2 * 9 / 25, 1, 0.5 * 2 / 3 + 0.5 / 2])
 
 
 def test_all_problems_of_all_files_come_at_once(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ class Grader(BaseModel):
         return name
 
     @property
+    def least(self) -> float:
+        """The score from which a row has passed."""
+        return self.pass_threshold
+
+    @property
     def templates(self) -> list[str]:
         """The strings in which places are filled."""
         return [text for text in (getattr(self, "input", ""), getattr(self, "reference", "")) if isinstance(text, str)]
@@ -198,6 +203,11 @@ class ScoreModel(ModelGrader):
 
     type: Literal["score_model"]
     range: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def least(self) -> float:
+        """The score from which a row has passed: the middle of the range, where none is given."""
+        return self.pass_threshold if "pass_threshold" in self.model_fields_set else sum(self.range) / 2
 
     @field_validator("range")
     @classmethod

@@ -9,12 +9,13 @@ from typing import Any
 from headstart.config import DataSettings
 from headstart.data.private import redact
 from headstart.data.read import Row, find_files, read
-from headstart.data.records import Document, Record
+from headstart.data.records import Conversation, Document, Labelled, Record
 from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.graders.fill import Case
 from headstart.evaluate.graders.forms import Grader, read_graders
 from headstart.evaluate.graders.grade import Grade, check_graders, grade
-from headstart.evaluate.measure import LABELS, Measured, RowResult
+from headstart.evaluate.measure import LABELS, Measured, RowResult, split_last
+from headstart.evaluate.metrics import as_text
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -91,6 +92,39 @@ def read_items(names: Sequence[str], settings: DataSettings, wheres: Sequence[st
     if twice:
         raise DataError(twice)
     return found
+
+
+def find_unfit(
+    grading: Grading, records: Sequence[Record], least: float | None, tell: Callable[[str], None]
+) -> set[str]:
+    """Return where the rows stand whose own answer a grader scores below `least`, or below what it takes as passed.
+
+    So are rows that can't be graded, which is told.
+    """
+    rows = [RowResult(str(r.where), 0.0, 1.0, *own, answer=own[1]) for r in records for own in [own_answer(r)]]
+    graded = grading.grade(Measured(rows, "chat"), tell)
+    for line in ungraded_lines(ungraded({"": graded})):
+        tell(line)
+    bounds = {g.name: g.least if least is None else least for g in grading.graders}
+    return {
+        row.where
+        for row in graded.rows
+        if any(score is None or score < bounds[name] for name, score in row.grades.items())
+    }
+
+
+def own_answer(record: Record) -> tuple[str, str]:
+    """Return what a row asks and the answer in it. Raises UsageError where it has none that is a text."""
+    if isinstance(record, Conversation):
+        asked, _, answer = split_last(record)
+        return asked[-1].content if asked else "", answer
+    if isinstance(record, Labelled):
+        return "\n".join(record.texts), as_text(
+            list(record.label) if isinstance(record.label, tuple) else [record.label]
+        )
+    raise UsageError(
+        Problem("grader.form", "the row has no answer to grade", str(record.where), "leave the graders out")
+    )
 
 
 def pair_grades(sides: Sequence[Measured]) -> list[Measured]:
