@@ -41,6 +41,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALU
 Epochs = Annotated[float | None, typer.Option(help="Times that each row is seen.")]
 EvalData = Annotated[list[str] | None, typer.Option(help="Rows to score on; else a part is held out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Graders = Annotated[list[str] | None, typer.Option("--grader", metavar="FILE", help="A grader file; repeatable.")]
 Answers = Annotated[int, typer.Option(help="Rows that are answered and scored as text.")]
 
 
@@ -112,6 +113,10 @@ def check(
     redact: Annotated[
         bool, typer.Option("--redact", help="With --fix: [EMAIL] and the like for what is private.")
     ] = False,
+    grader: Graders = None,
+    least: Annotated[
+        float | None, typer.Option("--min", help="With --grader: the least score that a row's own answer needs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="With --fix: the file to write, JSON lines.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -121,11 +126,12 @@ def check(
         from headstart.show import say_findings, say_mended, say_rows
         from headstart.verbs import check_config, mend_config
 
-        if fix != (out is not None) or (not fix and (near or redact)):
+        if fix != (out is not None) or (not fix and (near or redact or grader)):
             cure = "headstart check DATA --fix -o clean.jsonl"
-            raise UsageError(
-                Problem("usage.flag", "--fix and -o go together; --near, --redact go with them", "check", cure)
-            )
+            what = "--fix and -o go together; --near, --redact, --grader go with them"
+            raise UsageError(Problem("usage.flag", what, "check", cure))
+        if least is not None and not grader:
+            raise UsageError(Problem("usage.flag", "--min goes with --grader", "check", "--grader FILE --min 0.5"))
         flags = {"data.train": data, "model": model, "kind": kind, "data.eval": eval_data}
         settings = read_config(config, sets, flags)
         findings, built = check_config(settings)
@@ -134,7 +140,9 @@ def check(
         found = {**findings.to_json(), "ok": built.acceptable}
         if out is None:
             return found
-        mended = mend_config(settings, built, out, near=near, private=redact)
+        mended = mend_config(
+            settings, built, out, near=near, private=redact, graders=grader or (), least=least, tell=display.warn
+        )
         say_mended(display, mended)
         return {**found, "ok": True, "mended": mended.to_json()}
 
@@ -219,6 +227,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
     data: Data,
     answers: Answers = 32,
+    grader: Graders = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="A folder for every prediction; one that was begun goes on.")
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -228,8 +240,18 @@ def evaluate(
         from headstart.show import say_evaluated
         from headstart.verbs import evaluate as evaluate_model
 
-        found = evaluate_model(model, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        found = evaluate_model(
+            model,
+            data,
+            answers=answers,
+            graders=grader or (),
+            out=out,
+            settings=read_sets(sets),
+            on_progress=display.progress,
+        )
         say_evaluated(display, found)
+        if out:
+            display.fact("predictions", str(Path(out) / "predictions.parquet"))
         return found.to_json()
 
     carry_out(work, as_json)
@@ -258,21 +280,39 @@ def predict(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
-    data: Data,
+    names: Annotated[list[str], typer.Argument(help="Two models or more, and the data.", metavar="A B [C...] DATA...")],
     answers: Answers = 32,
+    grader: Graders = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A page to write: compare.html.")] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Score two models on the same DATA."""
+    """Score models on the same DATA, each in pairs with A."""
 
     def work(display: Display) -> dict[str, Any]:
+        from headstart.files import write_atomic
+        from headstart.report.versus import versus_page
         from headstart.show import say_versus
         from headstart.verbs import compare as compare_models
+        from headstart.verbs import split_names
 
-        found = compare_models(a, b, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        if out is not None and (out.suffix != ".html" or out.is_dir()):
+            raise UsageError(Problem("usage.flag", f"{out} is no name for a page", "--out", "-o compare.html"))
+        (a, b, *more), data = split_names(names)
+        found = compare_models(
+            a,
+            b,
+            data,
+            more=more,
+            answers=answers,
+            graders=grader or (),
+            settings=read_sets(sets),
+            on_progress=display.progress,
+        )
         say_versus(display, found)
+        if out is not None:
+            write_atomic(out, versus_page(found))
+            display.fact("page", str(out))
         return found.to_json()
 
     carry_out(work, as_json)

@@ -161,6 +161,7 @@ class EvalSettings(Section):
     choices: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="Pick answers from those of the training data; auto does where a few stand again and again."
     )
+    graders: Names = Field((), description="Grader files by which the answers are scored before and after, too.")
     patience: CountOrOff = Field(
         3, description="Evaluations without a better one after which training stops; 0 is never."
     )
@@ -422,6 +423,8 @@ def _without_effect(config: Config) -> list[Problem]:
         ("data.label", settings.kind in ("unsupervised", "instruction"), f"`kind` is {settings.kind}"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
+        ("eval.graders", settings.eval.generate == 0, "`eval.generate` is 0, so nothing is answered"),
+        ("eval.graders", settings.kind == "unsupervised", "`kind` is unsupervised, so nothing is answered"),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),
     ]
     return [

@@ -78,6 +78,13 @@ CODES: dict[str, str] = {
     "model.template": "A chat template says how turns are told apart; a guessed one gives a model that answers badly.",
     "model.vocabulary": "A token id outside of the embedding can't be looked up.",
     "model.lora_targets": "An adapter that touches nothing would train nothing.",
+    # graders
+    "grader.unreadable": "A grader that can't be read would grade nothing.",
+    "grader.form": "A grader that isn't read as meant gives scores that mean something else.",
+    "grader.field": "A row without what a grader looks at can't be graded.",
+    "grader.package": "The score is computed by a package that isn't installed.",
+    "grader.sandbox": "Foreign code is run only within limits, and only where it can be run at all.",
+    "grader.endpoint": "Without the model's answers there are no grades.",
     # runs
     "run.exists": "A run folder is written once; another run in it would destroy what it proves.",
     "run.not_found": "There is no such run.",

@@ -42,6 +42,7 @@ from headstart.engine.plan import (
 )
 from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
+from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.measure import Measured, answer_limit, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.files import read_json, seconds_per_byte
@@ -136,6 +137,7 @@ class Job:
     estimate: Estimate
     engine_facts: str
     shape: Shape | None = None
+    grading: Grading = field(default_factory=Grading)
 
     @property
     def proof(self) -> Segmented:

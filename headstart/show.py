@@ -14,9 +14,11 @@ from headstart.data.records import Labelled, Picture
 from headstart.display import Display, safe
 from headstart.evaluate.measure import LABELS
 from headstart.evaluate.metrics import as_text
+from headstart.evaluate.versus import Evaluated, Flips, Versus
 from headstart.files import read_json
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
+from headstart.report.versus import difference, flip_line
 from headstart.report.words import CLEAR, VERDICTS, data_lines, plan_facts
 from headstart.run import RunFolder, find_runs
 
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
     from headstart.data.mend import Mended
     from headstart.data.segments import Example
     from headstart.job import Data
-    from headstart.verbs import Evaluated, Versus
 
 SHOWN = 20
 FIRST = 3  # rows that are named of a finding; the others are in --json
+ANSWER = 60  # characters of an answer that flipped
 STYLES = {"trained": ("green", "⟦", "⟧"), "context": ("dim", "", ""), "cut": ("red strike", "⟦cut: ", "⟧")}
 
 
@@ -70,8 +72,13 @@ def say_mended(display: Display, mended: Mended) -> None:
     """Say what was written, and what was done to the rows."""
     display.title("mended")
     display.fact("written", f"{mended.rows:,} rows: {mended.out}")
-    dropped = (("bad", mended.bad), ("duplicates", mended.duplicates), ("near duplicates", mended.near_duplicates))
-    display.fact("dropped", ", ".join(f"{count:,} {name}" for name, count in dropped))
+    dropped = (
+        ("bad", mended.bad),
+        ("duplicates", mended.duplicates),
+        ("near duplicates", mended.near_duplicates),
+        ("by graders", mended.unfit),
+    )
+    display.fact("dropped", ", ".join(f"{count:,} {name}" for name, count in dropped if count or name != "by graders"))
     if mended.redacted:
         counts = sorted(mended.redacted.items())
         display.fact("redacted", ", ".join(f"{count:,} x [{kind.upper()}]" for kind, count in counts))
@@ -130,17 +137,30 @@ def say_evaluated(display: Display, found: Evaluated) -> None:
 
 
 def say_versus(display: Display, found: Versus) -> None:
-    """Say how two models compare."""
-    display.title(f"{found.first.model} -> {found.second.model}, on {len(found.second.measured.rows):,} rows")
-    for note in dict.fromkeys((*found.first.notes, *found.second.notes)):
+    """Say how models compare, each with the first."""
+    for note in dict.fromkeys(note for model in found.models for note in model.notes):
         display.line(f"  {note}")
-    for item in found.compared:
-        gap = item.difference
-        shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-        name = LABELS.get(item.name, item.name)
-        display.line(
-            f"  {name:<24} {item.before.value:8.3f} -> {item.after.value:8.3f}   {shown:<26} {CLEAR[item.direction]}"
-        )
+    for pair in found.pairs:
+        display.title(f"{pair.a} -> {pair.b}, on {found.rows:,} rows")
+        for item in pair.compared:
+            values = f"{item.before.value:8.3f} -> {item.after.value:8.3f}"
+            name = LABELS.get(item.name, item.name)
+            display.line(f"  {name:<24} {values}   {difference(item):<26} {CLEAR[item.direction]}")
+        if pair.flips:
+            _say_flips(display, pair.flips)
+    if found.settings:
+        display.title("settings of the runs that differ")
+        for key, each in found.settings.items():
+            display.fact(key, "  |  ".join("" if value is None else str(value) for value in each))
+
+
+def _say_flips(display: Display, flips: Flips) -> None:
+    display.line(f"  {flip_line(flips)}")
+    for title, some in (("fixed", flips.fixed), ("broken", flips.broken)):
+        for flip in some[:FIRST]:
+            answers = [" ".join((text or "").split()) for text in (flip.first.answer, flip.second.answer)]
+            was, now = (answer if len(answer) <= ANSWER else f"{answer[:ANSWER]}..." for answer in answers)
+            display.line(f"    {title} {flip.second.where}: {was!r} -> {now!r}")
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
 from headstart.engine.optim import Schedule
 from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError
 from headstart.evaluate.generate import tokens_kept
+from headstart.evaluate.graders.rows import build_grading, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, measure
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.score import output_rows, score_rows
@@ -145,7 +146,11 @@ def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
     for line in data_lines(data.prepared):
         display.line(f"  {line}")
     data.reject_bad_rows()
+    given = config.settings
+    held = data.proof(given.eval.rows).kept
+    grading = build_grading(given.eval.graders, (*given.data.train, *given.data.eval), given.data, held)
     job = build_job(data, display.warn)
+    job.grading = grading
     display.title("plan")
     for name, value in plan_facts(job.plan()):
         display.fact(name, value)
@@ -337,11 +342,29 @@ class _Session:
                 tokens_at_once=None if part == 1 else tokens_kept(model) // part,
             ),
         )
-        measured = self.job.measure_mixed(measured)
+        measured = self.job.measure_mixed(self._grade(name, measured))
         reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
+
+    def _grade(self, name: str, measured: Measured) -> Measured:
+        """Let graders score the answers. Raises RunError where they aren't those that scored before."""
+        grading = self.job.grading
+        if not grading.graders:
+            return measured
+        if name == "before":
+            self.folder.write_evaluation("graders", grading.to_json())
+        elif (self.folder.read_evaluation("graders") or []) != grading.to_json():
+            what, cure = (
+                "the graders aren't those that scored before",
+                "give them back as they were, or begin a new run",
+            )
+            raise RunError(Problem("run.changed", what, str(self.folder.path), cure))
+        graded = grading.grade(measured, self.display.warn, self._on_eval)
+        for line in ungraded_lines(ungraded({name: graded})):
+            self.display.warn(line)
+        return graded
 
     def _within_memory(self, rows: Sequence[Example], work: Callable[[int, int], T]) -> T:
         """Do `work(tokens_per_pack, part)` on rows; where the memory runs out, anew with half of it at once, and so on.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from headstart import machine
-from headstart.config import Config, Override, as_names, build_config
+from headstart.config import Config, Override, as_names, build_config, known_keys, setting
 from headstart.data.check import Findings, find
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
@@ -19,13 +21,17 @@ from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
-from headstart.data.read import find_files
+from headstart.data.read import HUB_PREFIX, find_files, kind_of
 from headstart.data.segments import Segmented
 from headstart.display import Display
-from headstart.errors import DataError, Problem
-from headstart.evaluate.compare import Compared, compare_all, to_json
-from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
-from headstart.files import read_json
+from headstart.engine.forward import Reader
+from headstart.errors import DataError, Problem, UsageError
+from headstart.evaluate.compare import compare_all
+from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
+from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
+from headstart.evaluate.predictions import Predictions
+from headstart.evaluate.versus import Evaluated, Versus, build_versus
+from headstart.files import read_json, sha256
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
 from headstart.models.load import (
     Loaded,
@@ -36,7 +42,7 @@ from headstart.models.load import (
     make_room,
     need_labels,
 )
-from headstart.models.source import Source, find_model
+from headstart.models.source import Source, find_model, weights_hash
 from headstart.run import find_run
 
 Names = str | Path | Sequence[str | Path]
@@ -58,43 +64,7 @@ READING = (
     "max_bad_rows",
 )
 PACK_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A model on the rows of some data: what it did on each, and its metrics with their intervals."""
-
-    model: str
-    measured: Measured
-    metrics: Mapping[str, Mapping[str, float]]
-    notes: Sequence[str] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The metrics and rows as plain values."""
-        return {
-            "model": self.model,
-            "metrics": dict(self.metrics),
-            "notes": list(self.notes),
-            "rows": self.measured.to_json(),
-        }
-
-
-@dataclass(frozen=True)
-class Versus:
-    """Two models on the same rows: each metric of both, and the paired difference (second minus first)."""
-
-    first: Evaluated
-    second: Evaluated
-    compared: Sequence[Compared]
-
-    def to_json(self) -> dict[str, Any]:
-        """The metrics of both and their differences as plain values."""
-        return {
-            "a": {"model": self.first.model, "metrics": dict(self.first.metrics), "notes": list(self.first.notes)},
-            "b": {"model": self.second.model, "metrics": dict(self.second.metrics), "notes": list(self.second.notes)},
-            "rows": len(self.second.measured.rows),
-            "differences": to_json(self.compared)["differences"],
-        }
+KEPT_AT_ONCE = 64  # rows that are measured and graded before they are kept
 
 
 def check(data: Names, *, model: str | None = None, settings: Mapping[str, Any] | None = None) -> Findings:
@@ -108,17 +78,33 @@ def check_config(config: Config) -> tuple[Findings, Data]:
     return find(data.prepared, data.renderer), data
 
 
-def mend_config(config: Config, data: Data, out: Path, *, near: bool = False, private: bool = False) -> Mended:
+def mend_config(
+    config: Config,
+    data: Data,
+    out: Path,
+    *,
+    near: bool = False,
+    private: bool = False,
+    graders: Sequence[str | Path] = (),
+    least: float | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Mended:
     """Write the rows to train on without those that can't be used or stand twice; `near` and `private` as `Mending` has them.
 
-    `data` is what was built from the settings. Raises DataError where a file could not be read to its end.
+    `data` is what was built from the settings. With `graders` (files) a row stays only where each gives its own answer
+    `least`, or what it takes as passed. Raises DataError where a file could not be read to its end.
     """
     prepared = data.prepared
     reject_bad_rows([problem for problem in prepared.problems if not problem.is_row], 0)
     parts = (prepared.train, prepared.watch, prepared.proof)
     bad = [problem.where for part in parts for problem in part.problems]
     settings = config.settings.data
-    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private)
+    unfit: set[str] = set()
+    if graders:
+        records = list(prepared.formed[0].records)
+        grading = build_grading([str(file) for file in graders], settings.train, settings, records)
+        unfit = find_unfit(grading, records, least, tell)
+    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private, unfit)
     return mending.write(out)
 
 
@@ -148,15 +134,24 @@ def evaluate(
     data: Names,
     *,
     answers: int = 32,
+    graders: Sequence[str | Path] = (),
+    out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluated:
-    """Score a model on every row of `data` and let it answer some.
+    """Score a model on every row of `data`, let it answer some, and have `graders` (files) score the answers.
 
-    For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
+    For a run, its own settings of how rows are read are used where `settings` don't say otherwise. With `out`, a folder,
+    every prediction is kept in it with its row, and what was begun there goes on with what is missing.
     """
     config = reading_config(model, data, settings)
-    return _measure(_read(model, config), config, answers, _known_choices(model), on_progress)
+    reading = _read(model, config)
+    grading = _build_grading(graders, config, reading)
+    if out and not grading.items:
+        wheres = [str(row.where) for row in reading.rows.kept]
+        grading = replace(grading, items=read_items(config.settings.data.train, config.settings.data, wheres))
+    scoring = _Scoring(config, answers, _known_choices(model), grading, on_progress)
+    return scoring.measure(reading, _open_predictions(Path(out), reading, scoring) if out else None)
 
 
 def compare(
@@ -164,26 +159,59 @@ def compare(
     b: str,
     data: Names,
     *,
+    more: Sequence[str] = (),
     answers: int = 32,
+    graders: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Versus:
-    """Score two models on the same rows and compare them in pairs; how rows are read comes from `b` if it is a run.
+    """Score models on the same rows and compare `b` and `more` in pairs with `a`.
 
-    Rows that one of the models can't read whole are left out for both. Raises DataError where none is left.
+    How rows are read comes from `b` if it is a run. Rows that one of the models can't read whole are left out for all.
+    Raises DataError where none is left.
     """
+    names = (a, b, *more)
     config = reading_config(b, data, settings)
-    readings = [_read(name, config) for name in (a, b)]
-    common = set(readings[0].keys()) & set(readings[1].keys())
+    readings = [_read(name, config) for name in names]
+    common = set(readings[0].keys()).intersection(*(reading.keys() for reading in readings))
     if not common:
-        raise DataError(Problem("data.empty", "no row that both models can read", "", "-s data.over_length=drop"))
-    choices = _known_choices(b) or _known_choices(a)
-    first, second = (_measure(reading.only(common), config, answers, choices, on_progress) for reading in readings)
-    before, after = first.measured.metrics(), second.measured.metrics()
-    if [row.targets for row in first.measured.rows] != [row.targets for row in second.measured.rows]:
-        # Other tokenizers cut other tokens; a loss per token compares only over the same ones.
-        before = {name: metric for name, metric in before.items() if name not in PER_TOKEN}
-    return Versus(first, second, compare_all(before, after))
+        what = f"no row that {'both' if len(names) == 2 else 'all'} models can read"
+        raise DataError(Problem("data.empty", what, "", "-s data.over_length=drop"))
+    readings = [reading.only(common) for reading in readings]
+    choices = next((found for name in (b, a, *more) if (found := _known_choices(name))), ())
+    scoring = _Scoring(config, answers, choices, _build_grading(graders, config, readings[0]), on_progress)
+    return build_versus([scoring.measure(r) for r in readings], _differing_settings(names), scoring.grading.graders)
+
+
+def split_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell the models from the data that follow them: data are files, hub:owner/name, and folders without a model.
+
+    Raises UsageError where there are fewer than two models or no data.
+    """
+    models = list(itertools.takewhile(lambda name: not _is_data(name), names))
+    if len(models) < 2 or len(models) == len(names):
+        what = f"{len(models)} models and {len(names) - len(models)} data files are named"
+        raise UsageError(Problem("usage.flag", what, " ".join(names), "headstart compare MODEL MODEL ... DATA"))
+    return models, list(names[len(models) :])
+
+
+def _is_data(name: str) -> bool:
+    path = Path(name)
+    if path.is_dir():
+        return not any((path / file).exists() for file in ("config.json", "adapter_config.json", "config.yaml"))
+    return name.startswith(HUB_PREFIX) or kind_of(path) is not None or (path.is_file() and path.suffix != ".gguf")
+
+
+def _differing_settings(names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the settings in which the runs that models come from differ, each with its value in each run."""
+    runs = [folder.read_config().settings if (folder := find_run(name)) else None for name in names]
+    found = {}
+    for key in known_keys():
+        values = [None if run is None else setting(run, key) for run in runs]
+        told = [value for value, run in zip(values, runs, strict=True) if run is not None]
+        if key != "out" and any(value != told[0] for value in told):
+            found[key] = values
+    return found
 
 
 def load(model: str) -> tuple[Any, Any]:
@@ -269,34 +297,104 @@ def _known_choices(model: str) -> tuple[str, ...]:
     return tuple(read_json(folder.result_file)["labels"])
 
 
-def _measure(
-    reading: _Reading, config: Config, answers: int, choices: Sequence[str], on_progress: OnProgress | None
-) -> Evaluated:
-    if reading.task == "chat" and not choices and config.settings.eval.choices != "off":
-        choices = find_choices(reading.rows.kept)
-    torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
-    model = load_here(reading.source, reading.task, reading.labels).model
-    if isinstance(reading.renderer, Encoder):
-        make_room(model, reading.renderer.tokenizer)
-    reader = build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda")
-    if reader.device.type == "cpu":
-        reader.speed_up()
-    measured = measure(
-        reader,
-        reading.renderer,
-        reading.rows.kept,
-        reading.rows.examples,
-        task=reading.task,
-        tokens_per_pack=PACK_TOKENS,
-        answers=min(answers, len(reading.rows.kept)),
-        labels=reading.labels,
-        choices=choices,
-        on_progress=on_progress,
-    )
-    metrics = measured.metrics()
-    compared = compare_all(metrics, metrics)
-    values = {item.name: item.after.to_json() for item in compared}
-    return Evaluated(reading.source.name, measured, values, reading.notes)
+@dataclass(frozen=True)
+class _Scoring:
+    """How models are scored: the same for all that are compared."""
+
+    config: Config
+    answers: int
+    choices: Sequence[str]
+    grading: Grading
+    on_progress: OnProgress | None
+
+    def measure(self, reading: _Reading, kept: Predictions | None = None) -> Evaluated:
+        """Score a model, in batches where predictions are kept; those that are kept already aren't made anew."""
+        records = reading.rows.kept
+        size = len(records) if kept is None or reading.task == "embedding" else KEPT_AT_ONCE
+        batches = [range(start, min(start + size, len(records))) for start in range(0, len(records), size)]
+        answered = set(choose_answered(records, self.answers) if reading.task == "chat" else ())
+        model, notes = _Model(reading, self), list(reading.notes)
+        rows: list[RowResult] = []
+        for number, batch in enumerate(batches):
+            found = kept.read(number) if kept else None
+            if found is None:
+                measured = model.measure(batch, [i - batch.start for i in batch if i in answered])
+                found = list(self.grading.grade(measured, notes.append, self.on_progress).rows)
+                if kept:
+                    kept.write(number, found, self.grading.items)
+            rows += found
+        measured = Measured(rows, reading.task)
+        notes += ungraded_lines(ungraded({"": measured}))
+        metrics = measured.metrics()
+        values = {item.name: item.after.to_json() for item in compare_all(metrics, metrics)}
+        evaluated = Evaluated(reading.source.name, measured, values, list(dict.fromkeys(notes)))
+        if kept:
+            kept.finish(len(batches), evaluated.summary())
+        return evaluated
+
+
+class _Model:
+    """The model of a reading, loaded when the first rows are to be measured."""
+
+    def __init__(self, reading: _Reading, scoring: _Scoring) -> None:
+        self._reading, self._scoring = reading, scoring
+
+    @cached_property
+    def _reader(self) -> Reader:
+        reading, config = self._reading, self._scoring.config
+        torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
+        model = load_here(reading.source, reading.task, reading.labels).model
+        if isinstance(reading.renderer, Encoder):
+            make_room(model, reading.renderer.tokenizer)
+        reader = build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda")
+        if reader.device.type == "cpu":
+            reader.speed_up()
+        return reader
+
+    @cached_property
+    def _choices(self) -> Sequence[str]:
+        reading, scoring = self._reading, self._scoring
+        if reading.task == "chat" and not scoring.choices and scoring.config.settings.eval.choices != "off":
+            return find_choices(reading.rows.kept)
+        return scoring.choices
+
+    def measure(self, batch: range, answered: Sequence[int]) -> Measured:
+        """Score the rows of a batch, and answer those that are named by their number in it."""
+        reading = self._reading
+        return measure(
+            self._reader,
+            reading.renderer,
+            reading.rows.kept[batch.start : batch.stop],
+            reading.rows.examples[batch.start : batch.stop],
+            task=reading.task,
+            tokens_per_pack=PACK_TOKENS,
+            chosen=answered,
+            labels=reading.labels,
+            choices=self._choices,
+            on_progress=self._scoring.on_progress,
+        )
+
+
+def _build_grading(graders: Sequence[str | Path], config: Config, reading: _Reading) -> Grading:
+    settings = config.settings.data
+    files = [str(file) for file in graders]
+    return build_grading(files, settings.train, settings, reading.rows.kept)
+
+
+def _open_predictions(path: Path, reading: _Reading, scoring: _Scoring) -> Predictions:
+    """Open the folder of an evaluation, which knows what it began with."""
+    settings = scoring.config.settings
+    identity = {
+        "model": {"name": reading.source.name, "sha256": weights_hash(reading.source)},
+        "data": [{"name": file.name, "sha256": sha256(file.path)} for file in find_files(settings.data.train)],
+        "settings": {
+            "data": settings.data.model_dump(mode="json"),
+            "choices": [settings.eval.choices, *scoring.choices],
+        },
+        "answers": scoring.answers,
+        "graders": scoring.grading.to_json(),
+    }
+    return Predictions.open(path, identity)
 
 
 def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) -> Config:

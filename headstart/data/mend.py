@@ -31,6 +31,7 @@ class Mended:
     out: str
     rows: int = 0
     bad: int = 0
+    unfit: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
     redacted: Counter[str] = field(default_factory=Counter)
@@ -50,6 +51,7 @@ class _Kept(NamedTuple):
 class Mending:
     """How rows are mended. `bad` are places of rows that can't be used though they are of the right form.
 
+    `unfit` are places of rows that are dropped too, though they can be used: their answers aren't good enough.
     Of rows that say nearly the same, all but the first are dropped with `near`; with `private`, personal data and secrets
     are replaced, before rows are compared.
     """
@@ -60,6 +62,7 @@ class Mending:
     bad: Collection[str] = ()
     near: bool = False
     private: bool = False
+    unfit: Collection[str] = ()
 
     def write(self, out: Path) -> Mended:
         """Write what stays into a new file.
@@ -127,6 +130,9 @@ class Mending:
                 formatting.take([plain], formatted)
                 if not formatted.examples or place in broken:
                     mended.bad += 1
+                    continue
+                if place in self.unfit:
+                    mended.unfit += 1
                     continue
                 digest = whole_digest(formatted.examples[0])
                 if digest in seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headstart.data.encode import Encoder
@@ -18,7 +18,7 @@ from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
 from headstart.evaluate.generate import Answer, generate
-from headstart.evaluate.metrics import as_text, task_metrics, tell
+from headstart.evaluate.metrics import as_text, grade_metrics, task_metrics, tell
 from headstart.evaluate.score import (
     Floats,
     Neighbours,
@@ -87,6 +87,7 @@ class RowResult:
     Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
     `reference` the same as text, and `probability` that of the answer. `part` names the data set that was mixed in.
+    `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
     where: str
@@ -101,6 +102,8 @@ class RowResult:
     truth: Sequence[Any] = ()
     found: Sequence[Any] = ()
     part: str = ""
+    grades: Mapping[str, float | None] = field(default_factory=dict)
+    ungraded: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Measured:
 
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
-        found = task_metrics(self.task, self.own)
+        found = {**task_metrics(self.task, self.own), **grade_metrics(self.own)}
         for part in dict.fromkeys(row.part for row in self.rows if row.part):
             rows = [row for row in self.rows if row.part == part]
             task = "causal" if rows[0].bytes else "chat"
@@ -145,12 +148,13 @@ def measure(
     task: str,
     tokens_per_pack: int,
     answers: int = 0,
+    chosen: Sequence[int] | None = None,
     labels: Labels | None = None,
     choices: Sequence[str] = (),
     on_progress: OnProgress | None = None,
     tokens_at_once: int | None = None,
 ) -> Measured:
-    """Score every row and answer `answers` of the conversations, chosen by a hash of their content.
+    """Score every row and answer those conversations that are `chosen`, by number, else `answers` of them.
 
     With `choices` the likeliest of these is the answer; else it is generated, with at most `tokens_at_once` kept.
     `labels` are what a classifier tells. `records` and `examples` are the same rows. The answer that is
@@ -178,8 +182,7 @@ def measure(
     if not isinstance(renderer, Renderer):
         raise TypeError("conversations are rendered by a Renderer")
     conversations = [record for record in records if isinstance(record, Conversation)]
-    by_hash = sorted(range(len(conversations)), key=lambda index: content_hash(conversations[index]))
-    chosen = sorted(by_hash[:answers])
+    chosen = choose_answered(conversations, answers) if chosen is None else chosen
     if choices:
         picked = [conversations[i] for i in chosen]
         few = [examples[i] for i in chosen]
@@ -201,6 +204,11 @@ def measure(
     return Measured(
         _of_answers(conversations, examples, scores, dict(zip(chosen, answered, strict=True)), renderer), task
     )
+
+
+def choose_answered(records: Sequence[Record], answers: int) -> list[int]:
+    """Return the numbers of `answers` rows, chosen by a hash of their content."""
+    return sorted(sorted(range(len(records)), key=lambda index: content_hash(records[index]))[:answers])
 
 
 def _of_answers(

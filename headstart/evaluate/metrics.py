@@ -133,6 +133,13 @@ def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     return metrics
 
 
+def grade_metrics(rows: Sequence[Any]) -> dict[str, Metric]:
+    """Return the mean score of each grader over the rows that it could grade."""
+    names = dict.fromkeys(name for row in rows for name in row.grades)
+    scores = {name: [row.grades[name] for row in rows if row.grades.get(name) is not None] for name in names}
+    return {name: _mean(np.array(found, float)) for name, found in scores.items() if found}
+
+
 def _loss(name: str, rows: Sequence[Scored]) -> dict[str, Metric]:
     """Return the loss; of no rows that have one, nothing."""
     targets = np.array([row.targets for row in rows])
@@ -194,8 +201,8 @@ def exact_match(answer: str, reference: str) -> float:
 
 def rouge_l(answer: str, reference: str) -> float:
     """Return ROUGE-L F1 over lower-case words (Lin, 2004): the longest common subsequence against both lengths."""
-    a, b = WORD.findall(answer.lower()), WORD.findall(reference.lower())
-    common = _common_subsequence(a, b)
+    a, b = words(answer), words(reference)
+    common = common_subsequence(a, b)
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
@@ -206,12 +213,19 @@ def chrf(answer: str, reference: str) -> float:
     return float(sacrebleu.sentence_chrf(answer, [reference]).score)
 
 
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for word in a:
-        previous = 0
-        for place, other in enumerate(b, 1):
-            above = row[place]
-            row[place] = previous + 1 if word == other else max(above, row[place - 1])
-            previous = above
-    return row[-1]
+def words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return WORD.findall(text.lower())
+
+
+def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, a row of the table a number (Hyyrö, 2004)."""
+    where: dict[str, int] = {}
+    for place, item in enumerate(a):
+        where[item] = where.get(item, 0) | 1 << place
+    whole = (1 << len(a)) - 1
+    row = whole
+    for item in b:
+        met = row & where.get(item, 0)
+        row = (row + met | row - met) & whole
+    return len(a) - row.bit_count()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import html
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import PurePath
 from typing import Any
 
 from headstart.config import Config, known_keys, setting
 from headstart.display import in_bytes, in_time
+from headstart.evaluate.graders.rows import ungraded_lines
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
+from headstart.report.frame import document
+from headstart.report.frame import excerpt as _text
+from headstart.report.frame import section as _section
 from headstart.report.tables import cell, table
 from headstart.report.told import told_sections
 from headstart.report.words import VERDICTS, data_facts, named, score_table, sentence, speed_facts, trouble_facts
 
-TEXT_MAX = 4_000
 FILES = 3  # named in the title
 SAMPLES = {
     "instruction": "Answers before and after",
@@ -39,7 +41,6 @@ def report_page(
     begun = " from random weights" if result["weights"] == "random" else ""
     name = f"{result['model']['name']}{begun} on {_file_names(data)}"
     trouble = trouble_facts(result, metrics, data)
-    style = resources.files("headstart.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [
         _first_screen(name, result),
         _section("Scores", _scores(result)),
@@ -53,12 +54,7 @@ def report_page(
         _section("Settings", _settings(config)),
         _section("Environment", _facts(_environment(result))),
     ]
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(name)}: {VERDICTS[result['verdict']]}</title><style>{style}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(f"{name}: {VERDICTS[result['verdict']]}", "".join(body))
 
 
 def _file_names(data: Mapping[str, Any]) -> str:
@@ -110,7 +106,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows). What was not measured: what the model knew before (guard).</p>"
     )
-    return table(["", "before", "after", "difference", ""], rows) + note
+    missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
+    return table(["", "before", "after", "difference", ""], rows) + note + missed
 
 
 def _samples(before: Measured, after: Measured) -> str:
@@ -134,7 +131,11 @@ def _gain(before: RowResult, after: RowResult) -> float:
 
 def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -> str:
     loss = f"loss {before.nll / max(1, before.targets):.3f} to {after.nll / max(1, after.targets):.3f}"
-    head = f"<details{' open' if is_open else ''}><summary>{html.escape(title)}: {html.escape(after.where)}, {loss}</summary>"
+    grades = "".join(
+        f", {name} {_grade(before.grades.get(name))} to {_grade(score)}" for name, score in after.grades.items()
+    )
+    said = html.escape(f"{title}: {after.where}, {loss}{grades}")
+    head = f"<details{' open' if is_open else ''}><summary>{said}</summary>"
     if after.answer is None:
         return f'{head}<pre class="asked">{_text(after.asked)}</pre></details>'
     texts = (("before", "before", before), ("after", "after", after))
@@ -144,6 +145,10 @@ def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -
     )
     columns += f"<div><h4>reference</h4><pre>{_text(after.reference)}</pre></div>"
     return f'{head}<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
+
+
+def _grade(score: float | None) -> str:
+    return "not graded" if score is None else f"{score:.3g}"
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -205,14 +210,5 @@ def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{body}"
-
-
 def _facts(facts: Iterable[tuple[str, str]]) -> str:
     return table([], [[cell(name), cell(value)] for name, value in facts])
-
-
-def _text(text: str) -> str:
-    cut = text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]} [{len(text) - TEXT_MAX:,} more characters]"
-    return html.escape(cut)

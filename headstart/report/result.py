@@ -8,6 +8,7 @@ from headstart import machine
 from headstart.engine.clock import PHASES
 from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
+from headstart.evaluate.graders.rows import pair_grades, ungraded
 from headstart.evaluate.measure import PRIMARY, Measured
 
 NOT_MEASURED = "not measured"
@@ -26,7 +27,8 @@ def build_result(
 
     `facts` (kind, model, method, rows) and `plan` come from the job.
     """
-    compared = compare_all(before.metrics(), after.metrics())
+    first, second = pair_grades([before, after])
+    compared = compare_all(first.metrics(), second.metrics())
     measured = {item.name: item for item in compared}
     name = next(name for name in PRIMARY[facts["task"]] if name in measured)
     primary = measured[name]
@@ -36,6 +38,7 @@ def build_result(
         **to_json(compared),
         "difference": {"metric": name, **primary.difference.to_json()},
         "answered": sum(row.answer is not None for row in after.own),
+        "ungraded": ungraded({"before": before, "after": after}),
         "guard": NOT_MEASURED,
         "steps": {
             "taken": progress.step,

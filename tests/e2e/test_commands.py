@@ -179,11 +179,11 @@ def test_eval_and_compare(run: Path) -> None:
     code, versus = as_json("compare", "smollm2-135m", str(run), "data.jsonl", "--answers", "0")
     assert code == 0
     own = {row["where"]: row["nll"] for row in found["rows"]}
-    assert versus["b"]["metrics"]["nll"]["value"] == pytest.approx(
+    assert versus["models"][1]["metrics"]["nll"]["value"] == pytest.approx(
         sum(own.values()) / sum(r["targets"] for r in found["rows"])
     )
-    gap = versus["b"]["metrics"]["nll"]["value"] - versus["a"]["metrics"]["nll"]["value"]
-    assert versus["differences"]["nll"]["value"] == pytest.approx(gap)
+    gap = versus["models"][1]["metrics"]["nll"]["value"] - versus["models"][0]["metrics"]["nll"]["value"]
+    assert versus["pairs"][0]["differences"]["nll"]["value"] == pytest.approx(gap)
     assert "smollm2-135m" in call("compare", "smollm2-135m", str(run), "data.jsonl", "--answers", "0").stdout
 
 
@@ -338,6 +338,6 @@ def test_rows_that_one_model_cannot_read_are_left_out_for_both(run: Path, tiny_m
     code, versus = as_json("compare", "short", str(run), "long.jsonl", "--answers", "10")
     assert code == 0
     assert 10 < versus["rows"] < 40
-    assert any("dropped whole" in note for note in versus["a"]["notes"])
-    assert any("the other model" in note for note in versus["b"]["notes"])
-    assert versus["differences"]["rouge_l"]["rows"] == 10
+    assert any("dropped whole" in note for note in versus["models"][0]["notes"])
+    assert any("the other model" in note for note in versus["models"][1]["notes"])
+    assert versus["pairs"][0]["differences"]["rouge_l"]["rows"] == 10

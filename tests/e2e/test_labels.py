@@ -59,7 +59,7 @@ def test_eval_compare_and_check_know_labels(labels: Path) -> None:
     right = sum(row["answer"] == row["reference"] for row in found["rows"])
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(right / 80)
     code, versus = as_json("compare", "runs/labels", "runs/labels/model", "labels.csv")
-    assert (code, versus["differences"]["accuracy"]["value"]) == (0, 0)
+    assert (code, versus["pairs"][0]["differences"]["accuracy"]["value"]) == (0, 0)
     result = call("eval", "smollm2-135m", "labels.csv")
     assert result.exit_code == 1
     assert "no classifier" in result.stderr

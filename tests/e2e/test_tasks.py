@@ -54,7 +54,7 @@ def score_again(run: headstart.Run, file: str) -> dict[str, Any]:
     assert code == 0
     code, versus = as_json("compare", str(run.path), str(run.path / "model"), file)
     assert code == 0
-    assert all(item["value"] == pytest.approx(0, abs=1e-9) for item in versus["differences"].values())
+    assert all(item["value"] == pytest.approx(0, abs=1e-9) for item in versus["pairs"][0]["differences"].values())
     metrics: dict[str, Any] = found["metrics"]
     return metrics
 

@@ -69,7 +69,7 @@ def test_the_other_verbs_read_text_too(texts: Path) -> None:
     code, versus = as_json("compare", "smollm2-135m", "runs/text", "texts.jsonl")
     assert code == 0
     assert versus["rows"] == 60
-    assert versus["differences"]["bits_per_byte"]["direction"] == 1
+    assert versus["pairs"][0]["differences"]["bits_per_byte"]["direction"] == 1
     assert call("chat", "runs/text", "--ask", "The plan", "--max-tokens", "3").exit_code == 0
 
 

@@ -1,0 +1,236 @@
+"""Graders and rows -> scores. A row that can't be graded has no score, and says why: it counts neither as good nor as bad."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headstart.data.strict import parse_json
+from headstart.errors import DataError, Problem, UsageError
+from headstart.evaluate.graders.ask import ask, check_endpoint, cosines
+from headstart.evaluate.graders.fill import Case, fill, missing
+from headstart.evaluate.graders.forms import (
+    ExactMatch,
+    Grader,
+    JsonSchema,
+    LabelModel,
+    ModelGrader,
+    Multi,
+    Numeric,
+    Python,
+    ScoreModel,
+    StringCheck,
+    TextSimilarity,
+)
+from headstart.evaluate.graders.sandbox import grade_in_sandbox
+from headstart.evaluate.graders.texts import CHECKS, SIMILARITIES, last_number, need, normalise
+
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+SHOWN = 80  # characters of what a model said that are shown
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a grader gave a row: a score, or why there is none."""
+
+    score: float | None
+    why: str = ""
+
+
+Tell = Callable[[str], None]
+
+
+def grade(grader: Grader, cases: Sequence[Case], tell: Tell = lambda _: None) -> list[Grade]:
+    """Return the grade of each case. Raises UsageError or ModelError where a grader can grade none at all."""
+    return _GRADE[type(grader)](grader, cases, tell)
+
+
+def check_graders(graders: Sequence[Grader], cases: Sequence[Case]) -> None:
+    """See that graders can do their work on these rows, before anything is answered.
+
+    Raises DataError with each row that lacks what a grader names, UsageError where a package isn't there, and ModelError
+    where an endpoint may not be asked.
+    """
+    problems = []
+    for grader in (part for whole in graders for part in parts_of(whole)):
+        if isinstance(grader, ModelGrader) and grader.endpoint:
+            check_endpoint(grader)
+        if isinstance(grader, JsonSchema):
+            _validator(grader)
+        for case in cases:
+            for path in dict.fromkeys(path for text in grader.templates for path in missing(text, case)):
+                what = f"the row has no {path}, which the grader {grader.name} names"
+                cure = f"name one of {sorted(case.item)}" if case.item else "row.reference is what headstart read"
+                problems.append(Problem("grader.field", what, case.where, cure))
+    if problems:
+        raise DataError(problems)
+
+
+def parts_of(grader: Grader) -> list[Grader]:
+    """Return a grader with those that it is made of."""
+    return [grader, *(grader.graders.values() if isinstance(grader, Multi) else ())]
+
+
+def _each(score: Callable[[Any, Case], float]) -> Callable[[Any, Sequence[Case], Tell], list[Grade]]:
+    """Return a function that grades row by row; ValueError says why a row can't be graded."""
+
+    def one(grader: Any, case: Case) -> Grade:
+        try:
+            return Grade(float(score(grader, case)))
+        except ValueError as error:
+            return Grade(None, str(error))
+
+    return lambda grader, cases, _: [one(grader, case) for case in cases]
+
+
+def _pair(grader: Any, case: Case) -> tuple[str, str]:
+    return fill(grader.input, case), fill(grader.reference, case)
+
+
+def _check_string(grader: StringCheck, case: Case) -> float:
+    return CHECKS[grader.operation](*_pair(grader, case))
+
+
+def _match(grader: ExactMatch, case: Case) -> float:
+    text, reference = (normalise(text, grader.ignore) for text in _pair(grader, case))
+    return text == reference
+
+
+def _compare_numbers(grader: Numeric, case: Case) -> float:
+    text, reference = map(last_number, _pair(grader, case))
+    if reference is None:
+        raise ValueError("the reference has no number")
+    room = max(grader.tolerance, grader.relative_tolerance * abs(reference))
+    return text is not None and abs(text - reference) <= room
+
+
+def _fit_schema(grader: JsonSchema, case: Case) -> float:
+    try:
+        value = parse_json(fill(grader.input, case))
+    except ValueError:
+        return 0.0
+    return bool(_validator(grader).is_valid(value))
+
+
+@functools.lru_cache(maxsize=8)
+def _validator_of(schema: str) -> Any:
+    try:
+        import jsonschema
+    except ImportError:
+        raise need("jsonschema", "json_schema") from None
+    parsed = json.loads(schema)
+    kind = jsonschema.validators.validator_for(parsed, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(parsed)
+    except jsonschema.SchemaError as error:
+        what = f"the schema is none: {error.message}"
+        raise UsageError(Problem("grader.form", what, "schema", "see json-schema.org")) from None
+    return kind(parsed)
+
+
+def _validator(grader: JsonSchema) -> Any:
+    return _validator_of(json.dumps(grader.json_schema))
+
+
+def _measure_texts(grader: TextSimilarity, cases: Sequence[Case], _: Tell) -> list[Grade]:
+    pairs = [_pair(grader, case) for case in cases]
+    if grader.evaluation_metric == "cosine":
+        return [Grade(float(value)) for value in cosines(grader.model, pairs)]
+    score = SIMILARITIES[grader.evaluation_metric]
+    return [Grade(score(*pair)) for pair in pairs]
+
+
+def _run_python(grader: Python, cases: Sequence[Case], tell: Tell) -> list[Grade]:
+    found = grade_in_sandbox(grader, cases, tell)
+    return [Grade(None, value) if isinstance(value, str) else Grade(value) for value in found]
+
+
+def _chats(grader: ModelGrader, cases: Sequence[Case], asked_for: str) -> list[list[Mapping[str, str]]]:
+    """Return what the model is asked for each row; what it has to answer stands at the end of the last message."""
+    chats = []
+    for case in cases:
+        chat: list[Mapping[str, str]] = [{"role": turn.role, "content": fill(turn.text, case)} for turn in grader.input]
+        chats.append([*chat[:-1], {**chat[-1], "content": f"{chat[-1]['content']}\n\n{asked_for}"}])
+    return chats
+
+
+def _score_by_model(grader: ScoreModel, cases: Sequence[Case], _: Tell) -> list[Grade]:
+    low, high = grader.range
+    asked_for = f'Answer with JSON alone: {{"result": a number from {low:g} to {high:g}}}'
+    said = ask(grader, _chats(grader, cases, asked_for), _schema({"type": "number"}))
+    return [_read_score(text, low, high) for text in said]
+
+
+def _read_score(said: str, low: float, high: float) -> Grade:
+    result = _result(said)
+    if not isinstance(result, int | float) or isinstance(result, bool):
+        found = NUMBER.findall(said) if result is None else NUMBER.findall(str(result))
+        if len(found) != 1:
+            return Grade(None, f"the model gave no number: {said!r:.{SHOWN}}")
+        result = float(found[0])
+    if not low <= result <= high:
+        return Grade(None, f"the model gave {result:g}, which isn't from {low:g} to {high:g}")
+    return Grade(float(result))
+
+
+def _label_by_model(grader: LabelModel, cases: Sequence[Case], _: Tell) -> list[Grade]:
+    asked_for = f'Answer with JSON alone: {{"result": one of {json.dumps(list(grader.labels), ensure_ascii=False)}}}'
+    schema = _schema({"type": "string", "enum": list(grader.labels)})
+    return [_read_label(text, grader) for text in ask(grader, _chats(grader, cases, asked_for), schema)]
+
+
+def _read_label(said: str, grader: LabelModel) -> Grade:
+    """Return 1 for a label that passes, else 0; the label is the result, or the only one that is spelled."""
+    result = str(_result(said) or said).strip().casefold()
+    met = [label for label in grader.labels if label.casefold() == result]
+    if not met:
+        met = [label for label in grader.labels if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", result)]
+    if len(met) != 1:
+        return Grade(None, f"the model gave no label, or several: {said!r:.{SHOWN}}")
+    return Grade(float(met[0] in grader.passing_labels))
+
+
+def _schema(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": "object", "properties": {"result": result}, "required": ["result"], "additionalProperties": False}
+
+
+def _result(said: str) -> Any:
+    """Return the `result` of the JSON that an answer holds, in a fence or not; None where there is none."""
+    begin, end = said.find("{"), said.rfind("}")
+    try:
+        value = json.loads(said[begin : end + 1])
+    except (ValueError, RecursionError):
+        return None
+    return value.get("result") if isinstance(value, dict) else None
+
+
+def _combine(grader: Multi, cases: Sequence[Case], tell: Tell) -> list[Grade]:
+    parts = {name: grade(part, cases, tell) for name, part in grader.graders.items()}
+    return [_combined(grader, {name: grades[number] for name, grades in parts.items()}) for number in range(len(cases))]
+
+
+def _combined(grader: Multi, parts: Mapping[str, Grade]) -> Grade:
+    for name, part in parts.items():
+        if part.score is None:
+            return Grade(None, f"{name}: {part.why}")
+    try:
+        return Grade(grader.formula.value({name: part.score or 0.0 for name, part in parts.items()}))
+    except (ArithmeticError, ValueError) as error:
+        return Grade(None, f"{grader.calculate_output}: {error}")
+
+
+_GRADE: Mapping[type[Grader], Callable[[Any, Sequence[Case], Tell], list[Grade]]] = {
+    StringCheck: _each(_check_string),
+    TextSimilarity: _measure_texts,
+    ExactMatch: _each(_match),
+    Numeric: _each(_compare_numbers),
+    JsonSchema: _each(_fit_schema),
+    Python: _run_python,
+    ScoreModel: _score_by_model,
+    LabelModel: _label_by_model,
+    Multi: _combine,
+}
