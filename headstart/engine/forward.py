@@ -218,8 +218,8 @@ class LabelReader(RowReader):
         """Return the logits of each row, in float32 or wider."""
         with self.precision():
             if self.packs:
-                places = pack.begins if self._place == "first" else pack.ends
-                logits = own_logits(self.model, self.hidden(pack)[self.tensors(places)[0]])
+                places, order = np.unique(pack.begins if self._place == "first" else pack.ends, return_inverse=True)
+                logits = own_logits(self.model, self.hidden(pack, places)[self.tensors(order)[0]])
             else:
                 logits = row_logits(self.model, self.tensors(pack.ids)[0], self.types(pack))
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,18 +11,15 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-QUERIES_AT_ONCE = 64
-_depth = [0]  # of `one_by_one`
-STEP = 8  # blocks are of whole steps, so that threads can share them evenly
+from headstart.models.blocks import STEP, Block, Cut, Tiles
+from headstart.models.dropout import draw_kept, share
 
-Ints = NDArray[np.int64]
+_depth = [0]  # of `one_by_one`
 
 
 @contextlib.contextmanager
@@ -38,114 +35,6 @@ def one_by_one() -> Iterator[None]:
 def in_blocks() -> bool:
     """Tell whether operations are those of single blocks."""
     return bool(_depth[0])
-
-
-class Block(NamedTuple):
-    """Queries [begin, end) of a pack, the runs of keys that they see, and what to add to the scores of keys [low, high).
-
-    `mask` is 0 where a query sees a key and -inf elsewhere, [end - begin, high - low]; None where each sees all of them.
-    """
-
-    begin: int
-    end: int
-    keys: tuple[tuple[int, int], ...]
-    mask: Tensor | None = None
-    low: int = 0
-    high: int = 0
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """A forest as arrays: `start`, `length`, `parent` [N] of nodes, `positions` [T] and `owner` [T] (its node) of tokens."""
-
-    start: Ints
-    length: Ints
-    parent: Ints
-    positions: Ints
-    owner: Ints
-
-    @staticmethod
-    def of(length: Sequence[int], parent: Sequence[int], positions: Ints) -> Nodes:
-        """Return the nodes that lie one behind the other."""
-        lengths = np.asarray(length, np.int64)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        return Nodes(np.cumsum(lengths) - lengths, lengths, np.asarray(parent, np.int64), positions, owner)
-
-    def path(self, node: int) -> list[int]:
-        """Return a node and its ancestors, from the root on."""
-        found = []
-        while node >= 0:
-            found.append(node)
-            node = int(self.parent[node])
-        return found[::-1]
-
-
-def cut_blocks(
-    nodes: Nodes,
-    window: int = 0,
-    causal: bool = True,
-    size: int = QUERIES_AT_ONCE,
-    chosen: Ints | None = None,
-) -> list[Block]:
-    """Cut a pack into blocks of at most `size` queries. `window` is how many last positions are seen, 0 for all.
-
-    With `chosen` [P], ascending, only these tokens are queries, and a block's `begin` and `end` are places among them.
-
-    Raises ValueError for a window that looks both ways: architectures don't agree on what it means.
-    """
-    if window and not causal:
-        raise ValueError("a window that looks both ways is not known here")
-    places = np.arange(len(nodes.owner)) if chosen is None else chosen
-    counts = np.bincount(nodes.owner[places], minlength=len(nodes.start))
-    cuts = _cuts(counts, nodes.parent, size)
-    return [_build_block(nodes, places[begin:end], begin, window, causal) for begin, end in cuts]
-
-
-def _cuts(counts: Ints, parents: Ints, size: int) -> list[tuple[int, int]]:
-    """Cut nodes of many queries; put those of few together where they see the same beside themselves: siblings, or roots."""
-    cuts: list[tuple[int, int]] = []
-    open_parent = None  # of the block that may still grow
-    end = 0
-    for length, parent in zip(counts.tolist(), parents.tolist(), strict=True):
-        begin, end = end, end + length
-        if length < size and open_parent == parent and end - cuts[-1][0] <= size and cuts[-1][1] == begin:
-            cuts[-1] = (cuts[-1][0], end)
-            continue
-        even = -(-length // max(1, -(-length // size)))
-        step = max(STEP, -(-even // STEP) * STEP)
-        edges = [*range(begin, end, step), end]
-        cuts += zip(edges, edges[1:], strict=False)
-        open_parent = parent if length < size else None
-    return [cut for cut in cuts if cut[1] > cut[0]]
-
-
-def _build_block(nodes: Nodes, places: Ints, begin: int, window: int, causal: bool) -> Block:
-    end = begin + len(places)
-    owners = range(int(nodes.owner[places[0]]), int(nodes.owner[places[-1]]) + 1)
-    paths = {node: nodes.path(node) for node in owners}
-    visible = sorted({node for path in paths.values() for node in path})
-    stops = [int(nodes.start[node] + nodes.length[node]) for node in visible]
-    stops = [min(stop, int(places[-1]) + 1) for stop in stops] if causal else stops
-    keys = np.concatenate([np.arange(nodes.start[node], stop) for node, stop in zip(visible, stops, strict=True)])
-    sees = np.zeros((len(owners), len(nodes.start)), np.bool_)
-    for row, path in enumerate(paths.values()):
-        sees[row, path] = True
-    seen = sees[nodes.owner[places] - owners[0]][:, nodes.owner[keys]]
-    distance = nodes.positions[places, None] - nodes.positions[None, keys]
-    if causal:
-        seen &= distance >= 0
-    if window:
-        seen &= distance < window
-    used = seen.any(0)
-    keys, seen = keys[used], seen[:, used]
-    breaks = np.flatnonzero(np.diff(keys) != 1) + 1
-    runs = tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(keys, breaks))
-    partly = np.flatnonzero(~seen.all(0))
-    if not len(partly):
-        return Block(begin, end, runs)
-    low, high = int(partly[0]), int(partly[-1]) + 1
-    mask = np.where(seen[:, low:high], np.float32(0), np.float32(-math.inf))
-    return Block(begin, end, runs, torch.from_numpy(mask), low, high)
 
 
 @dataclass(frozen=True)
@@ -169,7 +58,7 @@ def in_one_type(*heads: Tensor) -> list[Tensor]:
     return [part.to(dtype) for part in heads]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule) -> Tensor:
     """Attend within blocks. `q` [T, H, d], `k` and `v` [T, K, d] -> [T, H, d], with gradients."""
     return _Attend.apply(q, k, v, blocks, rule)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -178,7 +67,7 @@ class _Attend(torch.autograd.Function):
     """`attend`, with what each block needs made anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule) -> Tensor:
         q = q * rule.scale
         output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
@@ -195,28 +84,30 @@ class _Attend(torch.autograd.Function):
         return *gradients, None, None
 
 
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], rule: Rule, output: Tensor
-) -> Tensor | None:
+def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, output: Tensor) -> Tensor | None:
     """Write what `attend` gives into `output` [T, H, d], of queries that are scaled already.
 
     Return what was kept under dropout, block by block, bool.
     """
+    if isinstance(blocks, Tiles):
+        return _tiles_forward(q, k, v, blocks, rule, output)
     kept = None
     if rule.dropout:
-        kept = torch.empty(sum(_scores(block, q.shape[1]) for block in blocks), dtype=torch.bool, device=q.device)
+        kept = draw_kept((sum(_scores(block, q.shape[1]) for block in blocks),), rule.dropout, q.device)
     with one_by_one():
         shares = _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
         for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
             queries, every = _by_group(q[block.begin : block.end], k.shape[1], shares)
             weights, _ = _weights(queries, _pick(keys[::every], block), block, rule)
-            if place is not None:
-                weights, drawn = torch.native_dropout(weights, rule.dropout, True)
-                place.copy_(drawn.flatten())
-            attended = torch.bmm(weights, _pick(values[::every], block))
+            attended = torch.bmm(_dropped(weights, place, rule), _pick(values[::every], block))
             _put(output[block.begin : block.end], attended, k.shape[1])
     return kept
+
+
+def _dropped(weights: Tensor, kept: Tensor | None, rule: Rule) -> Tensor:
+    """Return weights after dropout, given what was kept of them."""
+    return weights if kept is None else (weights * kept.view(weights.shape)).mul_(share(rule.dropout))
 
 
 def _scores(block: Block, heads: int) -> int:
@@ -233,13 +124,16 @@ def attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Sequence[Block],
+    blocks: Cut,
     rule: Rule,
     kept: Tensor | None,
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
     """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` gave."""
+    if isinstance(blocks, Tiles):
+        _tiles_backward(q, k, v, blocks, rule, kept, gradient, gradients)
+        return
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
@@ -250,12 +144,8 @@ def attend_backward(
             key = _pick(keys[::every], block)
             weights, slope = _weights(queries, key, block, rule)
             d_weights = torch.bmm(wanted, _pick(values[::every], block).transpose(1, 2))
-            dropped = weights
-            if place is not None:
-                share = 1 / (1 - rule.dropout)
-                dropped = (weights * place.view(weights.shape)).mul_(share)
-                d_weights.mul_(place.view(weights.shape)).mul_(share)
-            _add(d_values[::every], block, dropped, wanted)
+            _add(d_values[::every], block, _dropped(weights, place, rule), wanted)
+            d_weights = _dropped(d_weights, place, rule)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if slope is not None:
                 d_scores.mul_(slope)
@@ -317,7 +207,7 @@ def _add(sums: Tensor, block: Block, weights: Tensor, part: Tensor) -> None:
         place += end - begin
 
 
-def _weights(queries: Tensor, keys: Tensor, block: Block, rule: Rule) -> tuple[Tensor, Tensor | None]:
+def _weights(queries: Tensor, keys: Tensor, block: Block | Tiles, rule: Rule) -> tuple[Tensor, Tensor | None]:
     """Return the attention weights [..., m] of a block, and the slope of the soft cap where there is one."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     slope = None
@@ -325,7 +215,72 @@ def _weights(queries: Tensor, keys: Tensor, block: Block, rule: Rule) -> tuple[T
         scores.div_(rule.softcap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(rule.softcap)
-    if block.mask is not None:
-        n = block.end - block.begin
-        scores.view(-1, n, scores.shape[-1])[..., block.low : block.high] += block.mask
+    block.hide(scores)
     return torch.softmax(scores, -1), slope
+
+
+# --- tiles: all blocks at once ---
+
+
+def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, rule: Rule, output: Tensor) -> Tensor | None:
+    groups, kept = k.shape[1], None
+    if rule.dropout:
+        kept = draw_kept((q.shape[1] * len(tiles) * tiles.n * tiles.m,), rule.dropout, q.device)
+    with one_by_one():
+        queries, keys, values = _tile_queries(q, groups, tiles), _tile_keys(k, tiles), _tile_keys(v, tiles)
+        weights, _ = _weights(queries, keys, tiles, rule)
+        attended = torch.bmm(_dropped(weights, kept, rule), values)
+        torch.index_select(_by_slot(attended, groups, tiles), 0, tiles.asked, out=output)
+    return kept
+
+
+def _tiles_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    rule: Rule,
+    kept: Tensor | None,
+    gradient: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    with one_by_one():
+        groups = k.shape[1]
+        queries, keys, values = _tile_queries(q, groups, tiles), _tile_keys(k, tiles), _tile_keys(v, tiles)
+        wanted = _tile_queries(gradient, groups, tiles, only=True)
+        weights, slope = _weights(queries, keys, tiles, rule)
+        d_weights = _dropped(torch.bmm(wanted, values.transpose(1, 2)), kept, rule)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        if slope is not None:
+            d_scores.mul_(slope)
+        gradients[0].copy_(_by_slot(torch.bmm(d_scores, keys), groups, tiles).index_select(0, tiles.asked))
+        turned = (d_scores.transpose(1, 2), queries), (_dropped(weights, kept, rule).transpose(1, 2), wanted)
+        for place, (left, right) in zip(gradients[1:], turned, strict=True):
+            held = torch.bmm(left, right).view(groups, len(tiles) * tiles.m, -1)
+            place.copy_(held.index_select(1, tiles.held).transpose(0, 1))
+            if len(tiles.unseen):
+                place.index_fill_(0, tiles.unseen, 0.0)
+
+
+def _tile_keys(k: Tensor, tiles: Tiles) -> Tensor:
+    """[T, K, d] -> [K B, m, d]: keys or values in their slots."""
+    slots = k.transpose(0, 1).index_select(1, tiles.keys)
+    return slots.view(-1, tiles.m, k.shape[-1])
+
+
+def _tile_queries(q: Tensor, groups: int, tiles: Tiles, *, only: bool = False) -> Tensor:
+    """[P, H, d] -> [K B, G n, d]: queries in their slots, those of the G heads that read the same keys together.
+
+    Slots without a token hold any query, or with `only` zeros.
+    """
+    slots = q.transpose(0, 1).index_select(1, tiles.queries)
+    if only and len(tiles.empty):
+        slots.index_fill_(1, tiles.empty, 0.0)
+    spread = slots.view(groups, -1, len(tiles), tiles.n, q.shape[-1]).transpose(1, 2)
+    return spread.reshape(groups * len(tiles), -1, q.shape[-1])
+
+
+def _by_slot(part: Tensor, groups: int, tiles: Tiles) -> Tensor:
+    """[K B, G n, d] -> [B n, H, d], as a view or a copy."""
+    spread = part.view(groups, len(tiles), -1, tiles.n, part.shape[-1])
+    return spread.permute(1, 3, 0, 2, 4).reshape(len(tiles) * tiles.n, -1, part.shape[-1])

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headstart.models.attend import Block, Ints, Nodes, Rule, attend, cut_blocks, in_one_type, one_by_one
+from headstart.models.attend import Rule, attend, in_one_type, one_by_one
 from headstart.models.attention_gpu import Prepared, attend_whole
+from headstart.models.blocks import Cut, Ints, Nodes, cut_blocks, lay_tiles
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
@@ -33,11 +34,12 @@ class Reading(Protocol):
 
 
 class Asked(NamedTuple):
-    """What an attention module asks for: how its scores become weights, what it sees."""
+    """What an attention module asks for: how its scores become weights, what it sees, how wide its heads are."""
 
     rule: Rule
     window: int
     causal: bool
+    width: int
 
 
 class OnHost(NamedTuple):
@@ -77,10 +79,10 @@ class Forest:
         self.prepared: Prepared | None = None
         self._chosen = on_host.chosen
         self.asked: dict[int, Asked] = {}
-        self._blocks: dict[tuple[int, bool, bool], list[Block]] = {}
+        self._blocks: dict[tuple[int, bool, bool], Cut] = {}
 
-    def blocks(self, window: int, causal: bool, *, chosen: bool = False) -> list[Block]:
-        """Return the pack, or its chosen tokens, cut into blocks of queries.
+    def blocks(self, window: int, causal: bool, *, chosen: bool = False) -> Cut:
+        """Return the pack, or its chosen tokens, cut into blocks of queries, or into tiles where that serves.
 
         `window` is the number of last positions that are seen, 0 for all.
         """
@@ -89,7 +91,8 @@ class Forest:
             device = self.positions.device
             with one_by_one():
                 blocks = cut_blocks(self.nodes, window, causal, chosen=self._chosen if chosen else None)
-                self._blocks[key] = [b._replace(mask=b.mask if b.mask is None else b.mask.to(device)) for b in blocks]
+                tiles = lay_tiles(blocks, len(self.nodes.owner))
+                self._blocks[key] = tiles.to(device) if tiles else [block.to(device) for block in blocks]
         return self._blocks[key]
 
 
@@ -118,7 +121,9 @@ def forest_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(forest, Forest):
         return forest.attend(query, key, value, scale, sliding_window or 0, softcap), None
-    asked = forest.asked[id(module)] = Asked(Rule(scale, softcap, dropout), sliding_window or 0, causal)
+    asked = forest.asked[id(module)] = Asked(
+        Rule(scale, softcap, dropout), sliding_window or 0, causal, query.shape[-1]
+    )
     if forest.kernel != "blocks":
         whole = attend_whole(forest, query, key, value, asked)
         if whole is not None:

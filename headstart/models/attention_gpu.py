@@ -120,7 +120,7 @@ def run_kernel(kernel: str, forest: Forest, query: Tensor, key: Tensor, value: T
     Raises RuntimeError where the kernel is not there.
     """
     prepared = prepare(forest)
-    rule, window, causal = asked
+    rule, window, causal, _ = asked
     if kernel == "varlen":
         run = find_varlen()
         if run is None:

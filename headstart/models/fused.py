@@ -6,7 +6,6 @@ pass can make anew cheaply (norms, activations, attention weights) is not kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from headstart.models.attend import Block, Rule, attend_backward, attend_forward
+from headstart.models.attend import Rule, attend_backward, attend_forward
+from headstart.models.blocks import Cut
+from headstart.models.dropout import draw_kept, share
 from headstart.models.linear import Product, add_gradient
 
 KEPT_GRADIENT = "headstart_gradient"  # an attribute of weights: memory for their gradient
@@ -132,6 +133,87 @@ def add_product(residual: Tensor, x: Tensor, product: Product, scale: float = 1.
     return _AddProduct.apply(residual, x, product.trigger, product, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean(x)) / std(x) * weight + bias (Ba et al., 2016); some have no bias."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    eps: float
+
+    def apply(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normed rows of x [T, D], and their means and inverse deviations [T, 1]."""
+        return torch.native_layer_norm(x, [x.shape[-1]], self.weight, self.bias, self.eps)
+
+    def backward(self, gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+        """Return the gradient of x, given that of the normed rows, and add up those of weight and bias."""
+        bias = self.bias
+        wanted = [True, self.weight.requires_grad, bias is not None and bias.requires_grad]
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, [x.shape[-1]], mean, inverse, self.weight, bias, wanted
+        )
+        if wanted[1]:
+            add_gradient(self.weight, d_weight)
+        if bias is not None and wanted[2]:
+            add_gradient(bias, d_bias)
+        return d_x  # type: ignore[no-any-return]
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, trigger: Tensor | None, product: Product, norm: LayerNorm, drop: float
+    ) -> Tensor:
+        branch = product.apply(x)
+        kept = draw_kept(tuple(branch.shape), drop, branch.device) if drop else None
+        if kept is not None:
+            branch.mul_(kept)
+        sums = torch.add(residual, branch, alpha=share(drop), out=branch)
+        normed, mean, inverse = norm.apply(sums)
+        ctx.product, ctx.norm, ctx.share = product, norm, share(drop)
+        ctx.save_for_backward(x, kept, sums, mean, inverse)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, sums, mean, inverse = ctx.saved_tensors
+        d_sums = ctx.norm.backward(gradient.contiguous(), sums, mean, inverse)
+        d_branch = d_sums if kept is None else (d_sums * kept).mul_(ctx.share)
+        if ctx.needs_input_grad[2]:
+            ctx.product.accumulate(d_branch, x)
+        d_x = ctx.product.backward(d_branch) if ctx.needs_input_grad[1] else None
+        return d_sums, d_x, None, None, None, None
+
+
+def add_norm(residual: Tensor, x: Tensor, product: Product, norm: LayerNorm, drop: float) -> Tensor:
+    """Put x [T, F] through linear layers, drop out, add `residual` [T, D] and norm: [T, D]."""
+    norms = next((p for p in (norm.weight, norm.bias) if p is not None and p.requires_grad), None)
+    trigger = product.trigger if product.trigger is not None else norms
+    return _AddNorm.apply(residual, x, trigger, product, norm, drop)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trigger: Tensor | None, product: Product, name: str) -> Tensor:
+        wide = product.apply(x)
+        ctx.product, ctx.name = product, name
+        ctx.save_for_backward(x, wide)
+        return activate(wide, name)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, wide = ctx.saved_tensors
+        d_wide = _activation_gradient(gradient, wide, ctx.name)
+        if ctx.needs_input_grad[1]:
+            ctx.product.accumulate(d_wide, x)
+        return ctx.product.backward(d_wide) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def activated(x: Tensor, product: Product, name: str) -> Tensor:
+    """Put x [T, D] through linear layers and an activation: [T, F]."""
+    return _Activated.apply(x, product.trigger, product, name)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def activate(gate: Tensor, name: str) -> Tensor:
     """Return the activation of a tensor."""
     if name == "silu":
@@ -245,7 +327,7 @@ class _AttendColumns(torch.autograd.Function):
         sin: Tensor | None,
         chosen: Tensor | None,
         heads: Heads,
-        blocks: Sequence[Block],
+        blocks: Cut,
         rule: Rule,
     ) -> Tensor:
         q, k, v = heads.split(columns)
@@ -284,7 +366,7 @@ def attend_columns(
     columns: Tensor,
     turn: tuple[Tensor, Tensor] | None,
     heads: Heads,
-    blocks: Sequence[Block],
+    blocks: Cut,
     rule: Rule,
     chosen: Tensor | None = None,
 ) -> Tensor:

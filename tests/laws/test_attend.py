@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.models.attend import Nodes, Rule, attend, cut_blocks
+from headstart.models.attend import Rule, attend
+from headstart.models.blocks import Nodes, Tiles, cut_blocks, lay_tiles
 
 
 @st.composite
@@ -82,11 +83,48 @@ def test_tokens_that_look_both_ways_see_their_own_row() -> None:
     torch.testing.assert_close(ours, dense(q, k, v, nodes, 0, False, rule))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=9),
+    causal=st.booleans(),
+    heads=st.sampled_from([(6, 3), (4, 4)]),
+    first_only=st.booleans(),
+)
+def test_tiles_equal_dense(lengths: list[int], causal: bool, heads: tuple[int, int], first_only: bool) -> None:
+    """Rows that share nothing go all at once, those of which one token asks too."""
+    nodes = Nodes.of(lengths, [-1] * len(lengths), np.concatenate([np.arange(n) for n in lengths]))
+    chosen = nodes.start if first_only else np.arange(len(nodes.owner))
+    tiles = lay_tiles(cut_blocks(nodes, 0, causal, 16, chosen), len(nodes.owner))
+    assume(tiles is not None)
+    assert isinstance(tiles, Tiles)
+    q, k, v = (torch.randn(sum(lengths), n, 4, dtype=torch.float64, requires_grad=True) for n in (*heads, heads[1]))
+    rule, asked = Rule(0.7, 2.0), torch.from_numpy(chosen)
+    ours, theirs = attend(q[asked], k, v, tiles, rule), dense(q, k, v, nodes, 0, causal, rule)[asked]
+    torch.testing.assert_close(ours, theirs)
+    wanted = torch.randn_like(theirs)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (q, k, v), wanted), torch.autograd.grad(theirs, (q, k, v), wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_rows_that_differ_too_much_or_share_keys_are_no_tiles() -> None:
+    short_and_long = Nodes.of([4] * 4 + [60], [-1] * 5, np.concatenate([np.arange(n) for n in (4, 4, 4, 4, 60)]))
+    assert lay_tiles(cut_blocks(short_and_long, size=8), 76) is None
+    siblings = Nodes.of([6, 8, 8], [-1, 0, 0], np.array([*range(6), *range(6, 14), *range(6, 14)]))
+    assert lay_tiles(cut_blocks(siblings, size=8), 22) is None
+    rows = Nodes.of([7, 8, 6], [-1] * 3, np.concatenate([np.arange(n) for n in (7, 8, 6)]))
+    assert lay_tiles(cut_blocks(rows, size=8), 21) is not None
+
+
+@pytest.mark.parametrize("parents", [[-1, 0, 0], [-1, -1, -1]], ids=["blocks", "tiles"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradients_hold_under_dropout(softcap: float | None) -> None:
+def test_gradients_hold_under_dropout(softcap: float | None, parents: list[int]) -> None:
     """Against finite differences, with the same draw each time."""
-    nodes = Nodes.of([4, 9, 3], [-1, 0, 0], np.array([*range(4), *range(4, 13), *range(4, 7)]))
-    blocks, rule = cut_blocks(nodes, size=8), Rule(0.6, softcap, dropout=0.3)
+    nodes = Nodes.of([4, 8, 4], parents, np.array([*range(4), *range(4, 12), *range(4, 8)]))
+    cut, rule = cut_blocks(nodes, size=8), Rule(0.6, softcap, dropout=0.3)
+    blocks = cut if 0 in parents else lay_tiles(cut, 16)
+    assert blocks is not None
     q, k, v = (torch.randn(16, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
 
     def drawn(*inputs: Tensor) -> Tensor:

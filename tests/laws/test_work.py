@@ -16,8 +16,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.forward import LabelReader, PackReader
 from headstart.engine.work import best_rate, pairs, probe_pack, read_shape
 from headstart.models.adapt import Lora, adapt
-from headstart.models.attend import Nodes
 from headstart.models.attention import register
+from headstart.models.blocks import Nodes
 from headstart.objectives.labels import class_losses, summed
 from headstart.objectives.tokens import nll
 from tests.conftest import example

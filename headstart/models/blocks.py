@@ -1,0 +1,203 @@
+"""How a pack is cut for attention: blocks of queries and the keys they see, or tiles, where blocks are so alike that all go at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+QUERIES_AT_ONCE = 64
+STEP = 8  # blocks are of whole steps, so that threads can share them evenly
+TILE_WASTE = 2.0  # times the scores that are seen, which tiles may have at most
+
+Ints = NDArray[np.int64]
+
+
+class Block(NamedTuple):
+    """Queries [begin, end) of a pack, the runs of keys that they see, and what to add to the scores of keys [low, high).
+
+    `mask` is 0 where a query sees a key and -inf elsewhere, [end - begin, high - low]; None where each sees all of them.
+    """
+
+    begin: int
+    end: int
+    keys: tuple[tuple[int, int], ...]
+    mask: Tensor | None = None
+    low: int = 0
+    high: int = 0
+
+    def to(self, device: torch.device) -> Block:
+        """Return the same on a device."""
+        return self if self.mask is None else self._replace(mask=self.mask.to(device))
+
+    def hide(self, scores: Tensor) -> None:
+        """Leave of scores [K, G n, m] those that are seen."""
+        if self.mask is not None:
+            scores.view(-1, self.end - self.begin, scores.shape[-1])[..., self.low : self.high] += self.mask
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A forest as arrays: `start`, `length`, `parent` [N] of nodes, `positions` [T] and `owner` [T] (its node) of tokens."""
+
+    start: Ints
+    length: Ints
+    parent: Ints
+    positions: Ints
+    owner: Ints
+
+    @staticmethod
+    def of(length: Sequence[int], parent: Sequence[int], positions: Ints) -> Nodes:
+        """Return the nodes that lie one behind the other."""
+        lengths = np.asarray(length, np.int64)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        return Nodes(np.cumsum(lengths) - lengths, lengths, np.asarray(parent, np.int64), positions, owner)
+
+    def path(self, node: int) -> list[int]:
+        """Return a node and its ancestors, from the root on."""
+        found = []
+        while node >= 0:
+            found.append(node)
+            node = int(self.parent[node])
+        return found[::-1]
+
+
+def cut_blocks(
+    nodes: Nodes,
+    window: int = 0,
+    causal: bool = True,
+    size: int = QUERIES_AT_ONCE,
+    chosen: Ints | None = None,
+) -> list[Block]:
+    """Cut a pack into blocks of at most `size` queries. `window` is how many last positions are seen, 0 for all.
+
+    With `chosen` [P], ascending, only these tokens are queries, and a block's `begin` and `end` are places among them.
+
+    Raises ValueError for a window that looks both ways: architectures don't agree on what it means.
+    """
+    if window and not causal:
+        raise ValueError("a window that looks both ways is not known here")
+    places = np.arange(len(nodes.owner)) if chosen is None else chosen
+    counts = np.bincount(nodes.owner[places], minlength=len(nodes.start))
+    cuts = _cuts(counts, nodes.parent, size)
+    return [_build_block(nodes, places[begin:end], begin, window, causal) for begin, end in cuts]
+
+
+def _cuts(counts: Ints, parents: Ints, size: int) -> list[tuple[int, int]]:
+    """Cut nodes of many queries; put those of few together where they see the same beside themselves: siblings, or roots."""
+    cuts: list[tuple[int, int]] = []
+    open_parent = None  # of the block that may still grow
+    end = 0
+    for length, parent in zip(counts.tolist(), parents.tolist(), strict=True):
+        begin, end = end, end + length
+        if length < size and open_parent == parent and end - cuts[-1][0] <= size and cuts[-1][1] == begin:
+            cuts[-1] = (cuts[-1][0], end)
+            continue
+        even = -(-length // max(1, -(-length // size)))
+        step = max(STEP, -(-even // STEP) * STEP)
+        edges = [*range(begin, end, step), end]
+        cuts += zip(edges, edges[1:], strict=False)
+        open_parent = parent if length < size else None
+    return [cut for cut in cuts if cut[1] > cut[0]]
+
+
+def _build_block(nodes: Nodes, places: Ints, begin: int, window: int, causal: bool) -> Block:
+    end = begin + len(places)
+    owners = range(int(nodes.owner[places[0]]), int(nodes.owner[places[-1]]) + 1)
+    paths = {node: nodes.path(node) for node in owners}
+    visible = sorted({node for path in paths.values() for node in path})
+    stops = [int(nodes.start[node] + nodes.length[node]) for node in visible]
+    stops = [min(stop, int(places[-1]) + 1) for stop in stops] if causal else stops
+    keys = np.concatenate([np.arange(nodes.start[node], stop) for node, stop in zip(visible, stops, strict=True)])
+    sees = np.zeros((len(owners), len(nodes.start)), np.bool_)
+    for row, path in enumerate(paths.values()):
+        sees[row, path] = True
+    seen = sees[nodes.owner[places] - owners[0]][:, nodes.owner[keys]]
+    distance = nodes.positions[places, None] - nodes.positions[None, keys]
+    if causal:
+        seen &= distance >= 0
+    if window:
+        seen &= distance < window
+    used = seen.any(0)
+    keys, seen = keys[used], seen[:, used]
+    breaks = np.flatnonzero(np.diff(keys) != 1) + 1
+    runs = tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(keys, breaks))
+    partly = np.flatnonzero(~seen.all(0))
+    if not len(partly):
+        return Block(begin, end, runs)
+    low, high = int(partly[0]), int(partly[-1]) + 1
+    mask = np.where(seen[:, low:high], np.float32(0), np.float32(-math.inf))
+    return Block(begin, end, runs, torch.from_numpy(mask), low, high)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks that share no key, each filled up to `n` queries and `m` keys: B tiles, one product for all of them.
+
+    `queries` [B n] and `keys` [B m] are the tokens in their slots, 0 where there is none; `empty` are the slots of queries
+    without a token. `asked` [P] and `held` [T] are the slots of the tokens; `unseen` are tokens that are nobody's key.
+    `mask` [B, n, m] is 0 where a query sees a key and -inf elsewhere.
+    """
+
+    n: int
+    m: int
+    queries: Tensor
+    keys: Tensor
+    empty: Tensor
+    asked: Tensor
+    held: Tensor
+    unseen: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def to(self, device: torch.device) -> Tiles:
+        """Return the same on a device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+    def hide(self, scores: Tensor) -> None:
+        """Leave of scores [K B, G n, m] those that are seen."""
+        scores.view(-1, len(self), scores.shape[1] // self.n, self.n, self.m).add_(self.mask[:, None])
+
+
+TENSORS = ("queries", "keys", "empty", "asked", "held", "unseen", "mask")
+Cut = Sequence[Block] | Tiles
+
+
+def lay_tiles(blocks: Sequence[Block], tokens: int) -> Tiles | None:
+    """Return blocks as tiles over a pack of T tokens; None where they share keys, or differ so much that most would be empty."""
+    runs = [np.concatenate([np.arange(*run) for run in block.keys]) for block in blocks]
+    counts = [block.end - block.begin for block in blocks]
+    n, m = max(counts), max(map(len, runs))
+    seen = sum(count * len(run) for count, run in zip(counts, runs, strict=True))
+    held = np.full(tokens, -1)
+    if len(blocks) < 2 or len(blocks) * n * m > TILE_WASTE * seen or sum(map(len, runs)) > tokens:
+        return None
+    queries, keys = np.full((len(blocks), n), -1), np.zeros((len(blocks), m), np.int64)
+    mask = torch.zeros(len(blocks), n, m)
+    for number, (block, count, run) in enumerate(zip(blocks, counts, runs, strict=True)):
+        if (held[run] >= 0).any():
+            return None
+        queries[number, :count] = np.arange(block.begin, block.end)
+        keys[number, : len(run)] = run
+        held[run] = number * m + np.arange(len(run))
+        mask[number, :count, len(run) :] = -math.inf
+        if block.mask is not None:
+            mask[number, :count, block.low : block.high] = block.mask
+    flat = queries.ravel()
+    arrays = {
+        "queries": flat.clip(0),
+        "keys": keys.ravel(),
+        "empty": np.flatnonzero(flat < 0),
+        "asked": np.flatnonzero(flat >= 0),
+        "held": held.clip(0),
+        "unseen": np.flatnonzero(held < 0),
+    }
+    return Tiles(n=n, m=m, mask=mask, **{name: torch.from_numpy(array) for name, array in arrays.items()})
