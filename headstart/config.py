@@ -41,7 +41,12 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _names_or_switch(value: Any) -> Any:
+    return _split_commas(_switch(value))
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
 CountOrOff = Annotated[int, Field(ge=0)]
 
@@ -160,6 +165,13 @@ class EvalSettings(Section):
     generate: CountOrOff | None = Field(None, description="Held-out rows answered before and after; 0 is none.")
     choices: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="Pick answers from those of the training data; auto does where a few stand again and again."
+    )
+    guard: NamesOrSwitch = Field(
+        ("auto",),
+        description="Is what it knew kept? auto scores general text and questions before and after; off, or own files.",
+    )
+    guard_bound: float = Field(
+        0.1, gt=0, description="The part by which the loss on the guard may grow; beyond it a run is worse."
     )
     patience: CountOrOff = Field(
         3, description="Evaluations without a better one after which training stops; 0 is never."
@@ -422,6 +434,7 @@ def _without_effect(config: Config) -> list[Problem]:
         ("data.label", settings.kind in ("unsupervised", "instruction"), f"`kind` is {settings.kind}"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
+        ("eval.guard_bound", settings.eval.guard == ("off",), "`eval.guard` is off"),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),
     ]
     return [
