@@ -219,6 +219,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
     data: Data,
     answers: Answers = 32,
+    robust: Annotated[bool, typer.Option("--robust", help="Score rows that are written otherwise, too.")] = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -228,7 +229,8 @@ def evaluate(
         from headstart.show import say_evaluated
         from headstart.verbs import evaluate as evaluate_model
 
-        found = evaluate_model(model, data, answers=answers, settings=read_sets(sets), on_progress=display.progress)
+        how: dict[str, Any] = {"answers": answers, "robust": robust, "on_progress": display.progress}
+        found = evaluate_model(model, data, settings=read_sets(sets), **how)
         say_evaluated(display, found)
         return found.to_json()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
 from headstart.data.read import find_files
+from headstart.data.records import Record
 from headstart.data.segments import Segmented
 from headstart.display import Display
-from headstart.errors import DataError, Problem
-from headstart.evaluate.compare import Compared, compare_all, to_json
+from headstart.errors import DataError, Problem, UsageError
+from headstart.evaluate.compare import Compared, Interval, compare_all, to_json
 from headstart.evaluate.measure import PER_TOKEN, Measured, OnProgress, measure
+from headstart.evaluate.robust import VARIABLE, Varied, compare_varied, general_rows, know_outside
 from headstart.files import read_json
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
 from headstart.models.load import (
@@ -61,6 +63,19 @@ PACK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
+class Robust:
+    """How a model fares where inputs vary, and how well its confidence tells text from outside the job (None: not measured)."""
+
+    varied: Sequence[Varied]
+    outside: Interval | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        outside = self.outside.to_json() if self.outside else "not measured"
+        return {"varied": {item.name: item.to_json() for item in self.varied}, "outside_auroc": outside}
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """A model on the rows of some data: what it did on each, and its metrics with their intervals."""
 
@@ -68,12 +83,14 @@ class Evaluated:
     measured: Measured
     metrics: Mapping[str, Mapping[str, float]]
     notes: Sequence[str] = ()
+    robust: Robust | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The metrics and rows as plain values."""
         return {
             "model": self.model,
             "metrics": dict(self.metrics),
+            "robust": self.robust.to_json() if self.robust else "not measured",
             "notes": list(self.notes),
             "rows": self.measured.to_json(),
         }
@@ -150,13 +167,15 @@ def evaluate(
     answers: int = 32,
     settings: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    robust: bool = False,
 ) -> Evaluated:
-    """Score a model on every row of `data` and let it answer some.
+    """Score a model on every row of `data` and let it answer some; with `robust`, also on rows that are written otherwise.
 
-    For a run, its own settings of how rows are read are used where `settings` don't say otherwise.
+    For a run, its own settings of how rows are read are used where `settings` don't say otherwise. Raises UsageError
+    where `robust` is asked of rows that have no input to vary.
     """
     config = reading_config(model, data, settings)
-    return _measure(_read(model, config), config, answers, _known_choices(model), on_progress)
+    return _measure(_read(model, config), config, answers, _known_choices(model), on_progress, robust=robust)
 
 
 def compare(
@@ -211,6 +230,7 @@ class _Reading:
     renderer: Encoder | Look
     rows: Segmented
     notes: Sequence[str]
+    segment: Callable[[Sequence[Record]], Segmented]
 
     def keys(self) -> list[tuple[str, str]]:
         """Return what each row is: where it stands and, since it may have been cut, what it says."""
@@ -243,7 +263,11 @@ def _read(model: str, config: Config) -> _Reading:
     if task == "masked" and isinstance(renderer, Encoder):
         masking = find_masking(renderer, 0, whole_words=settings.whole_words)
     coding = Coding(task, labels, masking, formed.formatted.examples)
-    rows = segment(formed.formatted.examples, settings, renderer, max_length, coding, whole=True)
+
+    def encode(records: Sequence[Record]) -> Segmented:
+        return segment(records, settings, renderer, max_length, coding, whole=True)
+
+    rows = encode(formed.formatted.examples)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
     if not rows.examples:
@@ -258,7 +282,7 @@ def _read(model: str, config: Config) -> _Reading:
         notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
-    return _Reading(source, task, labels, renderer, rows, notes)
+    return _Reading(source, task, labels, renderer, rows, notes, encode)
 
 
 def _known_choices(model: str) -> tuple[str, ...]:
@@ -270,8 +294,17 @@ def _known_choices(model: str) -> tuple[str, ...]:
 
 
 def _measure(
-    reading: _Reading, config: Config, answers: int, choices: Sequence[str], on_progress: OnProgress | None
+    reading: _Reading,
+    config: Config,
+    answers: int,
+    choices: Sequence[str],
+    on_progress: OnProgress | None,
+    *,
+    robust: bool = False,
 ) -> Evaluated:
+    if robust and reading.task not in VARIABLE:
+        what = f"rows for {reading.task} have no input that could be written otherwise"
+        raise UsageError(Problem("usage.flag", what, "--robust", "leave it out"))
     if reading.task == "chat" and not choices and config.settings.eval.choices != "off":
         choices = find_choices(reading.rows.kept)
     torch.set_num_threads(config.settings.engine.threads or machine.cpu_count())
@@ -281,22 +314,50 @@ def _measure(
     reader = build_reader(model, reading.task, reading.renderer, bfloat16=model.device.type == "cuda")
     if reader.device.type == "cpu":
         reader.speed_up()
-    measured = measure(
-        reader,
-        reading.renderer,
-        reading.rows.kept,
-        reading.rows.examples,
-        task=reading.task,
-        tokens_per_pack=PACK_TOKENS,
-        answers=min(answers, len(reading.rows.kept)),
-        labels=reading.labels,
-        choices=choices,
-        on_progress=on_progress,
+
+    def score(rows: Segmented, answers: int) -> Measured:
+        return measure(
+            reader,
+            reading.renderer,
+            rows.kept,
+            rows.examples,
+            task=reading.task,
+            tokens_per_pack=PACK_TOKENS,
+            answers=min(answers, len(rows.kept)),
+            labels=reading.labels,
+            choices=choices,
+            on_progress=on_progress,
+        )
+
+    measured = score(reading.rows, answers)
+    held = (
+        _measure_robust(reading, measured, lambda rows: score(rows, len(rows.kept) if choices else 0))
+        if robust
+        else None
     )
     metrics = measured.metrics()
     compared = compare_all(metrics, metrics)
     values = {item.name: item.after.to_json() for item in compared}
-    return Evaluated(reading.source.name, measured, values, reading.notes)
+    return Evaluated(reading.source.name, measured, values, reading.notes, held)
+
+
+def _measure_robust(reading: _Reading, clean: Measured, score: Callable[[Segmented], Measured]) -> Robust:
+    """Measure the rows as they would be written otherwise; of classes, also what is from outside the job."""
+
+    def measure_some(records: Sequence[Record]) -> tuple[Sequence[int], Measured]:
+        numbers = {str(record.where): number for number, record in enumerate(records)}
+        rows = reading.segment(records)
+        return [numbers[str(record.where)] for record in rows.kept], score(rows)
+
+    # Of answers out of a set, those rows that were answered.
+    chosen = [n for n, row in enumerate(clean.rows) if row.answer is not None]
+    numbers = chosen if any(clean.rows[n].probability is not None for n in chosen) else range(len(clean.rows))
+    records = [reading.rows.kept[n] for n in numbers]
+    varied = compare_varied(records, Measured([clean.rows[n] for n in numbers], clean.task), measure_some)
+    if reading.task != "classification" or reading.labels is None:
+        return Robust(varied)
+    outside = score(reading.segment(general_rows(reading.labels.names[0])))
+    return Robust(varied, know_outside(clean, outside))
 
 
 def _config(data: Names, model: str | None, settings: Mapping[str, Any] | None) -> Config:

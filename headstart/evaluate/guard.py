@@ -45,18 +45,23 @@ def load_guard(
     if tuple(names) == ("off",):
         return []
     if tuple(names) == ("auto",):
-        return [_load_general(name, file, renderers("causal"), lengths("causal")) for name, file in GENERAL.items()]
+        forms = zip(GENERAL, general_forms(), strict=True)
+        return [_load_general(name, formed, renderers("causal"), lengths("causal")) for name, formed in forms]
     return [_load_own(name, renderers, lengths) for name in names]
 
 
-def _load_general(name: str, file: str, renderer: Renderer, length: int) -> Guarded:
+def general_forms() -> list[Formed]:
+    """Read the general texts and questions that ship."""
+    folder = resources.files("headstart.evaluate").joinpath("general")
+    return [form_rows([str(folder.joinpath(file))], DataSettings()) for file in GENERAL.values()]
+
+
+def _load_general(name: str, formed: Formed, renderer: Renderer, length: int) -> Guarded:
     """Read a part of what ships, as plain text and without an end.
 
     How a model answers in a chat, and where it stops, is what is trained; the word that answers a plain question shows
     what it knows.
     """
-    path = resources.files("headstart.evaluate").joinpath("general", file)
-    formed = form_rows([str(path)], DataSettings())
     task = formed.detection.task
     rows = segment(formed.formatted.examples, DataSettings(), renderer, length, Coding(task), whole=True)
     if task == "chat":

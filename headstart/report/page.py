@@ -81,6 +81,7 @@ def _file_names(data: Mapping[str, Any]) -> str:
 
 def _first_screen(name: str, result: Mapping[str, Any]) -> str:
     verdict = VERDICTS[result["verdict"]]
+    lead = sentence(result).removeprefix(f"{verdict}: ")
     speed, memory = result["speed"], result["memory"]
     flips = result["flips"]
     better, worse = ("fixed", "broken") if flips["metric"] == "right" else ("with less loss", "with more")
@@ -104,7 +105,7 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
     return (
         f"<h1>{html.escape(name)}</h1>"
         f'<p class="verdict {STYLES.get(result["verdict"], "flat")}">{html.escape(verdict[0].upper() + verdict[1:])}</p>'
-        f'<p class="lead">{html.escape(sentence(result))}.</p>{change_chart(changes)}<div class="cards">{shown}</div>'
+        f'<p class="lead">{html.escape(lead[0].upper() + lead[1:])}.</p>{change_chart(changes)}<div class="cards">{shown}</div>'
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headstart.display import in_time
+from headstart.evaluate.robust import VARIABLE
 from headstart.report.words import flips_words, guard_words, score_words, sentence
 
 NOT_MEASURED = "not measured"
@@ -36,7 +37,9 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "different_situations": Reason(
             "Different situations",
             "Does it hold when inputs vary?",
-            how="headstart compare MODEL RUN DATA, with rows that are written otherwise: typing errors, other case, other order",
+            how="headstart eval RUN DATA --robust, and the same of the model that it came from"
+            if result["task"] in VARIABLE
+            else "headstart compare MODEL RUN DATA, with rows from elsewhere",
         ),
         "shared_knowledge": _shared_knowledge(result),
         "happy_users": Reason(

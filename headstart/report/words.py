@@ -80,8 +80,9 @@ def flips_words(flips: Mapping[str, Any] | None) -> str:
         return ""
     if flips["metric"] == "loss":
         return f"the loss fell on {flips['fixed']:,} rows and rose on {flips['broken']:,}"
+    rows = "row" if flips["fixed"] == 1 else "rows"
     chance = f"McNemar's exact p {flips['p']:.3g}" if flips["p"] >= 0.001 else "McNemar's exact p below 0.001"
-    return f"{flips['fixed']:,} rows fixed and {flips['broken']:,} broken of {flips['rows']:,} ({chance})"
+    return f"{flips['fixed']:,} {rows} fixed and {flips['broken']:,} broken of {flips['rows']:,} ({chance})"
 
 
 def needed_words(result: Mapping[str, Any]) -> str:
