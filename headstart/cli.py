@@ -231,6 +231,7 @@ def evaluate(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="A folder for every prediction; one that was begun goes on.")
     ] = None,
+    robust: Annotated[bool, typer.Option("--robust", help="Score rows that are written otherwise, too.")] = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -246,6 +247,7 @@ def evaluate(
             answers=answers,
             graders=grader or (),
             out=out,
+            robust=robust,
             settings=read_sets(sets),
             on_progress=display.progress,
         )

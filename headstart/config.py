@@ -41,7 +41,12 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _names_or_switch(value: Any) -> Any:
+    return _split_commas(_switch(value))
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
 CountOrOff = Annotated[int, Field(ge=0)]
 
@@ -162,6 +167,13 @@ class EvalSettings(Section):
         "auto", description="Pick answers from those of the training data; auto does where a few stand again and again."
     )
     graders: Names = Field((), description="Grader files by which the answers are scored before and after, too.")
+    guard: NamesOrSwitch = Field(
+        ("auto",),
+        description="Is what it knew kept? auto scores general text and questions before and after; off, or own files.",
+    )
+    guard_bound: float = Field(
+        0.1, gt=0, description="The part by which the loss on the guard may grow; beyond it a run is worse."
+    )
     patience: CountOrOff = Field(
         3, description="Evaluations without a better one after which training stops; 0 is never."
     )
@@ -425,6 +437,7 @@ def _without_effect(config: Config) -> list[Problem]:
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
         ("eval.graders", settings.eval.generate == 0, "`eval.generate` is 0, so nothing is answered"),
         ("eval.graders", settings.kind == "unsupervised", "`kind` is unsupervised, so nothing is answered"),
+        ("eval.guard_bound", settings.eval.guard == ("off",), "`eval.guard` is off"),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),
     ]
     return [

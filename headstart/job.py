@@ -43,7 +43,8 @@ from headstart.engine.plan import (
 from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.graders.rows import Grading
-from headstart.evaluate.measure import Measured, answer_limit, measure
+from headstart.evaluate.guard import Guarded, load_guard
+from headstart.evaluate.measure import Measured, RowResult, answer_limit, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.files import read_json, seconds_per_byte
 from headstart.models.adapt import Adapted, Lora, adapt
@@ -88,6 +89,7 @@ class Data:
     tokenizer: Any
     renderer: Encoder | Look
     prepared: Prepared
+    guard: Sequence[Guarded] = ()
     _proofs: dict[int | None, Segmented] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -103,6 +105,11 @@ class Data:
             chosen = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:rows])
             self._proofs[rows] = Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
         return self._proofs[rows]
+
+    @property
+    def beside(self) -> list[Segmented]:
+        """The rows that are scored beside the run's own: those of what is mixed in, and the guard's."""
+        return [*(mixed.proof for mixed in self.prepared.mixed), *(part.rows for part in self.guard)]
 
     @property
     def acceptable(self) -> bool:
@@ -149,21 +156,23 @@ class Job:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
-    def measure_mixed(self, rows: Measured) -> Measured:
-        """Score the data sets that are mixed in, and put their rows behind those of the run's own."""
-        settings = self.config.settings
+    def measure_beside(self, rows: Measured) -> Measured:
+        """Score the data sets that are mixed in and the guard, and put their rows behind those of the run's own."""
+        template = self.config.settings.data.template
         found = list(rows.rows)
         for mixed in self.data.prepared.mixed:
-            measured = measure(
-                self.engine.reader,
-                build_renderer(self.data.source, self.data.tokenizer, mixed.task, settings.data.template),
-                mixed.proof.kept,
-                mixed.proof.examples,
-                task=mixed.task,
-                tokens_per_pack=settings.engine.tokens_per_pack or 1,
-            )
-            found += [replace(row, part=mixed.name) for row in measured.rows]
+            renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
+            measured = self._measure_part(renderer, mixed.task, mixed.proof)
+            found += [replace(row, part=mixed.name) for row in measured]
+        for part in self.data.guard:
+            measured = self._measure_part(part.renderer, part.task, part.rows)
+            found += [replace(row, part=part.name, guard=True) for row in measured]
         return Measured(found, rows.task)
+
+    def _measure_part(self, renderer: Encoder | Look, task: str, rows: Segmented) -> Sequence[RowResult]:
+        tokens = self.config.settings.engine.tokens_per_pack or 1
+        how: dict[str, Any] = {"task": task, "tokens_per_pack": tokens}
+        return measure(self.engine.reader, renderer, rows.kept, rows.examples, **how).rows
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
@@ -248,12 +257,13 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
             sides or form_sides(settings.data, settings.kind, settings.task), settings.data, renderer, limit, **how
         )
     _mix_in(config, prepared, source, tokenizer, limit, today)
+    guard = _read_guard(config, prepared, source, tokenizer, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
         raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
-    return Data(config, source, tokenizer, renderer, prepared)
+    return Data(config, source, tokenizer, renderer, prepared, guard)
 
 
 def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool) -> dict[str, tuple[str, str]]:
@@ -281,10 +291,12 @@ FOR_TASKS = {
     "data.positions": ("causal",),
     "eval.choices": ("chat",),
     "eval.generate": ("chat",),
+    "eval.guard": WRITES,
+    "eval.guard_bound": WRITES,
 }
 
 
-NOTHING = (0, "off")  # values that ask for nothing
+NOTHING = (0, "off", ("off",))  # values that ask for nothing
 
 
 def _check_settings(config: Config) -> None:
@@ -337,6 +349,29 @@ def _mix_in(
         prepared.train.examples += mixed.train.examples
         prepared.train.kept += mixed.train.kept
         prepared.train.dropped += mixed.train.dropped
+
+
+def _read_guard(
+    config: Config, prepared: Prepared, source: Source, tokenizer: Any, today: datetime.date | None
+) -> list[Guarded]:
+    """Read what the model knew before and is to keep: of tasks that write text; of others nothing is guarded."""
+    settings = config.settings
+    if settings.task not in WRITES:
+        return []
+    template = "plain" if settings.task == "causal" else settings.data.template
+
+    def renderer(task: str) -> Renderer:
+        found = build_renderer(source, tokenizer, task, template, today)
+        if not isinstance(found, Renderer):
+            raise TypeError(f"{task} rows are not rendered")
+        return found
+
+    def length(task: str) -> int:
+        return row_length(task, source, tokenizer)
+
+    guard = load_guard(settings.eval.guard, renderer, length)
+    prepared.formed += [part.formed for part in guard if part.formed]
+    return guard
 
 
 def row_length(task: str, source: Source, tokenizer: Any) -> int:
@@ -639,7 +674,8 @@ def _look(config: Config, data: Data, engine: Engine, mode: str, tokens: int) ->
     """Lay the run out and measure what it would fill."""
     prepared, settings = data.prepared, config.settings
     layout = lay_out(engine.reader, prepared.train.examples, build_feed(config, prepared), tokens)
-    parts = (data.proof(settings.eval.rows).examples, prepared.watch.examples)
+    parts = [data.proof(settings.eval.rows).examples, prepared.watch.examples]
+    parts += [part.examples for part in data.beside]
     scored = [lay_out_scoring(engine.reader, part, tokens) for part in parts]
     larger = [one for one in scored if one and not one.within(layout.worst)]
     scoring = max(larger, key=lambda one: len(one.worst), default=None)
@@ -736,9 +772,8 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
     """Return how many tokens go forward to score: the proof twice, what is watched as often as it is."""
     prepared, budget = data.prepared, settings.engine.tokens_per_pack or 1
     scored = data.proof(settings.eval.rows).examples
-    parts = [scored, prepared.watch.examples]
-    parts += [mixed.proof.examples for mixed in prepared.mixed]
-    proof, watch, *mixed = (one.tokens if (one := lay_out_scoring(reader, part, budget)) else 0 for part in parts)
+    parts = [scored, prepared.watch.examples, *(part.examples for part in data.beside)]
+    proof, watch, *beside = (one.tokens if (one := lay_out_scoring(reader, part, budget)) else 0 for part in parts)
     watches = -(-layout.steps // settings.eval.every) if settings.eval.every else 0
     twice = 2 if settings.task == "tagging" else 1  # losses, and then the tags
     if settings.eval.choices == "on":
@@ -747,7 +782,7 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
         prompts = _tokens(chosen) - aims
         count = len(prepared.choices)
         proof += (prompts if reader.packing == "forest" else prompts * count) + aims * count
-    return 2 * (proof * twice + sum(mixed)) + watches * watch
+    return 2 * (proof * twice + sum(beside)) + watches * watch
 
 
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:

@@ -102,6 +102,8 @@ def pins(data: Data) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"data.{side}": [pin(n) for n in getattr(settings.data, side)] for side in ("train", "eval")
     }
+    if settings.eval.guard not in (("auto",), ("off",)):
+        found["eval.guard"] = [pin(name) for name in settings.eval.guard]
     found["data.mix"] = [f"{pin(part.name)}={part.weight!r}" for part in read_mix(settings.data.mix)]
     if source.kind == "hub":
         found["model"] = f"{source.name.partition('@')[0]}@{source.revision}"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from headstart.data.check import Findings
     from headstart.data.mend import Mended
     from headstart.data.segments import Example
+    from headstart.evaluate.compare import Compared
+    from headstart.evaluate.robust import Robust
     from headstart.job import Data
 
 SHOWN = 20
@@ -134,6 +136,28 @@ def say_evaluated(display: Display, found: Evaluated) -> None:
     for name, values in found.metrics.items():
         bounds = f"95% interval {values['low']:.3f} to {values['high']:.3f}"
         display.line(f"  {LABELS.get(name, name):<24} {values['value']:8.3f}   {bounds}")
+    if found.robust:
+        _say_robust(display, found.robust)
+
+
+def _say_robust(display: Display, found: Robust) -> None:
+    metric = (
+        f": {LABELS[found.varied[0].compared.name]} of rows as they are -> written otherwise" if found.varied else ""
+    )
+    display.title(f"where inputs vary{metric}")
+    for item in found.varied:
+        _say_compared(display, item.name, item.compared)
+    if found.outside:
+        low, high = found.outside.low, found.outside.high
+        what = (
+            f"text from outside the job is told by confidence: AUROC {found.outside.value:.3f} [{low:.3f}, {high:.3f}]"
+        )
+        display.line(f"  {what} (0.5 is chance)")
+
+
+def _say_compared(display: Display, name: str, item: Compared) -> None:
+    values = f"{item.before.value:8.3f} -> {item.after.value:8.3f}"
+    display.line(f"  {name:<24} {values}   {difference(item):<26} {CLEAR[item.direction]}")
 
 
 def say_versus(display: Display, found: Versus) -> None:
@@ -143,9 +167,7 @@ def say_versus(display: Display, found: Versus) -> None:
     for pair in found.pairs:
         display.title(f"{pair.a} -> {pair.b}, on {found.rows:,} rows")
         for item in pair.compared:
-            values = f"{item.before.value:8.3f} -> {item.after.value:8.3f}"
-            name = LABELS.get(item.name, item.name)
-            display.line(f"  {name:<24} {values}   {difference(item):<26} {CLEAR[item.direction]}")
+            _say_compared(display, LABELS.get(item.name, item.name), item)
         if pair.flips:
             _say_flips(display, pair.flips)
     if found.settings:

@@ -48,7 +48,7 @@ from headstart.origin import (
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
-from headstart.report.words import data_lines, plan_facts, score_table, sentence
+from headstart.report.words import data_lines, guard_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stop import StopRequest
 
@@ -342,7 +342,7 @@ class _Session:
                 tokens_at_once=None if part == 1 else tokens_kept(model) // part,
             ),
         )
-        measured = self.job.measure_mixed(self._grade(name, measured))
+        measured = self.job.measure_beside(self._grade(name, measured))
         reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
@@ -488,13 +488,13 @@ class _Session:
             self.display.line(f"  the best model was that of step {best}; it is kept")
 
     def _conclude(self, before: Measured, after: Measured) -> None:
-        plan = self.job.plan()
+        plan, settings = self.job.plan(), self.job.config.settings
         facts = {
-            "kind": self.job.config.settings.kind,
-            "task": self.job.config.settings.task,
+            "kind": settings.kind,
+            "task": settings.task,
             "model": self.job.data.source.to_json(),
-            "method": self.job.config.settings.method,
-            "weights": self.job.config.settings.weights,
+            "method": settings.method,
+            "weights": settings.weights,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.stop_ids),
             "labels": list(labels.names if (labels := self.job.data.prepared.labels) else self.job.choices),
@@ -508,8 +508,8 @@ class _Session:
             before=before,
             after=after,
             device=self.job.engine.reader.device.type,
+            guard_bound=settings.eval.guard_bound,
         )
-        settings = self.job.config.settings
         template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))
         data = read_json(self.folder.data_file)
@@ -519,6 +519,8 @@ class _Session:
         write_json(self.folder.result_file, result)
         self.display.title("before and after")
         for name, first, second, difference, clear in score_table(result):
+            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        for name, first, second, difference, clear in guard_lines(result["guard"]):
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         self.display.line()
         self.display.line(f"  {sentence(result)}", "bold green" if result["verdict"] == "better" else "bold yellow")

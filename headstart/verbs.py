@@ -22,6 +22,7 @@ from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
 from headstart.data.read import HUB_PREFIX, find_files, kind_of
+from headstart.data.records import Record
 from headstart.data.segments import Segmented
 from headstart.display import Display
 from headstart.engine.forward import Reader
@@ -30,6 +31,7 @@ from headstart.evaluate.compare import compare_all
 from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
+from headstart.evaluate.robust import VARIABLE, Robust, compare_varied, general_rows, know_outside
 from headstart.evaluate.versus import Evaluated, Versus, build_versus
 from headstart.files import read_json, sha256
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
@@ -138,11 +140,13 @@ def evaluate(
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    robust: bool = False,
 ) -> Evaluated:
     """Score a model on every row of `data`, let it answer some, and have `graders` (files) score the answers.
 
     For a run, its own settings of how rows are read are used where `settings` don't say otherwise. With `out`, a folder,
-    every prediction is kept in it with its row, and what was begun there goes on with what is missing.
+    every prediction is kept in it with its row, and what was begun there goes on with what is missing. With `robust`
+    rows that are written otherwise are scored, too. Raises UsageError where rows have no input that could be.
     """
     config = reading_config(model, data, settings)
     reading = _read(model, config)
@@ -150,7 +154,7 @@ def evaluate(
     if out and not grading.items:
         wheres = [str(row.where) for row in reading.rows.kept]
         grading = replace(grading, items=read_items(config.settings.data.train, config.settings.data, wheres))
-    scoring = _Scoring(config, answers, _known_choices(model), grading, on_progress)
+    scoring = _Scoring(config, answers, _known_choices(model), grading, on_progress, robust)
     return scoring.measure(reading, _open_predictions(Path(out), reading, scoring) if out else None)
 
 
@@ -239,6 +243,7 @@ class _Reading:
     renderer: Encoder | Look
     rows: Segmented
     notes: Sequence[str]
+    segment: Callable[[Sequence[Record]], Segmented]
 
     def keys(self) -> list[tuple[str, str]]:
         """Return what each row is: where it stands and, since it may have been cut, what it says."""
@@ -271,7 +276,11 @@ def _read(model: str, config: Config) -> _Reading:
     if task == "masked" and isinstance(renderer, Encoder):
         masking = find_masking(renderer, 0, whole_words=settings.whole_words)
     coding = Coding(task, labels, masking, formed.formatted.examples)
-    rows = segment(formed.formatted.examples, settings, renderer, max_length, coding, whole=True)
+
+    def encode(records: Sequence[Record]) -> Segmented:
+        return segment(records, settings, renderer, max_length, coding, whole=True)
+
+    rows = encode(formed.formatted.examples)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
     if not rows.examples:
@@ -286,7 +295,7 @@ def _read(model: str, config: Config) -> _Reading:
         notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
-    return _Reading(source, task, labels, renderer, rows, notes)
+    return _Reading(source, task, labels, renderer, rows, notes, encode)
 
 
 def _known_choices(model: str) -> tuple[str, ...]:
@@ -306,9 +315,13 @@ class _Scoring:
     choices: Sequence[str]
     grading: Grading
     on_progress: OnProgress | None
+    robust: bool = False
 
     def measure(self, reading: _Reading, kept: Predictions | None = None) -> Evaluated:
         """Score a model, in batches where predictions are kept; those that are kept already aren't made anew."""
+        if self.robust and reading.task not in VARIABLE:
+            what = f"rows for {reading.task} have no input that could be written otherwise"
+            raise UsageError(Problem("usage.flag", what, "--robust", "leave it out"))
         records = reading.rows.kept
         size = len(records) if kept is None or reading.task == "embedding" else KEPT_AT_ONCE
         batches = [range(start, min(start + size, len(records))) for start in range(0, len(records), size)]
@@ -318,7 +331,8 @@ class _Scoring:
         for number, batch in enumerate(batches):
             found = kept.read(number) if kept else None
             if found is None:
-                measured = model.measure(batch, [i - batch.start for i in batch if i in answered])
+                some = Segmented(*(rows[batch.start : batch.stop] for rows in (reading.rows.examples, records)))
+                measured = model.measure(some, [i - batch.start for i in batch if i in answered])
                 found = list(self.grading.grade(measured, notes.append, self.on_progress).rows)
                 if kept:
                     kept.write(number, found, self.grading.items)
@@ -327,7 +341,8 @@ class _Scoring:
         notes += ungraded_lines(ungraded({"": measured}))
         metrics = measured.metrics()
         values = {item.name: item.after.to_json() for item in compare_all(metrics, metrics)}
-        evaluated = Evaluated(reading.source.name, measured, values, list(dict.fromkeys(notes)))
+        robust = _measure_robust(reading, measured, model) if self.robust else None
+        evaluated = Evaluated(reading.source.name, measured, values, list(dict.fromkeys(notes)), robust)
         if kept:
             kept.finish(len(batches), evaluated.summary())
         return evaluated
@@ -352,27 +367,48 @@ class _Model:
         return reader
 
     @cached_property
-    def _choices(self) -> Sequence[str]:
+    def choices(self) -> Sequence[str]:
+        """The set that answers are picked from; empty where they are free."""
         reading, scoring = self._reading, self._scoring
         if reading.task == "chat" and not scoring.choices and scoring.config.settings.eval.choices != "off":
             return find_choices(reading.rows.kept)
         return scoring.choices
 
-    def measure(self, batch: range, answered: Sequence[int]) -> Measured:
-        """Score the rows of a batch, and answer those that are named by their number in it."""
+    def measure(self, rows: Segmented, answered: Sequence[int]) -> Measured:
+        """Score rows, and answer those that are named by their number."""
         reading = self._reading
         return measure(
             self._reader,
             reading.renderer,
-            reading.rows.kept[batch.start : batch.stop],
-            reading.rows.examples[batch.start : batch.stop],
+            rows.kept,
+            rows.examples,
             task=reading.task,
             tokens_per_pack=PACK_TOKENS,
             chosen=answered,
             labels=reading.labels,
-            choices=self._choices,
+            choices=self.choices,
             on_progress=self._scoring.on_progress,
         )
+
+
+def _measure_robust(reading: _Reading, clean: Measured, model: _Model) -> Robust:
+    """Measure the rows as they would be written otherwise; of classes, also what is from outside the job."""
+
+    def measure_some(records: Sequence[Record]) -> tuple[Sequence[int], Measured]:
+        numbers = {str(record.where): number for number, record in enumerate(records)}
+        rows = reading.segment(records)
+        answered = range(len(rows.kept)) if model.choices else ()
+        return [numbers[str(record.where)] for record in rows.kept], model.measure(rows, answered)
+
+    # Of answers out of a set, those rows that were answered.
+    chosen = [n for n, row in enumerate(clean.rows) if row.answer is not None]
+    numbers = chosen if any(clean.rows[n].probability is not None for n in chosen) else range(len(clean.rows))
+    records = [reading.rows.kept[n] for n in numbers]
+    varied = compare_varied(records, Measured([clean.rows[n] for n in numbers], clean.task), measure_some)
+    if reading.task != "classification" or reading.labels is None:
+        return Robust(varied)
+    outside = model.measure(reading.segment(general_rows(reading.labels.names[0])), ())
+    return Robust(varied, know_outside(clean, outside))
 
 
 def _build_grading(graders: Sequence[str | Path], config: Config, reading: _Reading) -> Grading:

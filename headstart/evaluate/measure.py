@@ -86,7 +86,8 @@ class RowResult:
 
     Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
-    `reference` the same as text, and `probability` that of the answer. `part` names the data set that was mixed in.
+    `reference` the same as text, and `probability` that of the answer. `part` names the data set that was mixed in, or
+    the part of the guard (`guard`) that it is of.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -104,6 +105,7 @@ class RowResult:
     part: str = ""
     grades: Mapping[str, float | None] = field(default_factory=dict)
     ungraded: Mapping[str, str] = field(default_factory=dict)
+    guard: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,26 @@ class Measured:
 
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
-        found = {**task_metrics(self.task, self.own), **grade_metrics(self.own)}
-        for part in dict.fromkeys(row.part for row in self.rows if row.part):
-            rows = [row for row in self.rows if row.part == part]
+        mixed = {f"{name} of {part}": metric for part, (name, metric) in self._parts(guard=False).items()}
+        return {**task_metrics(self.task, self.own), **grade_metrics(self.own), **mixed}
+
+    def guard(self) -> dict[str, tuple[str, Metric]]:
+        """Return the parts of the guard, each with the name of its metric and the metric."""
+        return self._parts(guard=True)
+
+    def _parts(self, *, guard: bool) -> dict[str, tuple[str, Metric]]:
+        found = {}
+        for part in dict.fromkeys(row.part for row in self.rows if row.part and row.guard == guard):
+            rows = [row for row in self.rows if row.part == part and row.guard == guard]
             task = "causal" if rows[0].bytes else "chat"
-            others = task_metrics(task, rows)
-            name = next(name for name in PRIMARY[task] if name in others)
-            found[f"{name} of {part}"] = others[name]
+            metrics = task_metrics(task, rows)
+            name = next(name for name in PRIMARY[task] if name in metrics)
+            found[part] = name, metrics[name]
         return found
 
     @property
     def own(self) -> list[RowResult]:
-        """The rows of the run's own data, without those that were mixed in."""
+        """The rows of the run's own data, without those that were mixed in and those of the guard."""
         return [row for row in self.rows if not row.part]
 
 

@@ -68,7 +68,7 @@ def _several_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     both = truth.sum(1) + found.sum(1)
     return {
         "micro_f1": Ratio(2.0 * (truth & found).sum(1), both.astype(np.float64)),
-        "macro_f1": SeveralF1(truth, found),
+        "macro_f1": SeveralF1(truth, found, names),
         "all_right": _mean((truth == found).all(1).astype(np.float64)),
     }
 

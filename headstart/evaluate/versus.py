@@ -11,6 +11,7 @@ from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.graders.rows import pair_grades
 from headstart.evaluate.measure import PER_TOKEN, Measured, RowResult
 from headstart.evaluate.metrics import exact_match
+from headstart.evaluate.robust import Robust
 
 EXAMPLES = 5  # flips of a kind that are shown
 
@@ -23,6 +24,7 @@ class Evaluated:
     measured: Measured
     metrics: Mapping[str, Mapping[str, float]]
     notes: Sequence[str] = ()
+    robust: Robust | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The metrics and rows as plain values."""
@@ -30,7 +32,8 @@ class Evaluated:
 
     def summary(self) -> dict[str, Any]:
         """The same without the rows."""
-        return {"model": self.model, "metrics": dict(self.metrics), "notes": list(self.notes)}
+        robust = self.robust.to_json() if self.robust else "not measured"
+        return {"model": self.model, "metrics": dict(self.metrics), "robust": robust, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from headstart.data.templates import TEMPLATES
 from headstart.display import safe
-from headstart.report.words import score_table, sentence, speed_facts
+from headstart.report.words import guard_words, score_table, sentence, speed_facts
 
 LORA = """```python
 from peft import PeftModel
@@ -131,7 +131,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             "|---|---|---|---|",
             *scores,
             "",
-            "What it knew before was not measured.",
+            _known(result),
             "",
             "## Training",
             "",
@@ -142,6 +142,14 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             snippet,
         ]
     )
+
+
+def _known(result: Mapping[str, Any]) -> str:
+    guard = result["guard"]
+    if isinstance(guard, str):
+        return "What it knew before was not measured."
+    said = guard_words(guard)
+    return f"General text and questions: {_text(said)}."
 
 
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

@@ -77,34 +77,27 @@ class Change:
 
 
 def change_chart(changes: Sequence[Change]) -> str:
-    """Draw each metric before (hollow) and after (full) with their intervals, each row on its own scale."""
-    row, left, right = 46, 190, 70
-    height = row * len(changes) + 8
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Scores before and after, with intervals">']
-    for number, change in enumerate(changes):
-        values = [change.before[k] for k in ("low", "high", "value")] + [
-            change.after[k] for k in ("low", "high", "value")
-        ]
-        low, high = min(values), max(values)
-        span = (high - low) or 1.0
-        middle = row * number + row / 2
+    """Draw each metric before (hollow) and after (full) with their intervals, each row on its own scale.
+
+    Of boxes and not as a picture, so that its words stay readable on a phone.
+    """
+    rows = []
+    for change in changes:
+        bounds = [side[k] for side in (change.before, change.after) for k in ("low", "high", "value")]
+        low, span = min(bounds), (max(bounds) - min(bounds)) or 1.0
 
         def across(value: float, low: float = low, span: float = span) -> float:
-            return round(left + 50 + (value - low) / span * (WIDTH - left - right - 100), 1)
+            return round((value - low) / span * 100, 1)
 
         style = "good" if change.better else "bad" if change.better is False else "flat"
-        parts.append(f'<text class="name" x="0" y="{middle + 4}">{html.escape(change.name)}</text>')
-        for side, down, name in ((change.before, middle - 8, "before"), (change.after, middle + 8, style)):
-            x = across(side["value"])
-            parts.append(
-                f'<line class="bar {name}" x1="{across(side["low"])}" x2="{across(side["high"])}" y1="{down}" y2="{down}"/>'
-            )
-            parts.append(f'<circle class="{name}" cx="{x}" cy="{down}" r="5"/>')
-            parts.append(
-                f'<text x="{WIDTH}" y="{down + 4}" text-anchor="end" class="{name}">{side["value"]:.3f}</text>'
-            )
-    parts.append("</svg>")
-    return f"<figure>{''.join(parts)}</figure>"
+        marks, values = "", ""
+        for side, name in ((change.before, "before"), (change.after, style)):
+            begin, width = across(side["low"]), across(side["high"]) - across(side["low"])
+            bar = f'<i class="bar {name}" style="left:{begin}%;width:{width:.1f}%"></i>'
+            marks += f'<span>{bar}<i class="dot {name}" style="left:{across(side["value"])}%"></i></span>'
+            values += f'<span class="{name}">{side["value"]:.3f}</span>'
+        rows.append(f'<div><b>{html.escape(change.name)}</b><div class="track">{marks}</div><div>{values}</div></div>')
+    return f'<figure class="changes" role="group" aria-label="Scores before and after, with intervals">{"".join(rows)}</figure>'
 
 
 def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

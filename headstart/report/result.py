@@ -8,10 +8,11 @@ from headstart import machine
 from headstart.engine.clock import PHASES
 from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
+from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
+from headstart.evaluate.guard import LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
-
-NOT_MEASURED = "not measured"
+from headstart.report.reasons import NOT_MEASURED, find_reasons
 
 
 def build_result(
@@ -22,6 +23,7 @@ def build_result(
     before: Measured,
     after: Measured,
     device: str,
+    guard_bound: float,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
 
@@ -32,14 +34,19 @@ def build_result(
     measured = {item.name: item for item in compared}
     name = next(name for name in PRIMARY[facts["task"]] if name in measured)
     primary = measured[name]
-    return {
+    kept = compare_guard(before.guard(), after.guard())
+    guard = guard_result(kept, guard_bound) if kept else None
+    decided = verdict(compared, name)
+    result = {
         **facts,
-        "verdict": verdict(compared, name),
+        "verdict": "worse" if guard and guard["verdict"] == LOST and decided != "not_measured" else decided,
+        "rows_needed": primary.rows_needed,
+        "flips": count_flips(before, after),
         **to_json(compared),
         "difference": {"metric": name, **primary.difference.to_json()},
         "answered": sum(row.answer is not None for row in after.own),
         "ungraded": ungraded({"before": before, "after": after}),
-        "guard": NOT_MEASURED,
+        "guard": guard or NOT_MEASURED,
         "steps": {
             "taken": progress.step,
             "planned": plan["steps"],
@@ -66,6 +73,7 @@ def build_result(
         "plan": plan,
         "environment": machine.describe(),
     }
+    return {**result, "reasons": find_reasons(result)}
 
 
 def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS
 
 FILES = 20  # that are listed
+ROWS_MOST = 100_000  # more are no help to anyone
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -26,16 +27,78 @@ def named(metric: str) -> str:
 
 
 def sentence(result: Mapping[str, Any]) -> str:
-    """Say the verdict with the figure that it rests on."""
-    difference = result["difference"]
-    name = named(difference["metric"])
-    before = result["before"][difference["metric"]]["value"]
-    after = result["after"][difference["metric"]]["value"]
-    rows = result["rows"]["proof"]
-    return (
-        f"{VERDICTS[result['verdict']]}: {name} {before:.3f} -> {after:.3f} on {rows:,} rows that it never saw "
-        f"({difference['value']:+.3f}, 95% interval {difference['low']:+.3f} to {difference['high']:+.3f})"
-    )
+    """Say the verdict with the figure that it rests on; where the guard made it, with what was lost too."""
+    metric = result["difference"]["metric"]
+    rows = f"on {result['rows']['proof']:,} rows that it never saw"
+    lost = guard_words(result["guard"]) if _guard_verdict(result) == "lost" else ""
+    said = f"{VERDICTS[result['verdict']]}: {score_words(result, metric, rows)}"
+    return "; ".join(filter(None, (said, lost, needed_words(result))))
+
+
+def score_words(result: Mapping[str, Any], metric: str, rows: str = "") -> str:
+    """Say a metric before and after, with the interval of its difference."""
+    before, after = result["before"][metric]["value"], result["after"][metric]["value"]
+    gap = result["differences"][metric] if metric in result["differences"] else result["difference"]
+    interval = f"({gap['value']:+.3f}, 95% interval {gap['low']:+.3f} to {gap['high']:+.3f})"
+    return " ".join(filter(None, (f"{named(metric)} {before:.3f} -> {after:.3f}", rows, interval)))
+
+
+def _guard_verdict(result: Mapping[str, Any]) -> str:
+    guard = result.get("guard", "")
+    return "" if isinstance(guard, str) else str(guard["verdict"])
+
+
+GUARD_VERDICTS = {
+    "kept": "what it knew is kept",
+    "lost": "what it knew is lost",
+    "unclear": "it can't be told whether what it knew is kept",
+    "too few rows": "too few rows to tell whether what it knew is kept",
+}
+
+
+def guard_words(guard: Mapping[str, Any]) -> str:
+    """Say what became of what the model knew."""
+    parts = [f"{name} {_share(part['loss']['value'])} loss" for name, part in guard["parts"].items()]
+    return f"{GUARD_VERDICTS[guard['verdict']]}: {', '.join(parts)} (the bound is {_share(guard['bound'])})"
+
+
+def guard_lines(guard: Mapping[str, Any] | str) -> list[tuple[str, str, str, str, str]]:
+    """Return a line for each part of the guard: name, before, after, how much its loss grew with the interval, what that means."""
+    if isinstance(guard, str):
+        return []
+    lines = []
+    for name, part in guard["parts"].items():
+        loss = part["loss"]
+        grown = f"{_share(loss['value'])} [{_share(loss['low'])}, {_share(loss['high'])}]"
+        lines.append((name, f"{part['before']['value']:.3f}", f"{part['after']['value']:.3f}", grown, part["verdict"]))
+    return lines
+
+
+def flips_words(flips: Mapping[str, Any] | None) -> str:
+    """Say how many rows were put right and how many were put wrong."""
+    if not flips:
+        return ""
+    if flips["metric"] == "loss":
+        return f"the loss fell on {flips['fixed']:,} rows and rose on {flips['broken']:,}"
+    rows = "row" if flips["fixed"] == 1 else "rows"
+    chance = f"McNemar's exact p {flips['p']:.3g}" if flips["p"] >= 0.001 else "McNemar's exact p below 0.001"
+    return f"{flips['fixed']:,} {rows} fixed and {flips['broken']:,} broken of {flips['rows']:,} ({chance})"
+
+
+def needed_words(result: Mapping[str, Any]) -> str:
+    """Say how many rows would decide, where these are too few."""
+    needed = result.get("rows_needed")
+    if not needed:
+        return ""
+    if needed > ROWS_MOST:
+        return "if there is a difference, it is too small to be seen in any number of rows that is at hand"
+    if result["verdict"] == "not_measured":
+        return f"too small to decide: at least {needed:,} rows are needed"
+    return f"too small to decide: if the difference is what it seems, about {needed:,} rows would be needed"
+
+
+def _share(part: float) -> str:
+    return f"{part:+.1%}"
 
 
 def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:

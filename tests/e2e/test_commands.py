@@ -185,6 +185,9 @@ def test_eval_and_compare(run: Path) -> None:
     gap = versus["models"][1]["metrics"]["nll"]["value"] - versus["models"][0]["metrics"]["nll"]["value"]
     assert versus["pairs"][0]["differences"]["nll"]["value"] == pytest.approx(gap)
     assert "smollm2-135m" in call("compare", "smollm2-135m", str(run), "data.jsonl", "--answers", "0").stdout
+    assert re.search(
+        r"upper case +[\d.]+ -> ", call("eval", str(run), "data.jsonl", "--answers", "0", "--robust").stdout
+    )
 
 
 def test_chat_asks_once_and_streams(run: Path) -> None:

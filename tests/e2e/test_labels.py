@@ -54,8 +54,12 @@ def test_labels_in_and_a_classifier_out(labels: Path, method: str) -> None:
 def test_eval_compare_and_check_know_labels(labels: Path) -> None:
     assert call("check", "labels.csv", "--show", "1").stdout.count("label plan") == 1
     assert call("tune", "labels.csv", "-o", "runs/labels", *QUICK).exit_code == 0
-    code, found = as_json("eval", "runs/labels", "labels.csv")
+    code, found = as_json("eval", "runs/labels", "labels.csv", "--robust")
     assert code == 0
+    varied = found["robust"]["varied"]
+    assert {"upper case", "a greeting before it"} <= set(varied)
+    assert all(item["metric"] == "accuracy" and 0 < item["rows"] <= 80 for item in varied.values())
+    assert 0 <= found["robust"]["outside_auroc"]["low"] <= found["robust"]["outside_auroc"]["high"] <= 1
     right = sum(row["answer"] == row["reference"] for row in found["rows"])
     assert found["metrics"]["accuracy"]["value"] == pytest.approx(right / 80)
     code, versus = as_json("compare", "runs/labels", "runs/labels/model", "labels.csv")

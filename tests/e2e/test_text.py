@@ -71,6 +71,9 @@ def test_the_other_verbs_read_text_too(texts: Path) -> None:
     assert versus["rows"] == 60
     assert versus["pairs"][0]["differences"]["bits_per_byte"]["direction"] == 1
     assert call("chat", "runs/text", "--ask", "The plan", "--max-tokens", "3").exit_code == 0
+    refused = call("eval", "runs/text", "texts.jsonl", "--robust")
+    assert refused.exit_code == 2
+    assert "no input that could be written otherwise" in refused.stderr
 
 
 def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:

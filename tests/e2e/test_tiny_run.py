@@ -83,6 +83,21 @@ def test_a_file_in_and_a_better_model_and_the_proof_out(
     assert 0 < speed["product_rate_frac"] < 1
     assert speed["padding_tokens"] == 0
     assert "Where the time went" in run.report.read_text()
+    assert set(result["guard"]["parts"]) == {"general text", "general questions"}
+    assert {row["part"] for row in folder.read_evaluation("before") or [] if row["guard"]} == set(
+        result["guard"]["parts"]
+    )
+    told = {name: reason["measured"] for name, reason in result["reasons"].items()}
+    assert told == {
+        "custom_fit": True,
+        "matching_data": True,
+        "time_and_money": True,
+        "different_situations": False,
+        "shared_knowledge": True,
+        "happy_users": False,
+        "up_to_date": False,
+    }
+    assert all(reason["how"] for name, reason in result["reasons"].items() if not told[name])
     assert {"peak_bytes", "planned_bytes"} <= set(result["memory"])
     assert result["rows"] == {"train": 24, "watch": 8, "proof": 8}
     assert [r["step"] for r in folder.read_metrics() if "loss" in r] == list(range(1, 13))

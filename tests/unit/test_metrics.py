@@ -16,6 +16,7 @@ from headstart.evaluate.compare import (
     ClassMetric,
     Compared,
     Interval,
+    Metric,
     Rank,
     SeveralF1,
     compare_all,
@@ -148,3 +149,34 @@ def test_numbers_that_are_all_the_same_have_no_r2() -> None:
     rows = [RowResult("f:1", 1.0, 1.0, truth=[3.0], found=[float(n)]) for n in range(9)]
     assert "r2" not in task_metrics("regression", rows)
     assert best_threshold(np.zeros((4, 2)), np.zeros((4, 2))) == 0.5
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression", "tagging", "embedding", "causal"])
+def test_rows_before_and_after_stand_behind_each_other_as_they_are(task: str) -> None:
+    """Swaps of before and after are made so: also where each side meets classes of its own."""
+    chance = np.random.default_rng(6)
+
+    def side(names: str) -> dict[str, Metric]:
+        rows = []
+        for number in range(30):
+            a, b = (names[n] for n in chance.integers(0, len(names), 2))
+            truth: list[object] = [a, b] if task != "regression" else [float(number)]
+            found: list[object] = [b] if task != "regression" else [float(number + chance.normal())]
+            if task == "tagging":
+                truth, found = [f"B-{a}", "O"], [f"B-{b}", "O"]
+            if task == "embedding":
+                truth, found = [], [int(chance.integers(1, 5))]
+            more = {"truth": truth, "found": found, "bytes": 9 if task == "causal" else 0}
+            rows.append(RowResult(f"r:{number}", chance.random(), 1.0, "", a, b, True, probability=0.5, **more))
+        return task_metrics(task, rows)
+
+    before, after = side("abc"), side("bcd")
+    own = np.arange(30)[None]
+    for name in before.keys() & after.keys():
+        joined = before[name].joined(after[name])
+        assert len(joined) == 60
+        if task == "multilabel" and name == "macro_f1":  # a class of the other side is there too, with an F1 of 0
+            expected = [metric.over(own)[0] * 3 / 4 for metric in (before[name], after[name])]
+        else:
+            expected = [metric.over(own)[0] for metric in (before[name], after[name])]
+        assert [joined.over(own)[0], joined.over(own + 30)[0]] == pytest.approx(expected), name

@@ -60,6 +60,8 @@ PLAN: dict[str, Any] = {
     "steps": 500,
     "row_tokens": 1000,
     "tokens": 900,
+    "parameters": 135_000_000,
+    "trainable": 5_000_000,
     "train_s": 10.0,
     "eval_s": 5.0,
     "save_s": 1.0,
@@ -96,6 +98,7 @@ def result(gain: float = 5.0) -> dict[str, Any]:
         before=rows(0),
         after=rows(gain),
         device="cpu",
+        guard_bound=0.1,
     )
 
 
@@ -196,7 +199,8 @@ def test_the_page_says_what_was_and_what_was_not_measured(page: str) -> None:
     for said in (
         "Better",
         "95% interval",
-        "What was not measured",
+        "Seven reasons",
+        "Not measured",
         "planned",
         "actual",
         "Settings",
