@@ -282,7 +282,7 @@ FOR_TASKS = {
 }
 
 
-NOTHING = (0, "off")  # values that ask for nothing
+NOTHING = (0, "off", "exact")  # values that ask for nothing
 
 
 def _check_settings(config: Config) -> None:

@@ -334,7 +334,7 @@ class _Session:
                 labels=labels,
                 choices=self.job.choices,
                 on_progress=self._on_eval,
-                tokens_at_once=None if part == 1 else tokens_kept(model) // part,
+                tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
         measured = self.job.measure_mixed(measured)
