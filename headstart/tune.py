@@ -49,6 +49,7 @@ from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
 from headstart.report.words import data_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
+from headstart.stall import StallWatch
 from headstart.stop import StopRequest
 
 T = TypeVar("T")
@@ -542,7 +543,7 @@ def _stoppable(display: Display) -> Iterator[StopRequest]:
     def told() -> None:
         display.line("  stopping as soon as this step is saved; Ctrl-C again stops now")
 
-    with StopRequest(told) as stop, display:
+    with StopRequest(told) as stop, display, StallWatch(display):
         yield stop
 
 

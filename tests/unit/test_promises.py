@@ -146,6 +146,17 @@ PROMISES = (
         ),
     ),
     Promise(
+        "A run that shows no sign of life for five minutes says where it stands, and writes to its log what each thread does; "
+        "what a thread that lays out or encodes dies of ends the run. Rows are encoded by threads: there is no process that "
+        "could be killed alone.",
+        (
+            "tests/unit/test_guards.py::test_a_stall_is_told_with_its_place_and_the_stacks_of_all_threads",
+            "tests/unit/test_guards.py::test_lines_and_bars_are_signs_of_life",
+            "tests/unit/test_guards.py::test_what_a_thread_that_encodes_dies_of_ends_the_reading",
+        ),
+        "it doesn't end what is stuck; code that never lets go of Python's lock can't be told of",
+    ),
+    Promise(
         "No network is needed but for a model or data that is named so, and no secret of the environment is written.",
         (f"{SURVIVAL}::test_a_run_needs_no_network_and_writes_no_secret",),
     ),
