@@ -286,6 +286,17 @@ def test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on(
     assert "can't be written (" in (run / "log.txt").read_text()
 
 
+def test_a_model_that_is_merged_is_there_whole_or_not_at_all(trials: Callable[[str], Trial]) -> None:
+    trial = trials("embeddings")
+    run = trial.folder / "merged"
+    killed, full = -signal.SIGKILL, ResourceError.exit_code
+    for place, code in (("written", killed), ("written@model=ENOSPC", full), ("synced@model=EIO", full)):
+        assert trial.session(f"folder.{place}" + "@model" * ("@" not in place), run) == code
+        assert not (run / "model").exists()
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(trials: Callable[[str], Trial]) -> None:
     trial = trials("full")
     run = trial.survive("folder.written:5+=ENOSPC", code=ResourceError.exit_code)

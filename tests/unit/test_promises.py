@@ -87,6 +87,14 @@ PROMISES = (
         ),
     ),
     Promise(
+        "What comes out is there whole or not at all, an adapter and a model that it is merged into.",
+        (
+            f"{SURVIVAL}::test_a_model_that_is_merged_is_there_whole_or_not_at_all",
+            f"{SURVIVAL}::test_killed_anywhere_and_gone_on_with_is_never_killed",
+        ),
+        "foreign formats: there is no export yet",
+    ),
+    Promise(
         "What is renamed into its place was synced before, and the folder is synced after: a power cut finds old or new.",
         (f"{FILES}::test_what_is_renamed_was_synced_and_its_folder_is_synced_after",),
     ),
@@ -159,6 +167,25 @@ PROMISES = (
     Promise(
         "No network is needed but for a model or data that is named so, and no secret of the environment is written.",
         (f"{SURVIVAL}::test_a_run_needs_no_network_and_writes_no_secret",),
+    ),
+    Promise(
+        "A hub that is down, silent, slow, forbids, limits (429) or fails (5xx) is an error with a cure: silence ends after 30 "
+        "seconds, a wait that the hub asks for after a minute, each at most six times a file.",
+        (
+            "tests/unit/test_source.py::test_a_hub_that_fails_is_an_error_within_limits",
+            "tests/unit/test_source.py::test_no_network_is_told_as_such",
+        ),
+        "a hub that sends a byte now and then is waited for; there are no trackers yet",
+    ),
+    Promise(
+        "A run works without a home or a folder for temporaries that can be written, a terminal, a locale, `/proc/meminfo`, "
+        "with a umask of 077, and in folders with spaces, line breaks and letters of any script in their names.",
+        (
+            "tests/e2e/test_environments.py::test_a_run_in_a_bare_place_without_home_temporaries_terminal_and_locale",
+            "tests/e2e/test_environments.py::test_what_standard_output_cannot_spell_is_spelled_out",
+            "tests/e2e/test_environments.py::test_memory_is_known_without_proc_meminfo",
+        ),
+        "a cache that can't be written ends a run on text of over 64 MB, which says so; proxies",
     ),
     Promise(
         "Each sync, rename, hash and check of the code that keeps runs whole is missed by a test when it is taken out: "
