@@ -18,7 +18,7 @@ from headstart.data.images import Look
 from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
-from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
+from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, reject_spelled, segment
 from headstart.data.read import find_files
 from headstart.data.segments import Segmented
 from headstart.display import Display
@@ -118,7 +118,9 @@ def mend_config(config: Config, data: Data, out: Path, *, near: bool = False, pr
     parts = (prepared.train, prepared.watch, prepared.proof)
     bad = [problem.where for part in parts for problem in part.problems]
     settings = config.settings.data
-    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private)
+    mending = Mending(
+        find_files(settings.train, settings.encoding), settings, prepared.formed[0].detection, bad, near, private
+    )
     return mending.write(out)
 
 
@@ -246,6 +248,8 @@ def _read(model: str, config: Config) -> _Reading:
     rows = segment(formed.formatted.examples, settings, renderer, max_length, coding, whole=True)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
+    if settings.control_tokens == "refuse" and isinstance(renderer, Encoder):
+        reject_spelled([rows], renderer.spells_control)
     if not rows.examples:
         what = f"no rows are left: {len(rows.dropped)} are over {max_length:,} tokens"
         raise DataError([Problem("data.empty", what, "", "-s data.max_length=N, -s data.over_length=cut"), *problems])
