@@ -45,10 +45,12 @@ class Chat:
         self._max_tokens = max_tokens
         self._length = model_length(self._model.config)
         self._temperature = temperature
+        _check_text(system or "")
         self.messages = [Message("system", system)] if system else []
 
     def answer(self, text: str, on_text: Callable[[str], None] | None = None) -> Said:
         """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
+        _check_text(text)
         self.messages.append(Message("user", text))
         # Without a template a prompt is one text, so a new question begins anew.
         prompt = self._renderer.prompt(self.messages[-1:] if self._plain else self.messages)
@@ -90,6 +92,15 @@ class Chat:
                 new = int(logits.argmax())
             yield new
             ids = torch.tensor([[new]], device=self._model.device)
+
+
+def _check_text(text: str) -> None:
+    """Raise UsageError where a text holds what no tokenizer can encode: bytes that this locale can't read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start + 1} of the text can't be read here"
+        raise UsageError(Problem("usage.flag", what, "chat", "ask in a locale of UTF-8: LC_ALL=C.UTF-8")) from None
 
 
 def talk(chat: Chat, display: Display) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -47,6 +48,9 @@ Answers = Annotated[int, typer.Option(help="Rows that are answered and scored as
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # what these can't spell, in some locales, is spelled out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -485,13 +489,19 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if as_json:
-        print(json_text(result, default=str))
+        _print_json(result)
     return result
+
+
+def _print_json(value: Any) -> None:
+    """Print one JSON object; all in ASCII where standard output can't spell more, since it must stay JSON."""
+    plain = str(getattr(sys.stdout, "encoding", "") or "").lower().startswith("utf")
+    print(json_text(value, ensure_ascii=not plain, default=str))
 
 
 def _fail(error: HeadstartError, as_json: bool) -> NoReturn:
     if as_json:
-        print(json_text(error.to_json()))
+        _print_json(error.to_json())
     else:
         from headstart.display import Display
 

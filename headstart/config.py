@@ -6,6 +6,7 @@ A value is `None` where headstart decides it from the model, the data and the ma
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,23 @@ def _names_or_switch(value: Any) -> Any:
     return _split_commas(_switch(value))
 
 
+# Bytes that stand for themselves in every encoding that rows are parted in; those that escape give them away.
+PLAIN = b'{"a": 1}\\x41\\u0041+AGE-.xn--4ca'
+
+
+def _encoding(value: Any) -> Any:
+    try:
+        name = codecs.lookup(value).name
+        plain = name.startswith(("utf-16", "utf-32")) or PLAIN.decode(name) == PLAIN.decode()
+    except (LookupError, ValueError, TypeError):
+        plain = False
+    if not plain:
+        raise ValueError(
+            "it should be an encoding of text that Python knows: cp1252, gb18030, shift_jis, utf-16-le, ..."
+        )
+    return name
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,6 +93,9 @@ class DataSettings(Section):
         "images",
         "text",
     ] = Field("auto", description="How rows are laid out; auto detects it and says so.")
+    encoding: Annotated[str, BeforeValidator(_encoding)] = Field(
+        "utf-8", description="What text files without a byte order mark are written in; it is never guessed."
+    )
     prompt: str | None = Field(None, description="A column, or a template over columns: 'Summarize: {text}'.")
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
     text: str | None = Field(None, description="A column, or a template over columns: text to continue or to label.")
@@ -87,6 +108,11 @@ class DataSettings(Section):
     train_on: Literal["all", "last"] = Field("all", description="Answers of a conversation that are trained.")
     reasoning: Literal["keep", "drop", "untrained"] = Field(
         "keep", description="What an assistant thinks before an answer: learned, left out, or read and not learned."
+    )
+    merge_turns: bool = Field(False, description="Join neighbouring turns of one role into one, an empty line between.")
+    fold_system: bool = Field(False, description="Put what a system turn says in front of the user's next turn.")
+    control_tokens: Literal["text", "refuse"] = Field(
+        "text", description="Control tokens that are spelled in the data: read as text, or refused."
     )
     template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
         "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."

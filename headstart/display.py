@@ -39,6 +39,7 @@ class Display:
         self._task: TaskID | None = None
         self._label = ""
         self._printed_at = 0.0
+        self.shown_at = time.monotonic()  # the last sign of life
 
     def log_to(self, path: Path) -> None:
         """Write every line to `path` too, those before this one included."""
@@ -49,9 +50,17 @@ class Display:
 
     def line(self, text: str = "", style: str = "") -> None:
         """Say a line. `text` is data: it is never read as markup."""
+        self.shown_at = time.monotonic()
         for part in safe(text).split("\n"):
             self.console.print(f"[{style}]{escape(part)}[/]" if style else escape(part))
         self._write(text)
+
+    def aside(self, text: str) -> None:
+        """Write to the log alone, or say it where there is none yet."""
+        if self._log is None:
+            self.line(text)
+        else:
+            self._write(text)
 
     def title(self, text: str) -> None:
         """Say what comes next."""
@@ -78,12 +87,12 @@ class Display:
 
     def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
         """Show how far a phase is: a bar in a terminal, else a line now and then and at the end."""
+        self.shown_at = time.monotonic()
         if self._live:
             self._move_bar(safe(label), done, total, safe(detail))
             return
-        now = time.monotonic()
-        if label != self._label or done == total or now - self._printed_at >= PLAIN_EVERY_S:
-            self._label, self._printed_at = label, now
+        if label != self._label or done == total or self.shown_at - self._printed_at >= PLAIN_EVERY_S:
+            self._label, self._printed_at = label, self.shown_at
             self.line(f"  {label} {done}/{total}{'  ' + detail if detail else ''}")
 
     def end_progress(self) -> None:

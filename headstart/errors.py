@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "row.tool_call": "A tool call that can't be parsed would teach the model broken calls.",
     "row.unencodable": "The text holds characters that no tokenizer can encode.",
     "row.template": "What the model is trained on must be what it is asked with later.",
+    "row.control": "Most often such a token was left in by mistake, or put in to be obeyed.",
     "row.too_long": "A row that is cut loses its answer or its question.",
     "format.unknown": "The columns don't tell which part is asked and which is answered.",
     "format.mixed": "Rows of several formats in one file are most often a mistake in making it.",

@@ -93,9 +93,9 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_text(value, allow_nan=False) + "\n")
 
 
-def json_text(value: Any, **how: Any) -> str:
+def json_text(value: Any, *, ensure_ascii: bool = False, **how: Any) -> str:
     """Return `value` as indented JSON in which nothing steers a terminal: such characters are escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, **how)
+    text = json.dumps(value, indent=2, ensure_ascii=ensure_ascii, **how)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -21,8 +21,8 @@ from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import mix
-from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped
-from headstart.data.read import SourceFile, find_files
+from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
+from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.data.templates import template_ids
@@ -127,6 +127,10 @@ class Data:
         """
         settings = self.config.settings.data
         reject_bad_rows(self.prepared.problems, settings.max_bad_rows)
+        if settings.control_tokens == "refuse" and isinstance(self.renderer, Encoder):
+            mixed = [side for part in self.prepared.mixed for side in (part.train, part.proof)]
+            own = (self.prepared.train, self.prepared.watch, self.prepared.proof)
+            reject_spelled([*own, *mixed], self.renderer.spells_control)
         if not self.config.given("data.over_length"):
             parts = (self.prepared.train, self.prepared.watch, self.prepared.proof)
             reject_dropped(parts, settings.max_length or self.prepared.longest)
@@ -256,6 +260,7 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         prepared = stored or prepare(
             sides or form_sides(settings.data, settings.kind, settings.task), settings.data, renderer, limit, **how
         )
+    _check_files(config, prepared)
     _mix_in(config, prepared, source, tokenizer, limit, today)
     guard = _read_guard(config, prepared, source, tokenizer, today)
     if settings.eval.choices == "on" and not prepared.choices:
@@ -281,7 +286,10 @@ def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool
 
 # Settings that are for some tasks alone.
 FOR_TASKS = {
-    **dict.fromkeys(("data.leaks", "data.redact"), tuple(task for task in TASKS if task != "images")),
+    **dict.fromkeys(("data.merge_turns", "data.fold_system"), ("chat",)),
+    **dict.fromkeys(
+        ("data.leaks", "data.redact", "data.control_tokens"), tuple(task for task in TASKS if task != "images")
+    ),
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
     "data.text_pair": (*ROW_LOSSES, "embedding"),
@@ -296,7 +304,7 @@ FOR_TASKS = {
 }
 
 
-NOTHING = (0, "off", ("off",))  # values that ask for nothing
+NOTHING = (0, "off", ("off",), "exact")  # values that ask for nothing
 
 
 def _check_settings(config: Config) -> None:
@@ -317,11 +325,19 @@ def _check_settings(config: Config) -> None:
         raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
 
 
+def _check_files(config: Config, prepared: Prepared) -> None:
+    """Raise UsageError where an encoding was named, and no file holds text that could be in it."""
+    kinds = [kind_of(file.path) for formed in prepared.formed for file in formed.files]
+    if config.settings.data.encoding != UTF_8 and not any(kind in LINES for kind in kinds):
+        what = "`data.encoding` has no effect: no file is one of text"
+        raise UsageError(Problem("config.no_effect", what, "data.encoding", "leave it out"))
+
+
 def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None]:
     """Return the files to train on and, if they are so large that they go through in a stream, what their rows are."""
     if settings.kind not in ("auto", "unsupervised") or settings.task not in ("auto", "causal", "masked"):
         return [], None
-    files = find_files(settings.data.train)
+    files = find_files(settings.data.train, settings.data.encoding)
     found = peek(files, settings.data, settings.task) if is_large(files) else None
     return files, found if found and found.format == "text" else None
 

@@ -81,7 +81,9 @@ def predict(
             problems.append(item)
 
     with new_file(Path(out)) as file:
-        for rows in read_parts(find_files(config.settings.data.train), ROWS_AT_ONCE, put_aside):
+        for rows in read_parts(
+            find_files(config.settings.data.train, config.settings.data.encoding), ROWS_AT_ONCE, put_aside
+        ):
             records, reading = _take(rows, task, reading, problems)
             if problems:
                 continue

@@ -63,7 +63,7 @@ def cpu_count() -> int:
 
 def memory_total_bytes() -> int:
     """Return the memory that this process may fill: the machine's, or its container's limit if that is less."""
-    total = psutil.virtual_memory().total
+    total = _memory()[0]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             limit = Path(file).read_text().strip()
@@ -76,7 +76,17 @@ def memory_total_bytes() -> int:
 
 def memory_free_bytes() -> int:
     """Return the memory that can still be had without swapping."""
-    return min(psutil.virtual_memory().available, memory_total_bytes() - memory_used_bytes())
+    return min(_memory()[1], memory_total_bytes() - memory_used_bytes())
+
+
+def _memory() -> tuple[int, int]:
+    """Return the bytes of memory that there are, and those that can be had."""
+    try:
+        found = psutil.virtual_memory()
+    except OSError:  # no /proc/meminfo, as in some containers; then free is what nothing fills, caches too
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    return int(found.total), int(found.available)
 
 
 def memory_used_bytes() -> int:

@@ -48,15 +48,18 @@ class RunFolder:
         RunFolder.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            what = f"the folder can't be made: {error.strerror or error}"
-            raise RunError(Problem("run.exists", what, str(path), "choose another with -o")) from None
+        except (OSError, ValueError) as error:
+            raise _not_made(path, error) from None
         return RunFolder(path)
 
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise RunError where something lies at `path` already; what a run left that had not begun doesn't count."""
-        if not path.exists():
+        try:
+            there = path.exists()
+        except (OSError, ValueError) as error:  # no name that a disk takes
+            raise _not_made(path, error) from None
+        if not there:
             return
         cure = f"choose another with -o, or go on with it: headstart resume {path}"
         if not path.is_dir():
@@ -143,6 +146,11 @@ class RunFolder:
         """Return what `write_evaluation` kept, or None."""
         path = self.evaluation / f"{name}.json"
         return read_json(path) if path.exists() else None
+
+
+def _not_made(path: Path, error: OSError | ValueError) -> RunError:
+    what = f"the folder can't be made: {getattr(error, 'strerror', None) or error}"
+    return RunError(Problem("run.exists", what, str(path)[:80], "choose another with -o"))
 
 
 def new_run_path(data: str, model: str) -> Path:

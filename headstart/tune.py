@@ -50,6 +50,7 @@ from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
 from headstart.report.words import data_lines, guard_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
+from headstart.stall import StallWatch
 from headstart.stop import StopRequest
 
 T = TypeVar("T")
@@ -339,7 +340,7 @@ class _Session:
                 labels=labels,
                 choices=self.job.choices,
                 on_progress=self._on_eval,
-                tokens_at_once=None if part == 1 else tokens_kept(model) // part,
+                tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
         measured = self.job.measure_beside(self._grade(name, measured))
@@ -567,7 +568,7 @@ def _stoppable(display: Display) -> Iterator[StopRequest]:
     def told() -> None:
         display.line("  stopping as soon as this step is saved; Ctrl-C again stops now")
 
-    with StopRequest(told) as stop, display:
+    with StopRequest(told) as stop, display, StallWatch(display):
         yield stop
 
 

@@ -20,7 +20,7 @@ from headstart.data.images import Look
 from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
-from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, segment
+from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, reject_spelled, segment
 from headstart.data.read import HUB_PREFIX, find_files, kind_of
 from headstart.data.records import Record
 from headstart.data.segments import Segmented
@@ -106,7 +106,8 @@ def mend_config(
         records = list(prepared.formed[0].records)
         grading = build_grading([str(file) for file in graders], settings.train, settings, records)
         unfit = find_unfit(grading, records, least, tell)
-    mending = Mending(find_files(settings.train), settings, prepared.formed[0].detection, bad, near, private, unfit)
+    files = find_files(settings.train, settings.encoding)
+    mending = Mending(files, settings, prepared.formed[0].detection, bad, near, private, unfit)
     return mending.write(out)
 
 
@@ -283,6 +284,8 @@ def _read(model: str, config: Config) -> _Reading:
     rows = encode(formed.formatted.examples)
     problems = [*formed.formatted.problems, *rows.problems]
     reject_bad_rows(problems, settings.max_bad_rows)
+    if settings.control_tokens == "refuse" and isinstance(renderer, Encoder):
+        reject_spelled([rows], renderer.spells_control)
     if not rows.examples:
         what = f"no rows are left: {len(rows.dropped)} are over {max_length:,} tokens"
         raise DataError([Problem("data.empty", what, "", "-s data.max_length=N, -s data.over_length=cut"), *problems])

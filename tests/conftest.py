@@ -141,10 +141,14 @@ def conversation(*turns: str, line: int = 1, system: str | None = None, group: s
 @pytest.fixture(scope="session")
 def tiny_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny network for images of 32 x 32."""
+    return build_network(tmp_path_factory.mktemp("models") / "network")
+
+
+def build_network(folder: Path) -> Path:
+    """Write a tiny network for images of 32 x 32; return the folder."""
     from headstart.data.images import Look
     from headstart.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
 
-    folder = tmp_path_factory.mktemp("models") / "network"
     torch.manual_seed(0)
     stages = [[1, 8, 1, 1, 3], [2, 12, 2, 2, 5]]
     config = EfficientNetLiteConfig(stem=8, stages=stages, hidden_size=16, image_size=32, num_labels=10)

@@ -43,7 +43,7 @@ MUTANTS = [
 WHOLE = [
     "tests/e2e/test_survival.py",
     "-k",
-    "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run",
+    "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time",
 ]
 MUTANTS_OF_RUNS = [
     ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),
@@ -61,6 +61,9 @@ MUTANTS_OF_RUNS = [
         "        self._check_there()\n        try:\n            with self._timed_save():\n                tensors",
         "        try:\n            with self._timed_save():\n                tensors",
     ),
+    ("job.py", 'NOTHING = (0, "off", "exact")', 'NOTHING = (0, "off")'),
+    ("tune.py", " if part > 1 and settings.task in WRITES else None", " if part > 1 else None"),
+    ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),
     ("origin.py", '    if sha256(path) != file["sha256"]:', "    if False:"),
 ]

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from headstart.files import TEMPORARY_PREFIX
 from headstart.verify import differences
-from tests.conftest import build_encoder, build_model
-from tests.e2e.test_survival import SESSIONS, WAYS, Trial, session, write_rows
+from tests.e2e.test_survival import SESSIONS, WAYS, Trial, build_trial, session
 
 KILLS = 4
 
@@ -41,8 +40,7 @@ def main(runs: int, seed: int) -> int:
 def _trial(folder: Path, way: str) -> Trial:
     place = folder / f"{len(list(folder.iterdir()))}"
     place.mkdir()
-    model = (build_encoder if way == "labels" else build_model)(place / "model")
-    return Trial(write_rows(place, way), model, place / "runs", WAYS[way])
+    return build_trial(place, way)
 
 
 def _seconds(trial: Trial) -> float:

@@ -52,7 +52,7 @@ def find_chats(settings: DataSettings, kind: str, task: str) -> Chats | None:
     """Return the files of a run, if they hold many conversations; None where they are something else, or few."""
     if kind not in ("auto", "instruction") or task not in ("auto", "chat"):
         return None
-    files = find_files(settings.train)
+    files = find_files(settings.train, settings.encoding)
     if sum(file.path.stat().st_size for file in files) < STORED_BYTES:
         return None
     rows = [item for item in itertools.islice(read(files), PEEK) if isinstance(item, Row)]
@@ -62,7 +62,7 @@ def find_chats(settings: DataSettings, kind: str, task: str) -> Chats | None:
         return None
     if found is None or found.task != "chat":
         return None
-    return Chats(files, find_files(settings.eval), found)
+    return Chats(files, find_files(settings.eval, settings.encoding) if settings.eval else [], found)
 
 
 def prepare_chats(
@@ -175,8 +175,9 @@ class _Stored:
             [[kind_of(file.path), file_hash(file.path)] for file in files],
             renderer.identity,
             asdict(named_columns(settings)),
-            [settings.format, settings.train_on, settings.reasoning, settings.group_by, *["redact"] * settings.redact],
-            [max_length, over_length],
+            [settings.format, settings.train_on, settings.reasoning, settings.group_by, settings.redact],
+            [settings.merge_turns, settings.fold_system],
+            [max_length, over_length, settings.encoding],
         )
         writing = _Writing(files, settings, renderer, max_length, over_length)
         store = find_store(key, writing.write)
@@ -344,7 +345,8 @@ class _Writing:
 def _formatting(rows: Sequence[Row], settings: DataSettings) -> Formatting:
     named: Named = named_columns(settings)
     how = (settings.train_on, settings.reasoning, settings.group_by, settings.redact)
-    return Formatting(rows, settings.format, named, "auto", *how)
+    joined = (settings.merge_turns, settings.fold_system)
+    return Formatting(rows, settings.format, named, "auto", *how, *joined)
 
 
 def _values(problem: Problem) -> list[str]:

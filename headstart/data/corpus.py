@@ -24,7 +24,7 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash, side_of
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.masking import find_masking
-from headstart.data.prepare import Coding, Formed, Parts, Prepared, form_rows, segment, split_held
+from headstart.data.prepare import Coding, Formed, Parts, Prepared, form_rows, segment, spelled_problem, split_held
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, read, read_parts
 from headstart.data.records import Document
@@ -70,7 +70,15 @@ class _Spec:
     def key(self) -> str:
         """A name for the tokens: equal for equal content, tokenizer and settings."""
         settings = self.settings
-        reading = [settings.format, settings.text, settings.group_by, settings.over_length, settings.positions]
+        reading = [
+            settings.format,
+            settings.text,
+            settings.group_by,
+            settings.over_length,
+            settings.positions,
+            settings.encoding,
+        ]
+        reading += [settings.control_tokens]
         reading += ["redact"] * settings.redact
         held = hashlib.sha256("".join(map(content_hash, self.others)).encode()).hexdigest()
         return store_key(
@@ -241,7 +249,13 @@ def _documents(spec: _Spec, tally: _Tally) -> Iterator[list[Document]]:
         tally.notes |= dict.fromkeys(formatted.notes)
         tally.redacted += formatted.redacted
         documents = [record for record in formatted.examples if isinstance(record, Document)]
-        tally.spelled += sum(spec.encoder.spells_control(document.content) for document in documents)
+        spelled = [document for document in documents if spec.encoder.spells_control(document.content)]
+        if settings.control_tokens == "refuse":
+            tally.problems += [spelled_problem(str(document.where)) for document in spelled]
+            refused = {document.where for document in spelled}
+            documents = [document for document in documents if document.where not in refused]
+        else:
+            tally.spelled += len(spelled)
         yield documents
 
 

@@ -139,16 +139,19 @@ def format_rows(
     reasoning: str = "keep",
     group_by: str | None = None,
     redact: bool = False,
+    merge: bool = False,
+    fold: bool = False,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
     `task` is what the rows are to be used for, where that is known. With `train_on` `last`, only the last answer of a
     conversation is trained; `reasoning` tells what becomes of thoughts before an answer: keep, drop or untrained. With
-    `redact`, personal data and secrets are replaced, and counted in what is returned.
+    `redact`, personal data and secrets are replaced, and counted in what is returned. `merge` joins neighbouring turns of
+    one role, `fold` puts system turns in front of the user's next.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
-    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by, redact)
+    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by, redact, merge, fold)
     formatted = Formatted(formatting.detection)
     formatting.take(rows, formatted)
     formatted.notes = formatting.notes()
@@ -171,13 +174,15 @@ class Formatting:
         reasoning: str = "keep",
         group_by: str | None = None,
         redact: bool = False,
+        merge: bool = False,
+        fold: bool = False,
     ) -> None:
         if group_by is not None:
             need_columns(rows, [group_by], "data.group_by")
         self._group_by = group_by
         self._redact = redact
         self._named = named
-        self._tally = _Tally(reasoning)
+        self._tally = _Tally(reasoning, merge, fold)
         self.detection, self._take = _find_format(rows, format, named, task, self._tally, train_on)
 
     def take(self, rows: Sequence[Row], formatted: Formatted) -> None:
@@ -489,6 +494,10 @@ class _Tally:
     """What was handled in many rows and is told once, with counts."""
 
     reasoning: str = "keep"
+    merge: bool = False
+    fold: bool = False
+    folded: int = 0
+    merged: int = 0
     thoughts: int = 0
     aliases: Counter[str] = field(default_factory=Counter)
     columns: set[str] = field(default_factory=set)
@@ -515,8 +524,12 @@ class _Tally:
         if self.keys:
             named = ", ".join(f"`{key}` ({count:,} turns)" for key, count in sorted(self.keys.items()))
             said.append(f"keys of turns that are not used: {named}")
+        if self.folded:
+            said.append(f"{self.folded:,} rows have a system turn, which is put in front of the user's next turn")
+        if self.merged:
+            said.append(f"{self.merged:,} rows have two turns of one role in a row, which are joined")
         if self.repeated:
-            said.append(f"{self.repeated:,} rows have two turns of one role in a row")
+            said.append(f"{self.repeated:,} rows have two turns of one role in a row (data.merge_turns joins them)")
         return said
 
 
@@ -525,7 +538,7 @@ def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) 
     problems: list[Problem] = []
     messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
     tools = _tools(draft.tools, row.where)
-    kept = [message for message in messages if message is not None]
+    kept = _joined([message for message in messages if message is not None], tally)
     if kept and kept[0].role == "assistant":
         kept[0] = replace(kept[0], trained=False)
     if not problems:
@@ -540,6 +553,44 @@ def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) 
     tally.repeated += any(a.role == b.role != "tool" for a, b in zip(kept, kept[1:], strict=False))
     tally.used |= draft.used
     return Conversation(row.where, tuple(kept[: last + 1]), tools)
+
+
+def _joined(messages: list[Message], tally: _Tally) -> list[Message]:
+    """Return the turns as the settings want them joined."""
+    if tally.fold and (folded := _fold(messages)) != messages:
+        tally.folded += 1
+        messages = folded
+    if tally.merge and (merged := _merge(messages)) != messages:
+        tally.merged += 1
+        messages = merged
+    return messages
+
+
+def _fold(messages: Sequence[Message]) -> list[Message]:
+    """Put what system turns say in front of the user's next turn; one behind which the user says nothing stays."""
+    found: list[Message] = []
+    for message in messages:
+        if message.role == "user":
+            first = len(found)
+            while first and found[first - 1].role in SYSTEM:
+                first -= 1
+            said = [turn.content for turn in found[first:]]
+            found[first:] = [replace(message, content="\n\n".join(filter(None, [*said, message.content])))]
+        else:
+            found.append(message)
+    return found
+
+
+def _merge(messages: Sequence[Message]) -> list[Message]:
+    """Join neighbouring turns that differ in nothing but what they say; calls of tools and thoughts keep theirs apart."""
+    found: list[Message] = []
+    for message in messages:
+        alike = found and replace(found[-1], content="") == replace(message, content="")
+        if alike and message.role != "tool" and not message.tool_calls and not message.reasoning:
+            found[-1] = replace(message, content=f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(message)
+    return found
 
 
 def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
@@ -719,7 +770,7 @@ def _check_turns(messages: Sequence[Message], where: Where) -> list[Problem]:
         if index and message.role in SYSTEM:
             second = messages[0].role in SYSTEM
             what = f"a {message.role} turn {'behind another' if second else 'that is not the first'}"
-            cure = "join it to the first turn, or to the user's"
+            cure = "join it to the first turn, or to the user's, as -s data.fold_system=true does"
             return [Problem("row.role", what, where.field(f"turn[{index}].role"), cure)]
         known.update(call["id"] for call in message.tool_calls)
         if message.role == "tool" and message.tool_call_id and message.tool_call_id not in known:

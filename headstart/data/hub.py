@@ -1,17 +1,24 @@
-"""Data sets of the hub -> files: parquet, jsonl, json or csv, pinned to a commit; no script is ever run."""
+"""Data sets of the hub -> files: parquet, jsonl, json or csv, pinned to a commit; no script is ever run.
+
+What the hub is asked by anyone here is asked within limits: `bound_session`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from headstart.data.read import HUB_PREFIX, KINDS, TEXTS, SourceFile
 from headstart.errors import DataError, Problem
 from headstart.machine import offline
 
 OTHER_SPLITS = re.compile(r"(?<![a-z0-9])(test|validation|valid|val|dev|eval)(?![a-z0-9])", re.IGNORECASE)
+SILENT_S = 30.0  # for so long the hub may say nothing
+WAIT_S = 60  # so long is waited before it is asked again, at most five times, whatever it asks for
 NAME = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<split>[\w.-]+))?$")
 
 
@@ -23,6 +30,7 @@ def fetch_dataset(name: str) -> list[SourceFile]:
     """
     from huggingface_hub import hf_hub_download
 
+    bound_session()
     with _hub_errors(name):
         repo, revision, files = _find_split(name)
         return [
@@ -67,6 +75,35 @@ def _find_split(name: str) -> tuple[str, str, list[str]]:
             return repo, info.sha or "", chosen
     cure = f"see the files at huggingface.co/datasets/{repo}; name a split with hub:{repo}#split"
     raise DataError(Problem("data.hub", f"no data file for the split {split or 'train'!r}", name, cure))
+
+
+@functools.cache
+def bound_session() -> None:
+    """Let no question to the hub wait without end: its library sets some no limit, and waits as long as a server asks."""
+    from huggingface_hub import get_session, set_client_factory
+
+    made = get_session()
+    client, hooks = type(made), made.event_hooks["request"]
+    set_client_factory(
+        lambda: client(
+            event_hooks={"request": [*hooks, _limit], "response": [_shorten_wait]},
+            follow_redirects=True,
+            timeout=SILENT_S,
+        )
+    )
+
+
+def _limit(request: Any) -> None:
+    given = request.extensions.get("timeout", {})
+    names = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {name: min(given.get(name) or SILENT_S, SILENT_S) for name in names}
+
+
+def _shorten_wait(response: Any) -> None:
+    response.headers.pop("ratelimit", None)
+    asked = response.headers.get("retry-after", "")
+    if asked.isdigit() and int(asked) > WAIT_S:
+        response.headers["retry-after"] = str(WAIT_S)
 
 
 @contextlib.contextmanager

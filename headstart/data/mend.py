@@ -145,7 +145,15 @@ class Mending:
         settings, found = self.settings, self.detection
         named = named_columns(settings)
         return Formatting(
-            rows, found.format, named, found.task, settings.train_on, settings.reasoning, settings.group_by
+            rows,
+            found.format,
+            named,
+            found.task,
+            settings.train_on,
+            settings.reasoning,
+            settings.group_by,
+            merge=settings.merge_turns,
+            fold=settings.fold_system,
         )
 
 

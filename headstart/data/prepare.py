@@ -144,7 +144,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
 
     Raises DataError where nothing can be read at all; a bad row among others is a problem of the result.
     """
-    files = find_files(names)
+    files = find_files(names, settings.encoding)
     rows: list[Row] = []
     problems: list[Problem] = []
     notes: list[str] = []
@@ -167,6 +167,8 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
             reasoning=settings.reasoning,
             group_by=settings.group_by,
             redact=settings.redact,
+            merge=settings.merge_turns,
+            fold=settings.fold_system,
         )
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
@@ -206,6 +208,18 @@ def reject_dropped(parts: Sequence[Segmented], max_length: int) -> None:
         share = f"{len(dropped):,} of {rows:,} rows ({len(dropped) / rows:.0%}) are over {max_length:,} tokens"
         cure = "raise data.max_length; or say what becomes of them: -s data.over_length=drop or cut"
         raise DataError(Problem("row.too_long", f"{share}, the longest has {length:,}", str(where), cure))
+
+
+def reject_spelled(parts: Sequence[Segmented], spells: Callable[[str], bool]) -> None:
+    """Raise DataError with every row of which a text `spells` a control token."""
+    if problems := [spelled_problem(where) for part in parts for where in part.where_spelled(spells)]:
+        raise DataError(problems)
+
+
+def spelled_problem(where: str) -> Problem:
+    """Return what is wrong with a row that spells a control token, where that is refused."""
+    cure = "delete it, or read it as text: -s data.control_tokens=text"
+    return Problem("row.control", "it spells a control token of the model", where, cure)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.feed import digest_of
+from headstart.data.languages import main_language
 from headstart.data.near import Distinct, Shingler, find_alike, find_near_leaks
 from headstart.data.private import KINDS as PRIVATE
 from headstart.data.private import find_private, masked
@@ -40,6 +41,17 @@ BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 WORD = re.compile(f"(?<![!-\u058f])[!-\u058f]{{{LONG_WORD},}}")
 BLOB = re.compile(f"[A-Za-z0-9+/_=-]{{{LONG_WORD},}}")
 BLOB_SIGNS = (re.compile("[0-9]"), re.compile("[a-z]"), re.compile("[A-Z]"))
+# Letters of other scripts that look like Latin ones (after Unicode's confusables.txt), and Latin ones that look like Cyrillic.
+LIKE_LATIN = (
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bd\u03bf\u03f2\u03f3"
+)
+LIKE_LATIN += "АВЕЅІЈКМНОРСТУХԌԚԜавеѕіјорсухһԁԛԝү"
+LIKE_CYRILLIC = "ABEKMHOPCTYXaeopcyx"
+# Where Latin stands beside Greek or Cyrillic in a word, and the word around it.
+MIXED = re.compile("[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]")
+MIXED_WORD = re.compile("[A-Za-z\u0370-\u052f]+")
+# Letters of mathematics, which write words for the eye alone.
+FANCY = re.compile("[\U0001d400-\U0001d6a3]{3,}")
 LATIN = re.compile(f"(?:[A-Za-z][^A-Za-z]*){{{SCRIPT_LETTERS}}}")
 SCRIPTS = {"CJK": "Chinese or Japanese", "HIRAGANA": "Chinese or Japanese", "KATAKANA": "Chinese or Japanese"}
 
@@ -52,9 +64,11 @@ KINDS: Mapping[str, str] = {
     "long": "rows have far more to learn than the rest",
     "short": "rows have far less to learn than the rest",
     "script": "rows are in another script than the rest",
+    "language": "rows are in another language than the rest",
     **{name: f"rows hold {kind.what}" for name, kind in PRIVATE.items()},
     "invisible": "rows hold characters that nobody sees",
     "bidi": "rows hold characters that turn the direction of writing",
+    "look_alike": "rows hold words with letters of another script that look alike",
     "not_nfc": "rows hold letters in pieces (not in Unicode's NFC)",
     "blob": "rows hold what looks like encoded bytes",
     "long_word": f"rows hold a word of {LONG_WORD} characters or more",
@@ -94,7 +108,7 @@ class Said(NamedTuple):
 
 
 # What stays of a row: where it stands, whether it is held out, the hashes of what it says, of
-# all of it, of what it asks and tells, its length and script.
+# all of it, of what it asks and tells, its length, script and language.
 ROW = np.dtype(
     [
         ("file", "<i4"),
@@ -106,6 +120,7 @@ ROW = np.dtype(
         ("told", "<u8"),
         ("length", "<i8"),
         ("script", "<i4"),
+        ("language", "<i4"),
     ]
 )
 Rows = NDArray[Any]
@@ -116,7 +131,7 @@ Found = Iterator[
 
 def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
     """Find what hurts in rows, each with whether it is held out."""
-    shingler, names, scripts = Shingler(), dict[str, int](), {"": 0}
+    shingler, names, scripts, languages = Shingler(), dict[str, int](), {"": 0}, {"": 0}
     mentions: dict[str, list[Mention]] = {}
     parts, spoken = [np.zeros(0, ROW)], False
     rest = iter(records)
@@ -139,6 +154,7 @@ def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
                     digest_of(said.told),
                     said.length,
                     scripts.setdefault(script, len(scripts)),
+                    languages.setdefault(main_language(text), len(languages)),
                 )
             )
             for kind, detail in find_marks(text):
@@ -149,7 +165,7 @@ def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
     def where(row: int) -> str:
         return str(Where(files[rows["file"][row]], int(rows["line"][row])))
 
-    for kind, row, other, detail in _compare(rows, shingler if spoken else None, list(scripts)):
+    for kind, row, other, detail in _compare(rows, shingler if spoken else None, list(scripts), list(languages)):
         mentions.setdefault(kind, []).append(Mention(where(row), detail, where(other) if other >= 0 else ""))
     return [Finding(kind, what, tuple(mentions[kind])) for kind, what in KINDS.items() if kind in mentions]
 
@@ -189,11 +205,29 @@ def find_marks(text: str) -> Iterator[tuple[str, str]]:
         for kind, pattern in (("invisible", INVISIBLE), ("bidi", BIDI)):
             if signs := Counter(pattern.findall(text)):
                 yield kind, ", ".join(f"U+{ord(sign):04X} x {count}" for sign, count in signs.most_common(3))
+        if words := _look_alikes(text):
+            yield "look_alike", ", ".join(f"{word!a} x {count}" for word, count in words.most_common(3))
         if not unicodedata.is_normalized("NFC", text):
             yield "not_nfc", ""
     if len(text) >= LONG_WORD and (word := WORD.search(text)):
         blob = next((m[0] for m in BLOB.finditer(text) if all(sign.search(m[0]) for sign in BLOB_SIGNS)), "")
         yield ("blob", f"{len(blob):,} characters") if blob else ("long_word", f"{len(word[0]):,} characters")
+
+
+def _look_alikes(text: str) -> Counter[str]:
+    """Return the words in which a letter passes for one of another script, each with how often it stands there.
+
+    Words that mix scripts in the open, a name with an ending, say, hold letters that look like none of the other script.
+    """
+    found: Counter[str] = Counter(FANCY.findall(text))
+    if MIXED.search(text):
+        for word in MIXED_WORD.findall(text):
+            latin = {sign for sign in word if sign.isascii()}
+            others = set(word) - latin
+            cyrillic = all(sign >= "\u0400" for sign in others)
+            if latin and others and (others <= set(LIKE_LATIN) or (cyrillic and latin <= set(LIKE_CYRILLIC))):
+                found[word] += 1
+    return found
 
 
 def main_script(text: str) -> str:
@@ -220,14 +254,15 @@ def _script_of(sign: str) -> str:
 # --- among rows ---
 
 
-def _compare(rows: Rows, shingler: Shingler | None, scripts: Sequence[str]) -> Found:
+def _compare(rows: Rows, shingler: Shingler | None, scripts: Sequence[str], languages: Sequence[str]) -> Found:
     """Yield what is found by holding rows against each other, kind by kind, in the order of the rows."""
     yield from _find_equal(rows)
     if shingler:
         yield from _find_near(rows, shingler)
     yield from _find_contradictions(rows)
     yield from _find_lengths(rows["length"])
-    yield from _find_scripts(rows["script"], scripts)
+    yield from _find_unusual("script", rows["script"], scripts)
+    yield from _find_unusual("language", rows["language"], languages)
 
 
 def _find_equal(rows: Rows) -> Found:
@@ -283,11 +318,12 @@ def _find_lengths(lengths: NDArray[np.int64]) -> Found:
             yield "long" if away > 0 else "short", row, -1, detail
 
 
-def _find_scripts(found: NDArray[np.int32], names: Sequence[str]) -> Found:
+def _find_unusual(kind: str, found: NDArray[np.int32], names: Sequence[str]) -> Found:
+    """Yield rows whose script or language (0 of a row that shows none) is not that of nearly all."""
     counts = np.bincount(found, minlength=len(names))
     counts[0] = 0
     usual = int(counts.argmax())
     if counts[usual] < SCRIPT_FRAC * max(1, counts.sum()):
         return
     for row in np.flatnonzero((found > 0) & (found != usual)).tolist():
-        yield "script", row, -1, f"{names[found[row]]}, the rest is {names[usual]}"
+        yield kind, row, -1, f"{names[found[row]]}, the rest is {names[usual]}"

@@ -28,6 +28,8 @@ from headstart.data.strict import DepthError, DuplicateKeyError, parse_json, par
 from headstart.errors import DataError, Problem
 from headstart.files import shown
 
+UTF_8 = "utf-8"
+WIDE = ("utf-16", "utf-32")  # whose line feeds are several bytes
 LINE_BYTES = 16 << 20
 SNIFF_BYTES = 1 << 16
 PARQUET_ROWS = 256  # read at once
@@ -107,14 +109,18 @@ Item = Row | Problem | Note
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to read: `path` on this disk, `name` as users see it, `revision` if it came from the hub."""
+    """A file to read: `path` on this disk, `name` as users see it, `revision` if it came from the hub.
+
+    `encoding` is that of its text, where no byte order mark says another.
+    """
 
     path: Path
     name: str
     revision: str = ""
+    encoding: str = UTF_8
 
 
-def find_files(names: Sequence[str]) -> list[SourceFile]:
+def find_files(names: Sequence[str], encoding: str = UTF_8) -> list[SourceFile]:
     """Turn what the user named into files. Raises DataError with everything that can't be read."""
     found: list[SourceFile] = []
     problems: list[Problem] = []
@@ -130,7 +136,7 @@ def find_files(names: Sequence[str]) -> list[SourceFile]:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    return found
+    return [replace(file, encoding=encoding) for file in found]
 
 
 def read(files: Sequence[SourceFile]) -> Iterator[Item]:
@@ -244,7 +250,7 @@ def _read_file(file: SourceFile) -> Iterator[Item]:
         yield from _read_paper(file, head)
         return
     seen = _seen_as(head)
-    if kind in LINES and seen is None:
+    if kind in LINES and seen is None and not file.encoding.startswith(WIDE):
         seen = _no_text(head)
     if (kind == "parquet") != (seen == "parquet") or (seen and seen != "parquet"):
         what = seen or "not parquet"
@@ -271,12 +277,12 @@ def _no_text(head: bytes) -> str | None:
     if nuls < NULS_FRAC * len(head) or any(head.startswith(mark) for mark in BOMS):
         return None
     if nuls > len(head) / 2:
-        return "UTF-32 text without a byte order mark, or binary (iconv -f UTF-32LE -t UTF-8)"
+        return "UTF-32 text without a byte order mark, or binary (-s data.encoding=utf-32-le)"
     sides = {"UTF-16LE": head[1::2].count(0), "UTF-16BE": head[0::2].count(0)}
     name, most = max(sides.items(), key=lambda side: side[1])
     if most < 0.9 * nuls:
         return "binary"
-    return f"{name} text without a byte order mark (iconv -f {name} -t UTF-8)"
+    return f"{name} text without a byte order mark (-s data.encoding={name.lower()})"
 
 
 # --- text ---
@@ -293,13 +299,16 @@ class _Line(NamedTuple):
 
 def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
     """Yield the lines of a text file, split at line feeds only, decoded strictly."""
-    encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
-    if encoding in ("utf-16", "utf-32"):
+    encoding = _encoding_of(file, head)
+    if encoding.startswith(WIDE):
         yield Note(file.name, f"decoded from {encoding.upper()}")
         yield from _wide_lines(file, encoding)
         return
     if encoding == "utf-8-sig":
         yield Note(file.name, "begins with a byte order mark, which is left out")
+    codec = UTF_8 if encoding == "utf-8-sig" else encoding
+    if codec != UTF_8:
+        yield Note(file.name, f"decoded from {codec.upper()}")
     newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"
     if newline == b"\r":
         yield Note(file.name, "its lines end with a carriage return alone, and are read as lines")
@@ -311,17 +320,28 @@ def _lines(file: SourceFile, head: bytes) -> Iterator[_Line | Problem | Note]:
                 yield _too_long(file, number)
                 return
             block = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
-            problem = None
-            try:
-                text = block.decode()
-            except UnicodeDecodeError as error:
-                what = f"byte {error.start + 1} of the line (0x{block[error.start]:02x}) is not UTF-8"
-                cure = "convert the file: iconv -f CP1252 -t UTF-8, or GB18030, SHIFT-JIS, whatever it is in"
-                problem = Problem("data.encoding", what, f"{file.name}:{number}", cure)
-                text = block.decode(errors="replace")
+            text, problem = _decoded(file, number, block, codec)
             ended = text.endswith(newline.decode())
             text = text.removesuffix(newline.decode())
             yield _Line(number, text, ended, problem or _nul_in(file, number, text))
+
+
+def _encoding_of(file: SourceFile, head: bytes) -> str:
+    """Return what a file says by its byte order mark that it is in, else what the user said."""
+    return next((name for mark, name in BOMS.items() if head.startswith(mark)), file.encoding)
+
+
+def _decoded(file: SourceFile, number: int, block: bytes, codec: str) -> tuple[str, Problem | None]:
+    """Decode a line; where that can't be done, the text is only good for counting lines and quotes."""
+    try:
+        return block.decode(codec), None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start + 1} of the line (0x{block[error.start]:02x}) is not {codec.upper()}"
+        cure = "say what the file is in: -s data.encoding=cp1252, or gb18030, shift_jis, whatever it is"
+        if codec != UTF_8:
+            cure = f"mend the line, or convert the file: iconv -f {codec.upper()} -t UTF-8"
+        problem = Problem("data.encoding", what, f"{file.name}:{number}", cure)
+        return block.decode(codec, errors="replace"), problem
 
 
 def _wide_lines(file: SourceFile, encoding: str) -> Iterator[_Line | Problem]:
@@ -630,7 +650,7 @@ def _csv_lines(file: SourceFile, head: bytes, aside: list[Problem | Note], bad: 
 def _delimiter(file: SourceFile, head: bytes) -> str:
     if file.path.name.lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
-    encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
+    encoding = _encoding_of(file, head)
     line = head.decode(encoding, errors="replace").split("\n", 1)[0]
     return max(",;\t|", key=lambda mark: (line.count(mark), mark == ","))
 

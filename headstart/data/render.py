@@ -86,7 +86,7 @@ class Renderer(Encoder):
                 return self._plain_training(conversation)
             return self._chat_training(conversation)
         except _TemplateError as error:
-            cure = "mend the turns, or delete the row"
+            cure = f"mend the turns, or delete the row{_joining(conversation.messages)}"
             return Problem("row.template", f"the chat template refuses the row: {error}", str(conversation.where), cure)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -334,6 +334,14 @@ class Renderer(Encoder):
         if [message.role for message in messages] != ["user"]:
             raise _TemplateError("without a template (data.template=plain) a row is one prompt and one answer")
         return [*(Run("", id_) for id_ in self.begin()), Run(messages[0].content)]
+
+
+def _joining(messages: Sequence[Message]) -> str:
+    """Return which settings would join turns that a template may not know."""
+    roles = [message.role for message in messages]
+    help_ = ["-s data.fold_system=true"] * any(role in ("system", "developer") for role in roles)
+    help_ += ["-s data.merge_turns=true"] * any(a == b != "tool" for a, b in itertools.pairwise(roles))
+    return f"; it may help to join them: {' '.join(help_)}" if help_ else ""
 
 
 class _TemplateError(Exception):

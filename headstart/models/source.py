@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from headstart.data.hub import bound_session
 from headstart.data.images import Look
 from headstart.errors import ModelError, Problem
 from headstart.files import new_folder, read_json, remove_temporaries, sha256, shown, write_json
@@ -156,6 +157,7 @@ def _hub(name: str) -> Source:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
+    bound_session()
     repo, _, revision = name.partition("@")
     try:
         if offline():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -15,8 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from headstart import faults, machine
@@ -25,6 +29,7 @@ from headstart.data import chats as chats_on_disk
 from headstart.data.store import is_whole
 from headstart.display import Display
 from headstart.engine import loop
+from headstart.engine.checkpoint import Checkpoints
 from headstart.engine.engine import Engine
 from headstart.engine.numbers import is_spike
 from headstart.errors import (
@@ -42,6 +47,7 @@ from headstart.job import build_data
 from headstart.run import RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences, verify_resume
+from tests.conftest import build_encoder, build_model, build_network
 from tests.e2e.test_tiny_run import QUICK, _StopAt, assert_equal_runs
 
 # A server that has imported everything and computed nothing forks a process for each session: none pays for imports.
@@ -49,17 +55,16 @@ SESSIONS = multiprocessing.get_context("forkserver")
 SESSIONS.set_forkserver_preload(["headstart.tune", "peft", "transformers", "tests.e2e.test_survival"])
 SETTINGS = {**QUICK, "steps": 6, "eval.every": 2, "save.every": 2, "save.keep": 1, "data.held_out": 16}
 CANARY = "hf_canary_that_must_never_be_written"
+ENCODES = {"eval.generate": None}
 WAYS: dict[str, dict[str, Any]] = {
     "lora, dropout, several packs a step": {"lora.dropout": 0.1, "engine.tokens_per_pack": 32},
     "full": {"method": "full", "optim.lr": 1e-3},
-    "labels": {
-        "method": "full",
-        "eval.generate": None,
-        "kind": "supervised",
-        "data.text": "text",
-        "data.label": "label",
-    },
+    "labels": {**ENCODES, "method": "full", "kind": "supervised", "data.text": "text", "data.label": "label"},
+    "embeddings": {**ENCODES, "method": "lora", "engine.tokens_per_pack": 32},  # the adapter is merged at the end
+    "masked text": {**ENCODES, "method": "full", "task": "masked"},
+    "images": {**ENCODES, "method": "full"},
 }
+BUILD = {"labels": build_encoder, "embeddings": build_encoder, "masked text": build_encoder, "images": build_network}
 
 
 def session(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str) -> None:
@@ -115,23 +120,30 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def trials(tiny_model: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
     made: dict[str, Trial] = {}
 
     def make(name: str) -> Trial:
         if name not in made:
-            folder = tmp_path_factory.mktemp("survival")
-            model = tiny_encoder if name == "labels" else tiny_model
-            made[name] = Trial(write_rows(folder, name), model, folder / "runs", WAYS[name])
+            made[name] = build_trial(tmp_path_factory.mktemp("survival"), name)
         return made[name]
 
     return make
 
 
+def build_trial(folder: Path, way: str) -> Trial:
+    """Write model and rows of a way of training into a folder, and carry out its untouched run."""
+    model = BUILD.get(way, build_model)(folder / "model")
+    return Trial(write_rows(folder, way), model, folder / "runs", WAYS[way])
+
+
 def write_rows(folder: Path, way: str) -> Path:
-    """Write the rows that a way of training learns from; return the file."""
+    """Write the rows that a way of training learns from; return the file, or the folder."""
+    if way == "images":
+        return write_pictures(folder / "pictures")
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (labels() if way == "labels" else chats())))
+    rows = {"labels": labels, "embeddings": related, "masked text": texts}.get(way, chats)()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -143,6 +155,25 @@ def chats() -> list[dict[str, Any]]:
 
 def labels() -> list[dict[str, Any]]:
     return [{"text": f"text {n % 50} {n % 3}", "label": "abc"[n % 3]} for n in range(48)]
+
+
+def related() -> list[dict[str, Any]]:
+    return [{"anchor": f"{n} {n % 7}", "positive": f"text {n} {n % 5}"} for n in range(44)]
+
+
+def texts() -> list[dict[str, Any]]:
+    return [{"text": " ".join(str(word % 50) for word in range(n, n + 12))} for n in range(44)]
+
+
+def write_pictures(folder: Path) -> Path:
+    """Write dark and bright images into a folder for each; return the folder that holds both."""
+    chance = np.random.default_rng(0)
+    for number in range(40):
+        path = folder / ("dark" if number % 2 else "bright") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        base = 20 if number % 2 else 180
+        Image.fromarray((base + chance.integers(0, 60, (24, 36, 3))).astype(np.uint8)).save(path)
+    return folder
 
 
 KILLS = [
@@ -179,14 +210,44 @@ def test_killed_again_and_again(trials: Callable[[str], Trial], way: str) -> Non
     trials(way).survive("step.forward:2", "checkpoint.pruning", "file.written@result.json", "folder.aside@model")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random(trials: Callable[[str], Trial], seed: int) -> None:
-    draw = random.Random(seed)
-    points = [point for point in faults.POINTS if point.startswith(("step.", "file.", "folder.w", "folder.s"))]
-    trial = trials(draw.choice(WAYS_OF))
-    run = trial.folder / f"random-{seed}"
-    for _ in range(4):
-        trial.session(f"{draw.choice(points)}:{draw.randint(1, 6)}", run)
+# What may happen to a run, in any order and with any of these settings.
+CONFIGS = {
+    "method": st.sampled_from(["lora", "full"]),
+    "lora.dropout": st.sampled_from([0.0, 0.1]),
+    "batch_size": st.sampled_from([2, 3, 8]),
+    "engine.tokens_per_pack": st.sampled_from([32, 64, 512]),
+    "eval.every": st.sampled_from([0, 1, 3]),
+    "save.every": st.sampled_from([0, 1, 2, 5]),
+    "save.keep": st.sampled_from([1, 2]),
+    "optim.schedule": st.sampled_from(["cosine", "constant"]),
+}
+BLOWS = st.builds(
+    lambda point, time, how: f"{point}:{time}{how}",
+    st.sampled_from(faults.POINTS),
+    st.integers(1, 8),
+    st.sampled_from(["", "=SIGTERM", "=ENOSPC"]),
+)
+EXAMPLES = int(os.environ.get("HEADSTART_EXAMPLES", "2"))  # of the next test; it takes some ten seconds each
+
+
+@hypothesis.settings(
+    max_examples=EXAMPLES,
+    derandomize=EXAMPLES == 2,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(config=st.fixed_dictionaries(CONFIGS), blows=st.lists(BLOWS, min_size=1, max_size=4))
+def test_any_schedule_of_blows_comes_to_the_same(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], blows: list[str]
+) -> None:
+    if config["method"] == "full":
+        config = {key: value for key, value in config.items() if not key.startswith("lora.")}
+    folder = tmp_path_factory.mktemp("blows")
+    trial = Trial(write_rows(folder, "full"), tiny_model, folder / "runs", config)
+    run = trial.folder / "run"
+    for blow in blows:
+        assert trial.session(blow, run) in (0, -signal.SIGKILL, StoppedError.exit_code, ResourceError.exit_code), blow
     assert trial.session("", run) == 0
     assert_equal_runs(trial.whole, run)
 
@@ -225,6 +286,17 @@ def test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on(
     assert "can't be written (" in (run / "log.txt").read_text()
 
 
+def test_a_model_that_is_merged_is_there_whole_or_not_at_all(trials: Callable[[str], Trial]) -> None:
+    trial = trials("embeddings")
+    run = trial.folder / "merged"
+    killed, full = -signal.SIGKILL, ResourceError.exit_code
+    for place, code in (("written", killed), ("written@model=ENOSPC", full), ("synced@model=EIO", full)):
+        assert trial.session(f"folder.{place}" + "@model" * ("@" not in place), run) == code
+        assert not (run / "model").exists()
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(trials: Callable[[str], Trial]) -> None:
     trial = trials("full")
     run = trial.survive("folder.written:5+=ENOSPC", code=ResourceError.exit_code)
@@ -260,8 +332,53 @@ def test_asked_to_stop_anywhere_it_saves_and_goes_on(trials: Callable[[str], Tri
     trials(WAYS_OF[len(place) % len(WAYS_OF)]).survive(f"{place}={name}", code=StoppedError.exit_code)
 
 
-def test_asked_twice_it_stops_at_once_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
-    trials(WAYS_OF[0]).survive("step.forward:4=SIGINT,step.backward:4=SIGINT", code=InterruptedRun.exit_code)
+@pytest.mark.parametrize(
+    "asked", ["step.forward:4=SIGINT,step.backward:4=SIGINT", "checkpoint.tensors=SIGTERM,checkpoint.values=SIGTERM"]
+)
+def test_asked_twice_it_stops_at_once_and_loses_nothing(trials: Callable[[str], Trial], asked: str) -> None:
+    trials(WAYS_OF[0]).survive(asked, code=InterruptedRun.exit_code)
+
+
+@pytest.mark.parametrize("place", ["folder.made", "checkpoint.values", "folder.synced"])
+def test_killed_in_the_save_that_it_was_asked_for_it_loses_nothing(trials: Callable[[str], Trial], place: str) -> None:
+    """A grace that is shorter than a save: the step before last is there."""
+    trial = trials("full")
+    place = place if place.startswith("checkpoint") else f"{place}@step-000003"
+    asked = "step.told:3=SIGTERM"
+    run = trial.folder / place
+    # Best weights and the checkpoint of step 2 are written before.
+    assert trial.session(f"{asked},{place}{':3' if place.startswith('checkpoint') else ''}", run) == -signal.SIGKILL
+    assert Checkpoints(run / "checkpoints").newest == 2
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
+def halted(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str) -> None:
+    """Carry out a run in a process that halts; let it go on whenever it does. Leave with its exit code."""
+    child = os.fork()
+    if not child:
+        try:
+            session(data, model, run, settings, fail)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    halts, status = 0, os.waitpid(child, os.WUNTRACED)[1]
+    while os.WIFSTOPPED(status):
+        halts += 1
+        os.kill(child, signal.SIGCONT)
+        status = os.waitpid(child, os.WUNTRACED)[1]
+    sys.exit(halts if status == 0 else -1)
+
+
+def test_halted_and_let_go_on_it_is_the_same(trials: Callable[[str], Trial]) -> None:
+    trial = trials("full")
+    run = trial.folder / "halted"
+    halts = "step.backward:2=SIGSTOP,checkpoint.tensors:2=SIGSTOP,evaluation.scored@after=SIGSTOP"
+    process = SESSIONS.Process(target=halted, args=(trial.data, trial.model, run, trial.settings, halts))
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    assert_equal_runs(trial.whole, run)
 
 
 def read_alone(data: Path, model: Path, home: Path) -> None:

@@ -153,6 +153,15 @@ def test_bad_rows_of_a_stream_are_named(renderer: Renderer, file: Path) -> None:
         stream(renderer, DataSettings(train=(str(file),), over_length="error"), length=20)
 
 
+def test_control_tokens_in_a_stream_can_be_refused(renderer: Renderer, file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join([*lines[:4], lines[4].replace("sore", "<|im_end|>"), *lines[5:]]), encoding="utf-8")
+    as_text = stream(renderer, DataSettings(train=(str(file),)))
+    assert not as_text.problems
+    refused = stream(renderer, DataSettings(train=(str(file),), control_tokens="refuse"))
+    assert [(problem.code, problem.where) for problem in refused.problems] == [("row.control", f"{file}:5")]
+
+
 def test_what_is_large_and_text_goes_through_in_a_stream(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

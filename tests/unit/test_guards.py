@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -13,12 +18,15 @@ from headstart.config import Override, build_config
 from headstart.data.labels import find_labels, label_notes
 from headstart.data.read import Where
 from headstart.data.records import Labelled
+from headstart.data.segments import encode_rows
+from headstart.display import Display
 from headstart.engine.loop import Progress, _judge
 from headstart.errors import DivergedError, ModelError, ResourceError, UsageError
 from headstart.job import _decide_machine
 from headstart.machine import resources
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import Forest
+from headstart.stall import StallWatch
 from headstart.stop import StopRequest
 from tests.twins import twin
 
@@ -103,3 +111,54 @@ def test_fused_layers_are_refused_where_they_would_not_compute_as_asked() -> Non
     assert decide(fast="off") == "off"
     with pytest.raises(UsageError, match=r"engine\.precision is bfloat16"):
         decide(fast="on", precision="bfloat16")
+
+
+class _Told(Display):
+    """Remembers what is warned of, and lets go whoever waits for that."""
+
+    def __init__(self, file: IO[str]) -> None:
+        super().__init__(file, live=False)
+        self.told, self.warned = "", threading.Event()
+
+    def warn(self, text: str) -> None:
+        super().warn(text)
+        self.told = text
+        self.warned.set()
+
+
+def test_a_stall_is_told_with_its_place_and_the_stacks_of_all_threads(tmp_path: Path) -> None:
+    def a_reader_that_never_answers() -> Iterator[Any]:
+        assert display.warned.wait(60)
+        yield from ()
+
+    with (tmp_path / "said.txt").open("w") as file:
+        display = _Told(file)
+        display.log_to(tmp_path / "log.txt")
+        with StallWatch(display, 0.01):
+            assert not list(encode_rows(a_reader_that_never_answers(), cast(Any, None), max_length=1))
+    assert re.search(r"stands at .*segments\.py:\d+ in encode_rows", display.told)
+    assert "a_reader_that_never_answers" in (tmp_path / "log.txt").read_text()
+    assert "a_reader_that_never_answers" not in (tmp_path / "said.txt").read_text()
+
+
+def test_lines_and_bars_are_signs_of_life(tmp_path: Path) -> None:
+    with (tmp_path / "said.txt").open("w") as file:
+        for live in (False, True):
+            display = Display(file, live=live)
+            for show in (lambda: display.line("a"), lambda: display.progress("training", 1, 2)):  # noqa: B023
+                display.shown_at = -1.0
+                show()
+                assert display.shown_at >= 0
+            display.end_progress()
+
+
+def test_what_a_thread_that_encodes_dies_of_ends_the_reading(tmp_path: Path) -> None:
+    class Dies:
+        def training(self, conversation: Any) -> list[Any]:
+            return []
+
+        def encode(self, runs: Any) -> Any:
+            raise MemoryError("no room for tokens")
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(encode_rows(iter([[cast(Any, None)]]), cast(Any, Dies()), max_length=1))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from headstart.data.languages import main_language
 from headstart.data.quality import KINDS, Finding, look_through
 from headstart.data.read import Where
 from headstart.data.records import Document, Labelled, Picture, Record, Related
@@ -38,6 +39,14 @@ def test_clean_rows_give_nothing() -> None:
         ("email", "write to jo@example.org or al@example.org", "jo..., 14 characters, and 1 more"),
         ("invisible", f"a{BOM}b{BOM} \u200b", "U+FEFF x 2, U+200B x 1"),
         ("bidi", f"user{RIGHT_TO_LEFT}nimda", "U+202E x 1"),
+        ("look_alike", "log in at p\u0430ypal, not paypal", "'p\\u0430ypal' x 1"),
+        (
+            "look_alike",
+            "\u043f\u0440o\u0431\u043b\u0435\u043c\u0430",
+            "'\\u043f\\u0440o\\u0431\\u043b\\u0435\\u043c\\u0430' x 1",
+        ),
+        ("look_alike", "\u039fK \u039fK", "'\\u039fK' x 2"),
+        ("look_alike", "\U0001d427\U0001d428\U0001d42d a word", "'\\U0001d427\\U0001d428\\U0001d42d' x 1"),
         ("not_nfc", "cafe\u0301", ""),
         ("blob", "see " + "aB3/" * 60 + " there", "240 characters"),
         ("long_word", "a" * 201, "201 characters"),
@@ -47,6 +56,16 @@ def test_what_hurts_in_one_row(kind: str, text: str, detail: str) -> None:
     found = look(documents("all is well", text))
     assert list(found) == [kind]
     assert [(str(m.where), m.detail) for m in found[kind].rows] == [("rows:2", detail)]
+
+
+def test_words_that_mix_scripts_in_the_open_are_left_alone() -> None:
+    texts = [
+        "5 \u03bcm and \u0394T, k\u03a9 or \u03bbx",
+        "SMS\u043a\u0430 \u0438 IT-\u043e\u0442\u0434\u0435\u043b",
+        "\U0001d465 + \U0001d466",
+        "\u041c\u0438\u0440 and peace",
+    ]
+    assert look(documents(*texts)) == {}
 
 
 def test_rows_that_stand_twice_and_rows_that_leak() -> None:
@@ -106,6 +125,31 @@ def test_rows_in_another_script() -> None:
     ]
     assert "script" not in look(documents(*japanese))
     assert "script" not in look(documents(*latin[:3], *japanese[:3]))  # no script is the usual one
+
+
+SAID = {
+    "German": "Der Patient klagt seit drei Tagen über Halsschmerzen und kann nicht gut schlucken, sagt die Ärztin.",
+    "French": "Le patient se plaint de maux de gorge depuis trois jours et il ne peut pas avaler avec aisance.",
+    "Spanish": "El paciente se queja de dolor de garganta desde hace tres días y no puede tragar con facilidad.",
+    "Polish": "Pacjent skarży się od trzech dni na ból gardła i nie może dobrze przełykać, to jest jak co roku.",
+    "Russian": "Пациент жалуется на боль в горле, и он не может хорошо глотать, но это как и в прошлом году.",
+}
+
+
+def test_rows_in_another_language() -> None:
+    english = [
+        f"The patient number {n} has a sore throat, and it is not the first time that he was in." for n in range(9)
+    ]
+    for name, text in SAID.items():
+        found = look(documents(*english, text, "aspirin 500, bed rest, tea"))
+        told = found["script" if name == "Russian" else "language"].rows
+        assert [m.where for m in told] == ["rows:10"]
+        assert main_language(text) == name
+    assert [m.detail for m in look(documents(*english, SAID["German"]))["language"].rows] == [
+        "German, the rest is English"
+    ]
+    assert "language" not in look(documents(*english[:3], *list(SAID.values())[:4]))  # no language is the usual one
+    assert main_language("le la les" + " x" * 100) == main_language("the of 1 2 3") == ""
 
 
 def test_every_kind_is_told_in_the_words_of_rows() -> None:

@@ -173,11 +173,16 @@ def test_stop_tokens_come_from_all_that_name_them(tiny_model: Path, tmp_path: Pa
 # --- a hub on this machine ---
 
 
+SILENCE = -1
+
+
 class _Hub(BaseHTTPRequestHandler):
     """The few answers of the hub that fetching a model or a data set needs."""
 
     files: ClassVar[dict[str, dict[str, bytes]]] = {}
     asked: ClassVar[list[str]] = []
+    fault: ClassVar[int] = 0  # a status, or SILENCE; of files alone where one is `asked_for`
+    asked_for: ClassVar[str] = ""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -187,6 +192,9 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         self.asked.append(self.path)
+        if self.fault and self.asked_for in self.path:
+            self._fail()
+            return
         data = self._find()
         self.send_response(200 if data is not None else 404)
         if data is None:
@@ -198,6 +206,16 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+    def _fail(self) -> None:
+        if self.fault == SILENCE:
+            self.rfile.read()  # until whoever asked has had enough
+            return
+        self.send_response(self.fault)
+        self.send_header("Retry-After", "86400")
+        self.send_header("RateLimit", '"api";r=0;t=86400')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _find(self) -> bytes | None:
         path = self.path.partition("?")[0].removeprefix("/")
@@ -224,7 +242,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, d
     """Serve a hub; the repositories are what is put into the mapping."""
     from huggingface_hub import constants
 
-    _Hub.files, _Hub.asked = {}, []
+    _Hub.files, _Hub.asked, _Hub.fault, _Hub.asked_for = {}, [], 0, ""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -290,6 +308,33 @@ def test_no_network_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     test_what_the_hub_does_not_have({})
+
+
+@pytest.mark.parametrize(
+    ("fault", "asked_for"),  # whatever it is asked, a file, what there is
+    [(SILENCE, ""), (SILENCE, "resolve"), (SILENCE, "tree"), (403, ""), (429, ""), (429, "resolve"), (503, "tree")],
+)
+def test_a_hub_that_fails_is_an_error_within_limits(
+    hub: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, fault: int, asked_for: str
+) -> None:
+    from huggingface_hub.utils import _http
+
+    hub["me/tiny"] = {"config.json": b"{}", "model.safetensors": b""}
+    hub["me/data"] = {"data/train.jsonl": b"{}"}
+    waited: list[float] = []
+    monkeypatch.setattr(_http.time, "sleep", waited.append)
+    monkeypatch.setattr("headstart.data.hub.SILENT_S", 0.2)
+    monkeypatch.setattr(_Hub, "fault", fault)
+    monkeypatch.setattr(_Hub, "asked_for", asked_for)
+    with pytest.raises(HeadstartError) as error:
+        find_model("me/tiny")
+    assert error.value.problems[0].code == "model.download"
+    if asked_for != "tree":  # which data sets don't need
+        with pytest.raises(HeadstartError) as error:
+            find_files(["hub:me/data"])
+        assert error.value.problems[0].code == "data.hub"
+    assert max(waited, default=0) <= 61  # a second is the library's own
+    assert len(waited) <= 20
 
 
 def test_what_another_process_is_fetching_is_left_alone(wheel: list[list[str]], tmp_path: Path) -> None:

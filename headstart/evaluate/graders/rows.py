@@ -83,7 +83,7 @@ def read_items(names: Sequence[str], settings: DataSettings, wheres: Sequence[st
     Raises DataError where two rows that are graded stand at one place, so that it isn't known which is which.
     """
     wanted, found, twice = set(wheres), {}, []
-    for row in read(find_files(names)):
+    for row in read(find_files(names, settings.encoding)):
         if not isinstance(row, Row) or (where := str(row.where)) not in wanted:
             continue
         if where in found:
