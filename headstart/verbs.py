@@ -44,6 +44,7 @@ READING = (
     "format",
     "prompt",
     "completion",
+    "rejected",
     "text",
     "text_pair",
     "label",
