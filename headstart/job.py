@@ -796,7 +796,11 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
         prompts = _tokens(chosen) - aims
         count = len(prepared.choices)
         proof += (prompts if reader.packing == "forest" else prompts * count) + aims * count
-    return 2 * (proof * twice + sum(mixed)) + watches * watch
+    referred = 0
+    if settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE:
+        rows = len(prepared.train.examples)  # once, however often they are trained on
+        referred = watch + round(layout.tokens * rows / (layout.steps * (settings.batch_size or 1)))
+    return 2 * (proof * twice + sum(mixed)) + watches * watch + referred
 
 
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:

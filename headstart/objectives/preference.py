@@ -282,7 +282,7 @@ def tell(answers: Answers, *, free: bool = False) -> dict[str, Tensor]:
     sorts = {"chosen": torch.nonzero(wanted)[:, 0], "rejected": torch.nonzero(~wanted & ~answers.score.isnan())[:, 0]}
     sign = torch.where(wanted[lone], 1.0, -1.0).to(gains)
     leads = torch.cat([answers.take(gains, better) - answers.take(gains, worse), sign * answers.take(gains, lone)])
-    found = {"accuracy": (leads > 0).double() + 0.5 * (leads == 0).double()}
+    found = {"accuracy": (leads > 0).to(leads) + 0.5 * (leads == 0).to(leads)}
     for name, numbers in sorts.items():
         found[f"{name}_logprob"] = answers.take(answers.logprobs, numbers)
         if not free:

@@ -69,6 +69,7 @@ def test_what_is_preferred_gains(tiny_home: Path, sort: str, more: list[str]) ->
     assert all(0 <= step["accuracy"] <= 1 for step in steps if "loss" in step)
     page = run.report.read_text(encoding="utf-8")
     assert "Preference accuracy is how often" in page
+    assert "Pairs that gained least" in page
     free = "preference.objective=simpo" in more
     assert ("Chosen and rejected answers by step" in page) != free
     assert (run.path / "evaluation" / "reference.json").exists() != free
