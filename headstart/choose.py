@@ -70,7 +70,7 @@ def choose(config: Config, facts: Facts) -> Config:
     new_head = facts.task not in ("chat", "causal", "preference")
     rate, why = _learning_rate(settings.method or "lora", facts.hidden_size, new_head)
     if facts.task == "preference":
-        # Pairs pull on differences alone: at the rate of answers a model forgets how to write (docs/log.md).
+        # Pairs pull on differences alone, which answers of any quality can satisfy: the field goes ten times slower and more.
         rate, why = float(f"{rate / PREFERENCE_SLOWER:.1e}"), f"{why}, a {PREFERENCE_SLOWER}th of it for preferences"
     decide("optim.lr", rate, why)
     decide("optim.warmup", 0.05, "a twentieth of the steps")

@@ -99,10 +99,14 @@ def take_sides(row: Row, prompt: str | None = None, chosen: str | None = None, r
     Raises RowError where a side is missing, or a score or label is none.
     """
     if chosen is not None and rejected is not None:
-        columns = [name for text in (prompt, chosen, rejected) if text for name in template_columns(text)]
-        sides = [(name, _named(row, text)) for name, text in (("chosen", chosen), ("rejected", rejected))]
-        asked = _named(row, prompt) if prompt else None
-        return _needed(row, Sides(asked, sides, (1.0, 0.0), frozenset(columns)))
+        asked = prompt or _first((name for name in PROMPTS if name not in (chosen, rejected)), row.fields)
+        columns = [name for text in (asked, chosen, rejected) if text for name in template_columns(text)]
+        fields = [text if "{" not in text else name for text, name in ((chosen, "completion"), (rejected, "rejected"))]
+        sides = [(field, _named(row, text)) for field, text in zip(fields, (chosen, rejected), strict=True)]
+        value = _named(row, asked) if asked else None
+        return _needed(
+            row, Sides(value, sides, (1.0, 0.0), frozenset(columns), asked if "{" not in asked else "prompt")
+        )
     return _needed(
         row, {"openai": _openai, "ranked": _ranked, "unpaired": _unpaired}.get(_layout(row.fields), _pair)(row)
     )
@@ -260,7 +264,7 @@ def _check_better(row: Preference, sides: Sequence[tuple[str, Any]]) -> None:
     for (field, _), message, score in zip(sides, row.answers, row.scores, strict=True):
         said = (message.content.strip(), message.reasoning, repr(message.tool_calls))
         if better.setdefault(said, score) != score:
-            what = "it is equal to an answer that is better or worse"
+            what = "both sides are equal" if len(sides) == 2 else "it equals an answer that is better or worse"
             raise RowError(Problem("row.pair", what, row.where.field(field), "delete the row: it says nothing"))
     if len(set(row.scores)) == 1:
         raise RowError(Problem("row.pair", "no answer is better than another", str(row.where), "delete the row"))

@@ -112,6 +112,9 @@ def test_a_class_beside_an_answer_makes_no_preference_and_columns_can_be_named()
     assert form({"prompt": "Hi?", "completion": "Hello.", "label": "greeting"}).detection.task == "chat"
     row = {"q": "Hi", "good": "Hello.", "bad": "What?"}
     assert taken(form(row, prompt="{q}?", completion="good", rejected="bad")) == PAIR
+    asked = {"question": "Hi?", "good": "Hello.", "bad": "What?"}  # a prompt by its usual name needs none
+    assert taken(form(asked, completion="good", rejected="bad")) == PAIR
+    assert form(asked, {**asked, "good": ""}, completion="good", rejected="bad").problems[0].where == "f:2:good.content"
     with pytest.raises(DataError, match="both answers must be named"):
         form(row, prompt="q", rejected="bad")
 
