@@ -270,6 +270,12 @@ def _check_better(row: Preference, sides: Sequence[tuple[str, Any]]) -> None:
         raise RowError(Problem("row.pair", "no answer is better than another", str(row.where), "delete the row"))
 
 
+def parted(rows: Sequence[Preference]) -> list[Preference]:
+    """Return rows without their groups where all ask the same: else they could not be split at all."""
+    one = len({row.group for row in rows}) == 1
+    return [replace(row, group=None) for row in rows] if one else list(rows)
+
+
 def desirable_weight(rows: Sequence[Preference]) -> float:
     """Return what a wanted answer weighs against an unwanted one: 1 where there are about as many of both, else so that
     all of either sort weigh alike.

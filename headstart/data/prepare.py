@@ -18,7 +18,7 @@ from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.near import Distinct, find_near_leaks, shingle
-from headstart.data.preferences import preference_notes, segment_preferences
+from headstart.data.preferences import parted, preference_notes, segment_preferences
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Preference, Record, Related, Tagged
@@ -340,6 +340,8 @@ def prepare(
     problems = [problem for part in sides.formed for problem in part.formatted.problems]
     if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
         raise DataError(problems)
+    if task == "preference" and settings.group_by is None:
+        train.formatted.examples = list(parted(_of(Preference, train.formatted.examples)))
     try:
         parts = split_parts(train, evaluation, settings, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used

@@ -12,7 +12,7 @@ import torch
 from headstart.choose import choose_preference
 from headstart.config import Override, build_config
 from headstart.data.formats import Formatted, Named, format_rows
-from headstart.data.preferences import desirable_weight, preference_notes, segment_preferences
+from headstart.data.preferences import desirable_weight, parted, preference_notes, segment_preferences
 from headstart.data.quality import look_through
 from headstart.data.read import Row, Where
 from headstart.data.records import Message, Preference
@@ -170,6 +170,13 @@ def test_rows_of_one_prompt_stay_together_and_turned_round_pairs_are_named() -> 
     }
     assert found["contradiction"] == ["f:2 (line 1)"]
     assert "duplicate" not in found
+
+
+def test_rows_that_all_ask_the_same_can_be_split() -> None:
+    same = [preference(f"yes {n}", f"no {n}", line=n) for n in range(3)]
+    assert [row.group for row in parted(same)] == [None] * 3
+    other = preference("a", "b", asked="Other?")
+    assert [row.group for row in parted([*same, other])] == ["Q?"] * 3 + ["Other?"]
 
 
 def test_length_bias_is_told() -> None:
