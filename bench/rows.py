@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ANSWERS_PER_PROMPT = 8
 PROMPT_TOKENS = range(350, 700)  # of the prompts that get several answers: long ones, as where answers are sampled
 WORDS = [
@@ -141,6 +143,20 @@ def long_rows(tokens: int, wanted: int) -> list[Row]:
     return [_turns(_prose(chance, words * 3 // 4), _prose(chance, words // 4)) for _ in range(wanted)]
 
 
+# --- preferences ---
+
+
+def pair_rows(data: Path, name: str, wanted: int) -> tuple[list[Row], str]:
+    """Return dialogues with the note that was written from each, and as the worse answer a note on another dialogue."""
+    rows, source = chat_rows(data, name, wanted)
+    texts = [[message["content"] for message in row["messages"]] for row in rows]
+    made = []
+    for number, (prompt, note) in enumerate(texts):
+        others = (texts[(number + apart) % len(texts)][1] for apart in range(1, len(texts)))
+        made.append({"prompt": prompt, "chosen": note, "rejected": next(other for other in others if other != note)})
+    return made, source
+
+
 # --- labels ---
 
 
@@ -167,7 +183,7 @@ def _csv(file: Path) -> list[dict[str, str]]:
 
 # --- on disk ---
 
-KINDS = {"chat": chat_rows, "labels": label_rows, "answers": answer_rows}
+KINDS = {"chat": chat_rows, "labels": label_rows, "answers": answer_rows, "pairs": pair_rows}
 
 
 def write_rows(folder: Path, kind: str, data: Path, wanted: int, held_out: int) -> Files:
@@ -204,7 +220,7 @@ def write_tokens(files: Files, spec: Mapping[str, Any]) -> dict[str, Any]:
     feed = build_feed(data.config, data.prepared)
     examples = data.prepared.train.examples
     ordered = [examples[row] for _ in range(feed.steps) for row in feed.next_rows()]
-    tokens = _labelled_tokens if spec.get("task") == "classification" else _answer_tokens
+    tokens = {"classification": _labelled_tokens, "preference": _pair_tokens}.get(spec.get("task", ""), _answer_tokens)
     _write(files.tokens, [tokens(example) for example in ordered])
     _write(files.held_out_tokens, [tokens(example) for example in data.prepared.proof.examples])
     lengths = [example.token_count for example in ordered]
@@ -237,12 +253,16 @@ def headstart_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {"lora.rank": spec["rank"], "lora.alpha": spec["alpha"]}
     if spec.get("task"):
         settings["task"] = spec["task"]
+    if spec.get("task") == "preference":
+        # What the plainest objective computes, so that others compute the same.
+        settings |= {"preference.objective": "dpo", "preference.beta": spec["beta"], "preference.likelihood": 0}
     if spec.get("tokens_per_pack"):
         settings["engine.tokens_per_pack"] = spec["tokens_per_pack"]
     if not spec.get("plain"):
         # Nothing but training is timed, so as little as can be is scored.
         settings |= {"eval.every": 0, "eval.rows": 1, "save.every": 0}
-        settings |= {} if spec.get("task") == "classification" else {"eval.generate": 0, "eval.choices": "off"}
+        settings |= {"eval.generate": 0} if spec.get("task") != "classification" else {}
+        settings |= {"eval.choices": "off"} if spec.get("task") in (None, "chat") else {}
     return settings
 
 
@@ -250,6 +270,12 @@ def _answer_tokens(example: Any) -> Row:
     (segment,) = example.segments
     ids = segment.ids.tolist()
     return {"ids": ids, "labels": [t if w else -100 for t, w in zip(ids, segment.weights.tolist(), strict=True)]}
+
+
+def _pair_tokens(example: Any) -> Row:
+    prompt = int(np.flatnonzero(example.segments[0].weights)[0])
+    chosen, rejected = (segment.ids.tolist() for segment in example.segments)
+    return {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
 
 
 def _labelled_tokens(example: Any) -> Row:

@@ -165,7 +165,7 @@ class Bench:
         if spec.get("dropout") == 0:
             copy = self.work / "models" / f"{Path(spec['model_path']).name}-without-dropout"
             spec["model_path"] = str(without_dropout(Path(spec["model_path"]), copy))
-        spec["task"] = "classification" if contender.rows == "labels" else "chat"
+        spec["task"] = {"labels": "classification", "pairs": "preference"}.get(contender.rows, "chat")
         files, found = self._prepare(contender.rows, spec)
         paths = {key: str(getattr(files, key)) for key in ("train", "held_out", "tokens", "held_out_tokens")}
         return {**spec, **paths, "classes": found["classes"], "longest": found["longest"]}

@@ -80,6 +80,8 @@ CONTENDERS = {
     "headstart-planned-labels": Contender(
         "headstart_tune", "labels", {"method": "full", "plain": True}, "headstart, minilm, as it is"
     ),
+    "headstart-dpo": Contender("headstart_tune", "pairs", {"method": "lora"}, "headstart, DPO, LoRA"),
+    "trl-dpo-1": Contender("trl_dpo", "pairs", {"method": "lora", "micro": 1}, "TRL, DPO, LoRA, batch 1 x 4"),
     "products": Contender("products", "chat", {}, "this machine's float32 products"),
 }
 
@@ -112,7 +114,15 @@ LINES = (
     Line("sft-lora", "SFT LoRA, speed against LitGPT", "speed", "headstart-lora", "litgpt-lora"),
     Line("sft-lora", "SFT LoRA, speed against LLaMA-Factory", "speed", "headstart-lora", "llamafactory-lora"),
     Line("sft-full", "SFT full, speed against TRL's best (batch 1)", "speed", "headstart-full", "trl-full-1", Bar(1.7)),
-    Line("dpo", "DPO LoRA, one epoch, the reference pass counted", bar=Bar(3.5)),
+    Line(
+        "dpo",
+        "DPO LoRA, one epoch, the reference pass counted",
+        "epoch_speed",
+        "headstart-dpo",
+        "trl-dpo-1",
+        Bar(3.5),
+    ),
+    Line("dpo", "DPO LoRA, peak memory", "memory", "headstart-dpo", "trl-dpo-1"),
     Line("dpo", "DPO LoRA, three epochs", bar=Bar(4.5)),
     Line(
         "labels",
@@ -188,18 +198,20 @@ class Size:
     answers: int
     held_out: int
     repeats: int
+    pairs: int = 24
 
 
 SIZES = {
-    "quick": Size(chat=8, labels=320, answers=16, held_out=5, repeats=1),
+    "quick": Size(chat=8, labels=320, answers=16, held_out=5, repeats=1, pairs=8),
     "usual": Size(chat=24, labels=1_600, answers=32, held_out=20, repeats=3),
-    "full": Size(chat=96, labels=4_800, answers=64, held_out=100, repeats=5),
+    "full": Size(chat=96, labels=4_800, answers=64, held_out=100, repeats=5, pairs=96),
 }
 
 # What all contenders on one kind of rows have in common.
 SPECS: Mapping[str, Mapping[str, Any]] = {
     "chat": {"model": "smollm2-135m", "batch_size": 4, "lr": 5e-4},
     "labels": {"model": "minilm", "batch_size": 32, "lr": 2e-4},
+    "pairs": {"model": "smollm2-135m", "batch_size": 4, "lr": 5e-5, "beta": 0.1},
     "answers": {"model": "smollm2-135m", "batch_size": 8, "lr": 5e-4},
 }
 COMMON = {"rank": 16, "alpha": 32.0, "seed": 0, "max_length": 1024}

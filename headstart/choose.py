@@ -8,13 +8,21 @@ from typing import Any
 
 from headstart.config import Config
 from headstart.engine.plan import FORWARD_COST
+from headstart.errors import Problem, UsageError
 
 EVALS_PER_RUN = 8
 EVAL_TIME_FRAC = 0.1
 GENERATE_ROWS = 32
 CHOICE_ROWS = 200
 EMBEDDING_ROWS = 64
+PREFERENCE_SLOWER = 10
 PACK_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
+
+
+# As in the papers that objectives/preference.py names; hinge, robust and kto as DPO's.
+BETAS = {"dpo_norm": 5.0, "simpo": 2.0}
+OWN_LIKELIHOOD = ("orpo", "cpo")  # of which it is a part
+SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def choose(config: Config, facts: Facts) -> Config:
         return value
 
     rows = facts.train_rows
-    labels = facts.task not in ("chat", "causal", "masked")
+    labels = facts.task not in ("chat", "causal", "masked", "preference")
     if facts.task == "embedding":
         size = decide("batch_size", min(EMBEDDING_ROWS, rows), "each text is told apart from all others of its step")
     else:
@@ -59,8 +67,12 @@ def choose(config: Config, facts: Facts) -> Config:
         steps = math.ceil(round(epochs * rows) / size)
     else:
         steps = settings.steps
-    new_head = facts.task not in ("chat", "causal")
-    decide("optim.lr", *_learning_rate(settings.method or "lora", facts.hidden_size, new_head))
+    new_head = facts.task not in ("chat", "causal", "preference")
+    rate, why = _learning_rate(settings.method or "lora", facts.hidden_size, new_head)
+    if facts.task == "preference":
+        # Pairs pull on differences alone, which answers of any quality can satisfy: the field goes ten times slower and more.
+        rate, why = float(f"{rate / PREFERENCE_SLOWER:.1e}"), f"{why}, a {PREFERENCE_SLOWER}th of it for preferences"
+    decide("optim.lr", rate, why)
     decide("optim.warmup", 0.05, "a twentieth of the steps")
     alone = f"; the longest row, of {facts.longest:,}, is a pack of its own"
     packed = PACK_TOKENS[facts.device]
@@ -72,7 +84,7 @@ def choose(config: Config, facts: Facts) -> Config:
     if settings.eval.choices == "auto":
         few = f"{facts.choices:,} answers stand again and again" if facts.choices else "answers are free"
         found["eval.choices"] = ("on" if facts.choices else "off", few)
-    if facts.task == "chat":
+    if facts.task in ("chat", "preference"):
         most = CHOICE_ROWS if found.get("eval.choices", (settings.eval.choices,))[0] == "on" else GENERATE_ROWS
         decide("eval.generate", min(most, facts.proof_rows), f"at most {most}: answering takes long")
     else:
@@ -80,6 +92,49 @@ def choose(config: Config, facts: Facts) -> Config:
     decide("eval.rows", facts.proof_rows, "all of them")
     decide("save.every", every or max(1, steps // EVALS_PER_RUN), "as often as the model is scored")
     return config.decide(found)
+
+
+def choose_preference(config: Config, lone: int) -> Config:
+    """Fill in how answers are held against each other: `lone` rows have one answer, which is wanted or not.
+
+    Raises UsageError where the objective can't be had from such rows, or would not read a setting.
+    """
+    given = config.settings.preference
+    objective = given.objective
+    found: dict[str, tuple[Any, str]] = {}
+    if objective == "auto":
+        objective = "kto" if lone else "dpo"
+        found["preference.objective"] = (
+            objective,
+            "answers stand alone" if lone else "answers stand against each other",
+        )
+    if problems := _no_effect(config, objective, lone):
+        raise UsageError(problems)
+    usual = f"usual for {objective}"
+    values: dict[str, tuple[Any, str]] = {
+        "beta": (BETAS.get(objective, 0.1), usual),
+        "likelihood": (1.0, f"part of {objective}")
+        if objective in OWN_LIKELIHOOD
+        else (0.2, "so that chosen answers stay likely (Llama 3's share)"),
+    }
+    found |= {f"preference.{k}": v for k, v in values.items() if getattr(given, k) is None}
+    return config.decide(found)
+
+
+def _no_effect(config: Config, objective: str, lone: int) -> list[Problem]:
+    given = config.settings.preference
+    problems = []
+    if lone and objective != "kto":
+        what = f"{objective} holds answers against each other, and in {lone:,} rows there is only one"
+        problems.append(Problem("config.bad_value", what, "preference.objective", "-s preference.objective=kto"))
+    if objective == "robust" and not given.label_smoothing:
+        what = "robust without a part of pairs that are the wrong way round is dpo"
+        problems.append(Problem("config.no_effect", what, "preference.objective", "-s preference.label_smoothing=0.1"))
+    if given.label_smoothing and objective not in SMOOTHED:
+        what = f"`preference.label_smoothing` has no effect: the objective is {objective}"
+        cure = f"leave it out, or take {' or '.join(SMOOTHED)}"
+        problems.append(Problem("config.no_effect", what, "preference.label_smoothing", cure))
+    return problems
 
 
 def _batch_size(rows: int) -> tuple[int, str]:
@@ -98,6 +153,8 @@ def _label_epochs(rows: int) -> tuple[float, str]:
 
 
 def _epochs(rows: int, task: str) -> tuple[float, str]:
+    if task == "preference":  # more passes learn the pairs by heart
+        return (2.0 if rows < 1_000 else 1.0), f"for {rows:,} rows of preferences"
     times = 1 if task in ("chat", "causal") else 2  # a head that begins at random takes longer
     return times * (3.0 if rows < 1_000 else 2.0 if rows < 5_000 else 1.0), f"for {rows:,} rows"
 

@@ -34,7 +34,7 @@ app.add_typer(config_app, name="config")
 
 Data = Annotated[list[str], typer.Argument(help="Files, folders or hub:owner/name.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A built-in name, folder, .gguf, hub id or run.")]
-Kind = Annotated[str | None, typer.Option(help="unsupervised, supervised or instruction; else seen from the data.")]
+Kind = Annotated[str | None, typer.Option(help="unsupervised, supervised, instruction or preference.")]
 Method = Annotated[str | None, typer.Option(help="lora (an adapter) or full (every weight).")]
 Out = Annotated[str | None, typer.Option("--out", "-o", help="The run folder.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]

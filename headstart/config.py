@@ -30,7 +30,9 @@ TASKS = {
     "tagging": "supervised",
     "embedding": "supervised",
     "images": "supervised",
+    "preference": "preference",
 }
+OBJECTIVES = ("dpo", "dpo_norm", "hinge", "ipo", "robust", "simpo", "orpo", "cpo", "kto")  # objectives/preference.py
 
 
 def _split_commas(value: Any) -> Any:
@@ -91,6 +93,7 @@ class DataSettings(Section):
         "tags",
         "related",
         "images",
+        "preference",
         "text",
     ] = Field("auto", description="How rows are laid out; auto detects it and says so.")
     encoding: Annotated[str, BeforeValidator(_encoding)] = Field(
@@ -98,6 +101,9 @@ class DataSettings(Section):
     )
     prompt: str | None = Field(None, description="A column, or a template over columns: 'Summarize: {text}'.")
     completion: str | None = Field(None, description="A column, or a template over columns: the answer.")
+    rejected: str | None = Field(
+        None, description="A column, or a template over columns: an answer that data.completion is better than."
+    )
     text: str | None = Field(None, description="A column, or a template over columns: text to continue or to label.")
     text_pair: str | None = Field(None, description="A column, or a template: the second text of a pair.")
     label: Names = Field((), description="The column of the label (class, list of classes, number, tags), or several.")
@@ -147,6 +153,22 @@ class LoraSettings(Section):
     alpha: float = Field(32.0, gt=0, description="Scale: the adapter's part is alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of inputs zeroed before the adapter.")
     targets: Names = Field(("all-linear",), description="Module names to adapt; all-linear is every one but the head.")
+
+
+class PreferenceSettings(Section):
+    """What is learned from answers that are preferred to others."""
+
+    objective: Literal[("auto", *OBJECTIVES)] = Field(  # type: ignore[valid-type]
+        "auto",
+        description="How answers are held against each other; auto is dpo, or kto for lone answers with a label.",
+    )
+    beta: float | None = Field(None, gt=0, description="How strongly: the scale of rewards; of ipo the penalty.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="The part of the pairs that may be the wrong way round."
+    )
+    likelihood: float | None = Field(
+        None, ge=0, description="What the chosen answer's own loss per token weighs beside; 0 is nothing."
+    )
 
 
 class OptimSettings(Section):
@@ -216,8 +238,9 @@ class Settings(Section):
     """All settings of a run."""
 
     model: str = Field(DEFAULT_MODEL, description="A built-in name, a folder, a .gguf file, a hub id or a run.")
-    kind: Literal["auto", "unsupervised", "supervised", "instruction"] = Field(
-        "auto", description="Text to continue, labels to tell, or answers to learn; auto sees it from the data."
+    kind: Literal["auto", "unsupervised", "supervised", "instruction", "preference"] = Field(
+        "auto",
+        description="Text to continue, labels to tell, answers to learn, or answers to prefer; auto sees it from the data.",
     )
     task: Literal[("auto", *TASKS)] = Field(  # type: ignore[valid-type]
         "auto", description="What exactly is learned; auto sees it from the data and the model."
@@ -233,6 +256,7 @@ class Settings(Section):
     batch_size: Count | None = Field(None, description="Rows per optimizer step, exactly.")
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
+    preference: PreferenceSettings = PreferenceSettings()
     optim: OptimSettings = OptimSettings()
     engine: EngineSettings = EngineSettings()
     eval: EvalSettings = EvalSettings()
@@ -458,7 +482,7 @@ def _without_effect(config: Config) -> list[Problem]:
         ("data.text", settings.data.prompt is not None, "`data.prompt` is given too"),
         ("data.train_on", settings.kind in ("unsupervised", "supervised"), f"`kind` is {settings.kind}"),
         ("data.prompt", settings.kind in ("unsupervised", "supervised"), f"`kind` is {settings.kind}"),
-        ("data.label", settings.kind in ("unsupervised", "instruction"), f"`kind` is {settings.kind}"),
+        ("data.label", settings.kind in ("unsupervised", "instruction", "preference"), f"`kind` is {settings.kind}"),
         ("data.group_by", bool(settings.data.eval), "`data.eval` is given, so nothing is split"),
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
         ("eval.graders", settings.eval.generate == 0, "`eval.generate` is 0, so nothing is answered"),

@@ -53,6 +53,7 @@ CODES: dict[str, str] = {
     "row.tags": "Each word has one tag; else tags belong to other words.",
     "row.image": "An image that can't be read teaches nothing, and a huge one exhausts the memory.",
     "row.no_answer": "Without an answer there is nothing to train on.",
+    "row.pair": "Of answers to one prompt the better is learned; without two that differ, what is learned is something else.",
     "row.weight": "A turn is trained (1) or not (0).",
     "row.media": "This model reads text only.",
     "row.tool_call": "A tool call that can't be parsed would teach the model broken calls.",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.choose import EVALS_PER_RUN, Facts, choose
+from headstart.choose import EVALS_PER_RUN, Facts, choose, choose_preference
 from headstart.config import TASKS, Config, Settings, setting
 from headstart.data.chats import find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
@@ -21,13 +21,23 @@ from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import mix
+from headstart.data.preferences import desirable_weight
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
+from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.data.templates import template_ids
 from headstart.engine.engine import Engine, Objective
-from headstart.engine.forward import EmbeddingReader, ImageReader, LabelReader, PackReader, Reader, TokenReader
+from headstart.engine.forward import (
+    EmbeddingReader,
+    ImageReader,
+    LabelReader,
+    PackReader,
+    PreferenceReader,
+    Reader,
+    TokenReader,
+)
 from headstart.engine.plan import (
     MEMORY_SHARE,
     STATES_PER_WEIGHT,
@@ -64,13 +74,14 @@ from headstart.models.load import (
 from headstart.models.source import Source, find_model
 from headstart.objectives.embeddings import embedding_loss
 from headstart.objectives.labels import class_losses, number_losses, several_losses, summed
+from headstart.objectives.preference import REFERENCE_FREE, Terms, preference_losses, preference_objective
 from headstart.objectives.tokens import nll
 
 DOCUMENT_TOKENS = 2048
 LEAST_PACK = 256  # smaller packs cost more than they save
 LEAST_LENGTH = 16
 IMAGE_MODEL = "efficientnet-lite0"
-WRITES = ("chat", "causal")  # tasks of models that write text; their adapters are kept as adapters
+WRITES = ("chat", "causal", "preference")  # tasks of models that write text; their adapters are kept as adapters
 SMALL_MODEL_BYTES = 250_000_000
 ROW_LOSSES = {
     "classification": class_losses,
@@ -154,6 +165,12 @@ class Job:
     def proof(self) -> Segmented:
         """The rows of the proof that are scored."""
         return self.data.proof(self.config.settings.eval.rows)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Tell whether answers are held against what the untouched model gives them."""
+        settings = self.config.settings
+        return settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -247,9 +264,11 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
             ("full", "an adapter on random weights learns nothing") if random else _choose_method(source, task)
         )
     config = config.decide(decided)
+    config = _decide_preference(config, sides.train.formatted.examples if sides else ())
     settings = config.settings
     _check_settings(config)
     watch = settings.eval.every != 0
+    unpaired = settings.preference.objective == "kto"
     how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
     if corpus and isinstance(renderer, Encoder):
         prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
@@ -258,7 +277,12 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         if chats and isinstance(renderer, Renderer):
             stored = prepare_chats(chats, settings.data, renderer, limit, watch=watch)
         prepared = stored or prepare(
-            sides or form_sides(settings.data, settings.kind, settings.task), settings.data, renderer, limit, **how
+            sides or form_sides(settings.data, settings.kind, settings.task),
+            settings.data,
+            renderer,
+            limit,
+            unpaired=unpaired,
+            **how,
         )
     _check_files(config, prepared)
     _mix_in(config, prepared, source, tokenizer, limit, today)
@@ -269,6 +293,14 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared, guard)
+
+
+def _decide_preference(config: Config, records: Sequence[Record]) -> Config:
+    """Decide how answers are held against each other, where rows are preferences."""
+    rows = [record for record in records if isinstance(record, Preference)]
+    if not rows:
+        return config
+    return choose_preference(config, sum(len(row.answers) == 1 for row in rows))
 
 
 def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool) -> dict[str, tuple[str, str]]:
@@ -293,12 +325,11 @@ FOR_TASKS = {
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
     "data.text_pair": (*ROW_LOSSES, "embedding"),
-    "data.reasoning": ("chat",),
+    "data.reasoning": ("chat", "preference"),
     "data.train_on": ("chat",),
-    "data.template": ("chat",),
+    "data.template": ("chat", "preference"),
     "data.positions": ("causal",),
     "eval.choices": ("chat",),
-    "eval.generate": ("chat",),
     "eval.guard": WRITES,
     "eval.guard_bound": WRITES,
 }
@@ -320,6 +351,9 @@ def _check_settings(config: Config) -> None:
     if settings.task == "embedding" and settings.batch_size == 1:
         what = "a text is told apart from the others of its step, and there are none"
         raise UsageError(Problem("config.bad_value", what, "batch_size", "leave it out, or take 64"))
+    if settings.preference.objective == "kto" and settings.batch_size == 1:
+        what = "gains are held against those of answers to other prompts of the step, of which there should be several"
+        raise UsageError(Problem("config.bad_value", what, "batch_size", "leave it out, or take 8"))
     if settings.weights == "random" and settings.method == "lora":
         cure = "--method full, or leave out -s weights=random"
         raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
@@ -421,7 +455,7 @@ def build_renderer(
     """Return what turns rows of a task into tokens: a Renderer for what is to be continued or answered."""
     if task == "images":
         return load_look(source)
-    if task not in ("chat", "causal"):
+    if task not in WRITES:
         return Encoder(tokenizer)
     return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if task == "causal" else template, today)
 
@@ -462,7 +496,8 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         loaded.fresh,
         task="CAUSAL_LM" if task in WRITES else None,
     )
-    reader = build_reader(adapted.model, task, data.renderer, bfloat16=bfloat16)
+    terms = build_terms(config.settings, data.prepared.train.kept if task == "preference" else ())
+    reader = build_reader(adapted.model, task, data.renderer, bfloat16=bfloat16, terms=terms)
     if random and isinstance(reader, ImageReader):
         reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
@@ -476,10 +511,10 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     engine = Engine(
         reader,
         adapted.trainable(),
-        _objective(settings, labels),
+        _objective(settings, labels, terms),
         weight_decay=settings.optim.weight_decay,
         clip=settings.optim.clip,
-        joint=task == "embedding",
+        joint=task == "embedding" or terms.objective == "kto" or (task == "preference" and not reader.packs),
     )
     fitted = _fit_memory(config, data, engine)
     estimate = _estimate(data, engine, fitted, shape)
@@ -504,8 +539,18 @@ def _describe_engine(settings: Settings, sped: Sped, kept: bool) -> str:
     return ", ".join(facts)
 
 
-def build_reader(model: Any, task: str, renderer: Encoder | Look, *, bfloat16: bool) -> Reader:
-    """Return a model as the reader of packs of a task."""
+def build_terms(settings: Settings, rows: Sequence[Record]) -> Terms:
+    """Return what is asked of preferences, for these rows to train on."""
+    chosen = {name: value for name, value in settings.preference.model_dump().items() if value is not None}
+    of = Terms(**chosen)
+    weight = desirable_weight([row for row in rows if isinstance(row, Preference)])
+    return replace(of, margin=of.beta / 2 if of.objective == "simpo" else 0.0, desirable=weight)
+
+
+def build_reader(
+    model: Any, task: str, renderer: Encoder | Look, *, bfloat16: bool, terms: Terms | None = None
+) -> Reader:
+    """Return a model as the reader of packs of a task; of preferences, with what is asked of them."""
     try:
         if isinstance(renderer, Look):
             return ImageReader(model, look=renderer, bfloat16=bfloat16)
@@ -513,6 +558,8 @@ def build_reader(model: Any, task: str, renderer: Encoder | Look, *, bfloat16: b
             return LabelReader(model, ROW_LOSSES[task], bfloat16=bfloat16)
         if task in ("masked", "tagging"):
             return TokenReader(model, bfloat16=bfloat16)
+        if task == "preference":
+            return PreferenceReader(model, preference_losses(terms or Terms()), bfloat16=bfloat16)
         return (EmbeddingReader if task == "embedding" else PackReader)(model, bfloat16=bfloat16)
     except ValueError as error:
         raise ModelError(Problem("model.kind", str(error), type(model).__name__, "use another model")) from None
@@ -539,9 +586,11 @@ def beside(source: Source, renderer: Encoder | Look, reader: Reader) -> dict[str
     }
 
 
-def _objective(settings: Settings, labels: Labels | None) -> Objective:
+def _objective(settings: Settings, labels: Labels | None, terms: Terms) -> Objective:
     if settings.task == "embedding":
         return embedding_loss
+    if settings.task == "preference":
+        return preference_objective(terms)
     if settings.task not in ROW_LOSSES:
         return nll
     weighted = labels is not None and settings.data.class_weights == "balanced"
@@ -798,7 +847,11 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
         prompts = _tokens(chosen) - aims
         count = len(prepared.choices)
         proof += (prompts if reader.packing == "forest" else prompts * count) + aims * count
-    return 2 * (proof * twice + sum(beside)) + watches * watch
+    referred = 0
+    if settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE:
+        rows = len(prepared.train.examples)  # once, however often they are trained on
+        referred = watch + round(layout.tokens * rows / (layout.steps * (settings.batch_size or 1)))
+    return 2 * (proof * twice + sum(beside)) + watches * watch + referred
 
 
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:

@@ -36,6 +36,7 @@ class RunFolder:
         self.metrics = Lines(self.metrics_file)
         self.checkpoints = path / "checkpoints"
         self.evaluation = path / "evaluation"
+        self.reference_file = self.evaluation / "reference.json"
         self.model = path / "model"
         self.result_file = path / "result.json"
         self.report_file = path / "report.html"

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +23,16 @@ from headstart.data.labels import Labels
 from headstart.data.segments import Example, lengths_of
 from headstart.display import Display, in_bytes, in_time
 from headstart.engine.checkpoint import Checkpoints
-from headstart.engine.forward import RowReader
+from headstart.engine.forward import PreferenceReader, RowReader
 from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
 from headstart.engine.optim import Schedule
 from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError
 from headstart.evaluate.generate import tokens_kept
 from headstart.evaluate.graders.rows import build_grading, ungraded, ungraded_lines
-from headstart.evaluate.measure import Measured, measure
+from headstart.evaluate.measure import Measured, measure, own_reference
 from headstart.evaluate.metrics import best_threshold
-from headstart.evaluate.score import output_rows, score_rows
+from headstart.evaluate.reference import find_references, reference_key, with_references
+from headstart.evaluate.score import output_rows, score_answers, score_rows
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
 from headstart.job import WRITES, Job, beside, build_data, build_job
@@ -48,7 +50,7 @@ from headstart.origin import (
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
-from headstart.report.words import data_lines, guard_lines, plan_facts, score_table, sentence
+from headstart.report.words import data_lines, fallen, guard_lines, plan_facts, score_table, sentence
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stall import StallWatch
 from headstart.stop import StopRequest
@@ -180,10 +182,11 @@ class _Session:
         machine.begin_peak(self.job.engine.reader.device.type)  # of what was planned, without the planning itself
         self._rehearse_save()
         before = self._evaluate("before")
+        self._refer()
         with self._last_good_told():
             self._train()
         self._use_best()
-        after = self._evaluate("after")
+        after = self._evaluate("after", before)
         slow_down(self.job.adapted.model)  # what is copied to be merged is then of plain layers
         with self._timed_save():
             self._save(self.folder.model)
@@ -196,7 +199,8 @@ class _Session:
         """Write the step down and show it."""
         rate = self.progress.row_tokens_seen / self.progress.train_s
         peak = machine.device_peak_bytes(self.job.engine.reader.device.type)
-        values = {key: value for key, value in asdict(record).items() if key != "rows"}
+        values = {key: value for key, value in asdict(record).items() if key not in ("rows", "told")}
+        values |= record.told
         share = rate_share(record.operations, record.step_s, self.job.estimate.product_rate)
         self._record({**values, "real_tokens_per_s": rate, "peak_bytes": peak, "product_rate_frac": share})
         if record.spike:
@@ -206,6 +210,8 @@ class _Session:
         detail = (
             f"loss {record.loss:.3f}  lr {record.lr:.1e}  {rate:,.0f} tokens/s  {in_bytes(peak)}  {in_time(left)} left"
         )
+        if record.told:
+            detail = f"accuracy {record.told['accuracy']:.2f}  {detail}"
         self.display.progress("training", record.step, self.job.layout.steps, detail)
 
     def use_smaller_packs(self, tokens_per_pack: int, said: str) -> None:
@@ -318,7 +324,36 @@ class _Session:
 
     # --- phases ---
 
-    def _evaluate(self, name: str) -> Measured:
+    def _refer(self) -> None:
+        """Give every answer to learn from what the untouched model gives it: the one that is in memory now, trained or not yet."""
+        if not self.job.needs_reference or not isinstance(self.job.engine.reader, PreferenceReader):
+            return
+        begun = time.perf_counter()
+        reader, prepared = self.job.engine.reader, self.job.data.prepared
+        parts = [part for part in (prepared.train, prepared.watch) if part.examples]
+        rows = [example for part in parts for example in part.examples]
+
+        def compute() -> list[list[float]]:
+            self.display.title("what the untouched model gives each answer")
+            on_pack = partial(self._on_eval, "reference")
+            scored = self._within_memory(rows, lambda tokens, _: score_answers(reader, rows, tokens, on_pack))
+            return [logprobs.tolist() for logprobs in scored]
+
+        settings = self.job.config.settings
+        record = read_json(self.folder.data_file)
+        of = settings.model_dump(mode="json", include={"method", "weights", "lora", "engine", "seed"})
+        of["engine"].pop("tokens_per_pack")  # a run may cut its packs down
+        key = reference_key(rows, [record["model"], of, record["versions"], reader.device.type])
+        found = iter(
+            with_references(
+                rows, find_references(key, self.folder.reference_file, compute, settings.engine.tokens_per_pack or 0)
+            )
+        )
+        for part in parts:
+            part.examples = [next(found) for _ in part.examples]
+        self.progress.reference_s += time.perf_counter() - begun
+
+    def _evaluate(self, name: str, before: Measured | None = None) -> Measured:
         kept = self.folder.read_evaluation(name)
         if kept is not None:
             return Measured.from_json(kept, self.job.config.settings.task)
@@ -327,6 +362,7 @@ class _Session:
         settings = self.job.config.settings
         proof = self.job.proof
         labels, model = self._labels(), self.job.engine.reader.model
+        preferred = settings.task == "preference"
         measured = self._within_memory(
             proof.examples,
             lambda tokens, part: measure(
@@ -339,11 +375,16 @@ class _Session:
                 answers=settings.eval.generate or 0,
                 labels=labels,
                 choices=self.job.choices,
+                references=[[logprob for logprob, *_ in row.found] for row in before.own]
+                if preferred and before
+                else (),
                 on_progress=self._on_eval,
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
         measured = self.job.measure_beside(self._grade(name, measured))
+        if preferred and before is None:
+            measured = own_reference(measured)
         reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
@@ -523,6 +564,8 @@ class _Session:
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         for name, first, second, difference, clear in guard_lines(result["guard"]):
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        for told in fallen(result):
+            self.display.warn(f"the chosen answers: {told}")
         self.display.line()
         self.display.line(f"  {sentence(result)}", "bold green" if result["verdict"] == "better" else "bold yellow")
         self.display.fact("model", str(self.folder.model))

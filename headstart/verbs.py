@@ -52,6 +52,7 @@ READING = (
     "format",
     "prompt",
     "completion",
+    "rejected",
     "text",
     "text_pair",
     "label",
@@ -328,7 +329,8 @@ class _Scoring:
         records = reading.rows.kept
         size = len(records) if kept is None or reading.task == "embedding" else KEPT_AT_ONCE
         batches = [range(start, min(start + size, len(records))) for start in range(0, len(records), size)]
-        answered = set(choose_answered(records, self.answers) if reading.task == "chat" else ())
+        answers = reading.task in ("chat", "preference")
+        answered = set(choose_answered(records, self.answers) if answers else ())
         model, notes = _Model(reading, self), list(reading.notes)
         rows: list[RowResult] = []
         for number, batch in enumerate(batches):

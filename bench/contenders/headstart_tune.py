@@ -53,6 +53,10 @@ def main() -> None:
         computed=[step["tokens"] for step in steps],
         targets=[step["targets"] for step in steps],
         start_s=begin_s - called_s,
+        reference_s=run.result["speed"]["reference_s"],
+        rewards=[[spec["beta"] * step[f"{side}_gain"] for side in ("chosen", "rejected")] for step in steps]
+        if spec["task"] == "preference"
+        else [],
         size=_size(spec),
         **_plan(run.result),
         **({"eval_loss": _score(spec, run.path)} if spec.get("score") else {}),

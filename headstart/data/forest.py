@@ -28,11 +28,12 @@ class Pack:
 
     `ids`, `positions`, `types` [T]: tokens, the place of each in its row, and which text of a pair it is of. `start`, `length`, `parent` [N]: the nodes, a
     parent before its children, -1 for a root. `sources` [P]: places in [T] from which something is predicted.
-    `target_sources`, `target_ids`, `weights`, `target_rows` [L]: for each target its place in `sources`, its token, its
-    weight (float32) and the number of its row in the call that built the pack, in the order of `sources`. `begins`,
-    `ends`, `segment_rows`, `segment_numbers`, `labels` [S]: of each segment the places of its first and last token, the
-    number of its row, its number in that row, and what it is held against (its class, or [S, C]); `images` what is seen
-    in place of tokens. `row_tokens`: tokens of the rows, each counted whole; T is less where prefixes are shared.
+    `target_sources`, `target_ids`, `weights`, `target_segments` [L]: for each target its place in `sources`, its token, its
+    weight (float32) and the number of its segment in the pack, in the order of `sources`. `begins`, `ends`,
+    `segment_rows`, `segment_numbers`, `labels` [S]: of each segment the places of its first and last token, the number of
+    its row in the call that built the pack, its number in that row, and what it is held against (its class, or [S, C]);
+    `images` what is seen in place of tokens. `row_tokens`: tokens of the rows, each counted whole; T is less where prefixes
+    are shared.
     """
 
     ids: Ints
@@ -45,7 +46,7 @@ class Pack:
     target_sources: Ints
     target_ids: Ints
     weights: NDArray[np.float32]
-    target_rows: Ints
+    target_segments: Ints
     begins: Ints
     ends: Ints
     segment_rows: Ints
@@ -56,6 +57,11 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def target_rows(self) -> Ints:
+        """The number of each target's row, [L]."""
+        return self.segment_rows[self.target_segments]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +77,26 @@ class _Item:
     def segment(self) -> Segment:
         return self.example.segments[self.number]
 
+    @property
+    def label(self) -> int | NDArray[Any]:
+        """What the segment is held against: what its row is, or what stands for it alone."""
+        label = self.example.label
+        return label[self.number] if isinstance(label, np.ndarray) and label.ndim == 2 else label
+
 
 def build_packs(
-    examples: Sequence[Example], tokens_per_pack: int, *, share: bool = True, one_row: bool = False
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    *,
+    share: bool = True,
+    one_row: bool = False,
+    whole_rows: bool = False,
 ) -> list[Pack]:
     """Lay out the segments of `examples` in packs of at most `tokens_per_pack` tokens, shared prefixes counted once.
 
     A segment that is longer than the budget gets a pack of its own. `share=False` gives each segment a root of its
-    own; `one_row` gives it a pack of its own too, for models that can't read a forest.
+    own; `one_row` gives it a pack of its own too, for models that can't read a forest. With `whole_rows` all segments of a
+    row lie in one pack, whatever the budget.
     """
     places = [(row, number) for row, example in enumerate(examples) for number in range(len(example.segments))]
     keys = {place: examples[place[0]].segments[place[1]] for place in places}
@@ -90,7 +108,11 @@ def build_packs(
         common = [0] * len(items)
         return [_lay_out([items[rank] for rank in ranks], common) for ranks in _fill_up(items, tokens_per_pack)]
     common = [0] + [_common(a.segment, b.segment) for a, b in zip(items, items[1:], strict=False)]
-    return [_lay_out([items[rank] for rank in ranks], common) for ranks in _distribute(items, common, tokens_per_pack)]
+    units: dict[int, list[int]] = {}
+    for item in items:
+        units.setdefault(item.row if whole_rows else item.rank, []).append(item.rank)
+    packs = _distribute(items, list(units.values()), common, tokens_per_pack)
+    return [_lay_out([items[rank] for rank in ranks], common) for ranks in packs]
 
 
 def _common(a: Segment, b: Segment) -> int:
@@ -118,28 +140,42 @@ def _fill_up(items: Sequence[_Item], budget: int) -> list[list[int]]:
     return packs
 
 
-def _distribute(items: Sequence[_Item], common: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into packs, the longest first, each where it adds the fewest tokens and leaves the least room.
+def _distribute(
+    items: Sequence[_Item], units: Sequence[Sequence[int]], common: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Put units of items into packs, the longest first, each where it adds the fewest tokens and leaves the least room.
 
-    `common[r]` is what the items of rank r-1 and r share; two ranks further apart share the least of what lies
-    between. So only the neighbours of an item in a pack decide what it adds there.
+    A unit is the ranks of the items that stay together. `common[r]` is what the items of rank r-1 and r share; two ranks
+    further apart share the least of what lies between. So only the neighbours of an item in a pack decide what it adds.
     """
     packs: list[list[int]] = []
     sizes: list[int] = []
-    for item in sorted(items, key=lambda item: (-len(item.segment), item.rank)):
+    lengths = [len(item.segment) for item in items]
+    for unit in sorted(units, key=lambda unit: (-sum(lengths[rank] for rank in unit), unit[0])):
         best: tuple[int, int] | None = None
         for number, ranks in enumerate(packs):
-            added = len(item.segment) - _shared_with(ranks, item.rank, common)
+            added = _added(ranks, unit, lengths, common)
             room = budget - sizes[number] - added
             if room >= 0 and (best is None or (added, room) < best[:2]):
                 best, chosen = (added, room), number
         if best is None:
-            packs.append([item.rank])
-            sizes.append(len(item.segment))
+            packs.append(list(unit))
+            sizes.append(_added([], unit, lengths, common))
         else:
-            bisect.insort(packs[chosen], item.rank)
+            packs[chosen] = sorted([*packs[chosen], *unit])
             sizes[chosen] += best[0]
     return packs
+
+
+def _added(ranks: Sequence[int], unit: Sequence[int], lengths: Sequence[int], common: Sequence[int]) -> int:
+    """Return how many tokens a unit adds to a pack that holds `ranks`: each item what no other shares with it."""
+    if len(unit) == 1:
+        return lengths[unit[0]] - _shared_with(ranks, unit[0], common)
+    here, added = list(ranks), 0
+    for rank in unit:
+        added += lengths[rank] - _shared_with(here, rank, common)
+        bisect.insort(here, rank)
+    return added
 
 
 def _shared_with(ranks: Sequence[int], rank: int, common: Sequence[int]) -> int:
@@ -202,7 +238,7 @@ def _lay_out(items: Sequence[_Item], common: Sequence[int]) -> Pack:
 
 
 def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> Pack:
-    places, ids, weights, rows, begins, ends = [], [], [], [], [], []
+    places, ids, weights, owners, begins, ends = [], [], [], [], [], []
     for number, item in enumerate(items):
         path = layout.path(leaves[number])
         begins.append(path[0])
@@ -212,7 +248,7 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
         places.append(path[targets - 1] if here is None else path[targets])
         ids.append((item.segment.ids if here is None else here)[targets].astype(np.int64))
         weights.append(item.segment.weights[targets])
-        rows.append(np.full(len(targets), item.row, np.int64))
+        owners.append(np.full(len(targets), number, np.int64))
     order = np.argsort(np.concatenate(places), kind="stable")
     sources, target_sources = np.unique(np.concatenate(places)[order], return_inverse=True)
     return Pack(
@@ -226,12 +262,12 @@ def _finish(layout: _Layout, items: Sequence[_Item], leaves: dict[int, int]) -> 
         target_sources=target_sources.astype(np.int64),
         target_ids=np.concatenate(ids)[order],
         weights=np.concatenate(weights)[order],
-        target_rows=np.concatenate(rows)[order],
+        target_segments=np.concatenate(owners)[order],
         begins=np.array(begins, np.int64),
         ends=np.array(ends, np.int64),
         segment_rows=np.array([item.row for item in items], np.int64),
         segment_numbers=np.array([item.number for item in items], np.int64),
-        labels=np.array([item.example.label for item in items]),
+        labels=np.array([item.label for item in items]),
         row_tokens=sum(len(item.segment) for item in items),
         images=tuple(item.example.image for item in items),
     )

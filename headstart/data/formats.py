@@ -11,6 +11,7 @@
 | tags              | `tokens` with as many `tags`: lists, or the lines of a CoNLL file               |
 | related           | `anchor`, `positive` and perhaps `negative`: texts that belong together         |
 | images            | the path of an image and its class, or a folder of images for each class       |
+| preference        | a prompt with answers of which some are preferred (`preferences.py` has the layouts) |
 | text              | `text`, a document; or the column that the user names                           |
 
 The first five are conversations to learn answers from; labels, tags, related texts and images are supervised; text is to
@@ -46,9 +47,10 @@ from headstart.data.columns import (
     take_text,
     template_columns,
 )
+from headstart.data.preferences import Sides, as_preference, as_turns, is_preference, take_sides
 from headstart.data.private import redact
 from headstart.data.read import Row, Where
-from headstart.data.records import Conversation, Document, Message, Record
+from headstart.data.records import Conversation, Document, Message, Preference, Record
 from headstart.data.strict import parse_json
 from headstart.errors import DataError, Problem
 
@@ -119,6 +121,7 @@ class Named:
 
     prompt: str | None = None
     completion: str | None = None
+    rejected: str | None = None
     text: str | None = None
     text_pair: str | None = None
     label: Sequence[str] = ()
@@ -126,7 +129,7 @@ class Named:
 
 def named_columns(settings: DataSettings) -> Named:
     """Return what settings say of the columns."""
-    return Named(settings.prompt, settings.completion, settings.text, settings.text_pair, settings.label)
+    return Named(**{name: getattr(settings, name) for name in Named.__dataclass_fields__})
 
 
 def format_rows(
@@ -234,10 +237,16 @@ def _find_format(
     rows: Sequence[Row], format: str, named: Named, task: str, tally: _Tally, train_on: str
 ) -> tuple[Detection, _Take]:
     """Return the format of rows, and what makes a record of one."""
+    if named.rejected is not None:
+        return _compared(rows, named, tally)
     if named.prompt is not None or named.completion is not None or format == "columns":
         convert, detection = _columns(rows, named.prompt, named.completion)
         return detection, lambda row: _to_conversation(row, convert, tally, train_on)
     name, sure = _detect(rows, _implied(named, task) if format == "auto" else format)
+    if name == "preference":
+        reads, fits = _FITS[name]
+        detection = Detection(name, sum(fits(row.fields) for row in rows), len(rows), sure, reads, name)
+        return detection, lambda row: _to_preference(row, take_sides(row), tally)
     given = named.text is not None or bool(named.label)
     if name in _CONVERT:
         reads, fits = _FITS[name]
@@ -261,8 +270,8 @@ def _named(name: str, rows: Sequence[Row], columns: Sequence[str], task: str = "
 
 def _implied(named: Named, task: str) -> str:
     """Return the format that follows from what the user said, or auto."""
-    if task in ("tagging", "images"):
-        return {"tagging": "tags", "images": "images"}[task]
+    if task in ("tagging", "images", "preference"):
+        return {"tagging": "tags"}.get(task, task)
     if task == "embedding" and named.text_pair and not named.label:
         return "related"
     if named.label:
@@ -289,6 +298,7 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
     sure = {
         "prompt_completion": _pair(fields) == PAIRS[0],
         "labels": {"text", "label"} <= set(fields),
+        "preference": "label" not in fields or "chosen" in fields,
         "text": set(fields) <= TEXT_ONLY,
     }.get(name, True)
     return name, "certain" if sure else "likely"
@@ -312,7 +322,7 @@ def _unknown(row: Row) -> Problem:
         f"""(a template over columns: any text with {{names}}); to tell a class: -s data.text="{{{asked}}}" """
         f"""-s data.label={answered}; to continue text: -s data.text="{{{answered}}}". Known without naming: messages, """
         "conversations, instruction + output, prompt + completion, question + answer, text + label, tokens + tags, "
-        "anchor + positive, image + label, text"
+        "anchor + positive, image + label, prompt + chosen + rejected, text"
     )
     return Problem("format.unknown", what, str(row.where), cure)
 
@@ -331,6 +341,7 @@ def _pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 _FITS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "preference": ("a prompt and answers that are preferred or not", is_preference),
     "messages": ("`messages`", lambda f: "messages" in f),
     "sharegpt": ("`conversations`", lambda f: "conversations" in f or "conversation" in f),
     "alpaca": ("`instruction` and `output`", lambda f: "instruction" in f and "output" in f),
@@ -486,6 +497,53 @@ def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) ->
     return convert, _named("columns", rows, needed)
 
 
+# --- preferences ---
+
+
+def _compared(rows: Sequence[Row], named: Named, tally: _Tally) -> tuple[Detection, _Take]:
+    """Return the format of rows whose two answers the user names."""
+    if named.completion is None:
+        cure = "-s data.completion=COLUMN: the better answer"
+        raise DataError(Problem("format.column", "both answers must be named", "data.completion", cure))
+    columns = [c for text in (named.prompt, named.completion, named.rejected) if text for c in template_columns(text)]
+    need_columns(rows, columns, "data.completion, data.rejected")
+
+    def take(row: Row) -> Record:
+        return _to_preference(row, take_sides(row, named.prompt, named.completion, named.rejected), tally)
+
+    return _named("preference", rows, columns, "preference"), take
+
+
+def _to_preference(row: Row, sides: Sides, tally: _Tally) -> Preference:
+    problems: list[Problem] = []
+
+    def messages(value: Any, field: str, role: str) -> list[Message]:
+        found = _list_of_turns(as_turns(value, role), row.where.field(field))
+        whole = isinstance(value, list)
+        places = [row.where.field(f"{field}[{n}]" if whole else field) for n in range(len(found))]
+        read = [
+            _message({"role": t.get("from"), "content": t.get("value"), **t}, place, problems, tally)
+            for t, place in zip(found, places, strict=True)
+        ]
+        return [message for message in read if message is not None]
+
+    prompt = None if sides.prompt is None else messages(sides.prompt, sides.prompt_field or "prompt", "user")
+    if prompt and sides.system:
+        prompt = [*messages([{"role": "system", "content": sides.system}], "system", "system"), *prompt]
+    answers = [(field, messages(value, field, "assistant")) for field, value in sides.answers]
+    tools = _tools(sides.tools, row.where)
+    if problems:
+        raise RowError(*problems)
+    found = as_preference(row.where, prompt, answers, sides.scores, tools)
+    for conversation in found.conversations:
+        if wrong := _check_turns(conversation.messages, row.where) or _check_calls(
+            conversation.messages, tools, row.where
+        ):
+            raise RowError(*wrong)
+    tally.used |= sides.used
+    return found
+
+
 # --- the turns of a row ---
 
 
@@ -536,7 +594,8 @@ class _Tally:
 def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) -> Conversation:
     draft = convert(row)
     problems: list[Problem] = []
-    messages = [_message(turn, row.where, index, problems, tally) for index, turn in enumerate(draft.turns)]
+    places = [row.where.field(f"turn[{index}]") for index in range(len(draft.turns))]
+    messages = [_message(turn, place, problems, tally) for turn, place in zip(draft.turns, places, strict=True)]
     tools = _tools(draft.tools, row.where)
     kept = _joined([message for message in messages if message is not None], tally)
     if kept and kept[0].role == "assistant":
@@ -594,8 +653,10 @@ def _merge(messages: Sequence[Message]) -> list[Message]:
 
 
 def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
-    value = row.fields.get(key)
-    where = row.where.field(key)
+    return _list_of_turns(row.fields.get(key), row.where.field(key))
+
+
+def _list_of_turns(value: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else f"a {type(value).__name__} where a list of turns is expected"
         raise RowError(Problem("row.field_type", what, where, '[{"role": "user", "content": "..."}, ...]'))
@@ -607,10 +668,7 @@ def _turns(row: Row, key: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def _message(
-    turn: Mapping[str, Any], where: Where, index: int, problems: list[Problem], tally: _Tally
-) -> Message | None:
-    place = where.field(f"turn[{index}]")
+def _message(turn: Mapping[str, Any], place: str, problems: list[Problem], tally: _Tally) -> Message | None:
     role = turn.get("role")
     if isinstance(role, str) and role.lower() in ALIASES:
         tally.aliases[role.lower()] += 1

@@ -68,7 +68,8 @@ def mix(
     found: list[Mixed] = []
     seen = set(held)
     plain = settings.model_copy(
-        update={"format": "auto", "prompt": None, "completion": None, "text": None, "label": (), "group_by": None}
+        update={"format": "auto", "label": (), "group_by": None}
+        | dict.fromkeys(("prompt", "completion", "rejected", "text"))
     )
     for part in read_mix(settings.mix):
         formed = form_rows([part.name], plain)

@@ -18,9 +18,10 @@ from headstart.data.images import Look, segment_pictures
 from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
 from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.near import Distinct, find_near_leaks, shingle
+from headstart.data.preferences import parted, preference_notes, segment_preferences
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
-from headstart.data.records import Conversation, Document, Labelled, Picture, Record, Related, Tagged
+from headstart.data.records import Conversation, Document, Labelled, Picture, Preference, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
@@ -34,6 +35,7 @@ FITTING = {
     "tags": ("tagging",),
     "related": ("embedding",),
     "images": ("images",),
+    "preference": ("preference",),
     **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "columns"), ("chat",)),
 }
 FEW_ROWS = 10
@@ -189,6 +191,7 @@ def _other_kind(found: Detection, asked: str, first: Row) -> Problem:
         "unsupervised": '-s data.text="{column}"',
         "supervised": '-s data.text="{column}" -s data.label=COLUMN',
         "instruction": '-s data.prompt="{a}" -s data.completion="{b}"',
+        "preference": '-s data.prompt="{a}" -s data.completion="{b}" -s data.rejected="{c}"',
     }[kind]
     return Problem("format.kind", what, str(first.where), f"name what is read: {named}; the columns are {columns}")
 
@@ -341,8 +344,9 @@ def prepare(
     task: str,
     seed: int = 0,
     watch: bool = True,
+    unpaired: bool = False,
 ) -> Prepared:
-    """Split, render and encode all data of a run for a task.
+    """Split, render and encode all data of a run for a task; of preferences, with `unpaired` answers stand for themselves.
 
     Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
     """
@@ -350,6 +354,8 @@ def prepare(
     problems = [problem for part in sides.formed for problem in part.formatted.problems]
     if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
         raise DataError(problems)
+    if task == "preference" and settings.group_by is None:
+        train.formatted.examples = list(parted(_of(Preference, train.formatted.examples)))
     try:
         parts = split_parts(train, evaluation, settings, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
@@ -364,7 +370,9 @@ def prepare(
     masking = None
     if task == "masked" and isinstance(renderer, Encoder):
         masking = find_masking(renderer, seed, whole_words=settings.whole_words)
-    coding = Coding(task, labels, masking, parts.train)
+    if task == "preference":
+        train.notes += preference_notes(_of(Preference, parts.train), unpaired=unpaired)
+    coding = Coding(task, labels, masking, parts.train, unpaired)
     to_train, to_watch, to_prove = (
         segment(part, settings, renderer, max_length, coding, whole=whole)
         for part, whole in ((parts.train, False), (parts.watch, True), (parts.proof, True))
@@ -391,12 +399,15 @@ def need_rows(parts: tuple[Segmented, Segmented, Segmented], problems: Sequence[
 
 @dataclass(frozen=True)
 class Coding:
-    """How rows of a task become numbers: the labels that are told, how tokens are hidden, and the rows to train on."""
+    """How rows of a task become numbers: the labels that are told, how tokens are hidden, the rows to train on, and if
+    each answer stands for itself.
+    """
 
     task: str
     labels: Labels | None = None
     masking: Masking | None = None
     train: Sequence[Record] = ()
+    unpaired: bool = False
 
 
 def segment(  # noqa: PLR0911 (a line for each task)
@@ -436,6 +447,8 @@ def segment(  # noqa: PLR0911 (a line for each task)
         raise TypeError("conversations and documents to continue are rendered by a Renderer")
     if task == "causal":
         return segment_documents(_of(Document, records), renderer, positions=settings.positions, whole=whole, **limits)
+    if task == "preference":
+        return segment_preferences(_of(Preference, records), renderer, unpaired=coding.unpaired, **limits)
     return segment_rows(_of(Conversation, records), renderer, **limits)
 
 

@@ -22,7 +22,7 @@ from headstart.data.near import Distinct, Shingler, find_alike, find_near_leaks
 from headstart.data.private import KINDS as PRIVATE
 from headstart.data.private import find_private, masked
 from headstart.data.read import Where
-from headstart.data.records import Conversation, Document, Record, Related, Tagged
+from headstart.data.records import Conversation, Document, Preference, Record, Related, Tagged
 
 ROWS_AT_ONCE = 2048
 OUTLIER_ROWS = 20  # of fewer it can't be told what is usual
@@ -179,6 +179,9 @@ def take_apart(record: Record) -> Said:
         told = json.dumps([answer.content, list(answer.tool_calls)], default=str)
         length = sum(len(message.content) for message in record.messages if message.trained)
         return Said(replace(record, messages=asked).content if asked else None, told, length)
+    if isinstance(record, Preference):
+        ranked = sorted(zip([answer.content for answer in record.answers], record.scores, strict=True))
+        return Said(record.content, json.dumps([score for _, score in ranked]), sum(len(text) for text, _ in ranked))
     length = sum(map(len, record.texts))
     if isinstance(record, Related):
         told = json.dumps([record.texts[1:], record.score])

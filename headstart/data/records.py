@@ -1,5 +1,5 @@
-"""What a row can be: a conversation, a document, a text with its label, words with tags, texts that belong together, or
-a picture. Each knows its place.
+"""What a row can be: a conversation, a document, a text with its label, words with tags, texts that belong together, a
+picture, or a prompt with answers of which some are preferred. Each knows its place.
 """
 
 from __future__ import annotations
@@ -151,4 +151,53 @@ class Picture:
         return []
 
 
-Record = Conversation | Document | Labelled | Tagged | Related | Picture
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt and answers to it, each with a score: the higher, the better. A lone answer is wanted (1) or not (0)."""
+
+    where: Where
+    prompt: tuple[Message, ...]
+    answers: tuple[Message, ...]
+    scores: tuple[float, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    group: str | None = None
+
+    @property
+    def content(self) -> str:
+        """All that the row asks; rows that differ only in which answer is the better one ask the same."""
+        return json.dumps([self.asked.content, sorted(map(_said, self.answers))], ensure_ascii=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that people wrote."""
+        return [text for m in (*self.prompt, *self.answers) for text in (m.reasoning, m.content) if text]
+
+    @property
+    def asked(self) -> Conversation:
+        """The prompt alone."""
+        return Conversation(self.where, self.prompt, self.tools)
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """The prompt with each of the answers."""
+        return [Conversation(self.where, (*self.prompt, a), self.tools, self.group) for a in self.answers]
+
+    @property
+    def best(self) -> int:
+        """The number of the answer with the highest score, of equals the first."""
+        return self.scores.index(max(self.scores))
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Which answers are wanted: a lone one if its score says so, of several the best."""
+        least = 0.5 if len(self.answers) == 1 else max(self.scores)
+        return [score >= least for score in self.scores]
+
+
+def _said(message: Message) -> str:
+    return json.dumps(
+        [message.reasoning, message.content, list(message.tool_calls)], ensure_ascii=False, sort_keys=True
+    )
+
+
+Record = Conversation | Document | Labelled | Tagged | Related | Picture | Preference

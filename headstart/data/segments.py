@@ -58,14 +58,15 @@ class Image:
 class Example:
     """A row as the engine sees it: its segments (one, or one an answer), and what was cut away from its context.
 
-    `label` is what a row as a whole is held against: the number of its class, -1 where it has none, or float32 [C].
+    `label` is what a row as a whole is held against: the number of its class, -1 where it has none, or float32 [C]; or
+    what each of its segments is, [segments, C].
     `image` is what is seen in place of tokens; its segment then only says how much there is to see.
     """
 
     where: Where
     segments: tuple[Segment, ...]
     cut: str = ""
-    label: int | NDArray[np.float32] = -1
+    label: int | NDArray[Any] = -1
     image: Image | None = None
 
     @property

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,15 @@ class PackTooLargeError(Exception):
 class Sums:
     """What went through the engine: the loss summed, what it is divided by, and tokens (shared ones once, and not).
 
-    On a GPU the first two stay there: to read them (`loss`, `count`) is to wait for all that was asked of it.
+    On a GPU the first two stay there: to read them (`loss`, `count`) is to wait for all that was asked of it. So does what
+    the objective `told`.
     """
 
     summed: float | Tensor = 0.0
     counted: float | Tensor = 0.0
     tokens: int = 0
     row_tokens: int = 0
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -67,7 +69,14 @@ class Sums:
             self.counted + other.counted,
             self.tokens + other.tokens,
             self.row_tokens + other.row_tokens,
+            {**self.told, **{name: value + self.told.get(name, 0.0) for name, value in other.told.items()}},
         )
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What the objective told, each a mean; of nothing there is none."""
+        read = {name: value.tolist() for name, value in self.told.items()}
+        return {name: total / count for name, (total, count) in read.items() if count}
 
 
 def read_together(*values: float | Tensor) -> list[float]:
@@ -187,7 +196,7 @@ class Engine:
 
     def _note(self, packs: Sequence[Pack], total: Total) -> Sums:
         tokens, row_tokens = sum(map(len, packs)), sum(pack.row_tokens for pack in packs)
-        sums = Sums(_number(total.loss), _number(total.count), tokens, row_tokens)
+        sums = Sums(_number(total.loss), _number(total.count), tokens, row_tokens, total.told)
         self._sums += sums
         return sums
 

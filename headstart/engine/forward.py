@@ -158,6 +158,38 @@ class PackReader(Reader):
         return -self.forward(pack).double().numpy(), pack.weights.astype(np.float64), pack.target_rows
 
 
+class PreferenceReader(PackReader):
+    """A causal language model whose answers are compared: outputs are the log-probabilities of a pack's answers, [S].
+
+    All answers of a row lie in one pack, so that they can be held against each other there; where the model can't read
+    packs, each goes through alone. `losses` gives the loss of each row (`objectives/preference.py`).
+    """
+
+    def __init__(self, model: Any, losses: RowLosses, *, bfloat16: bool = False) -> None:
+        super().__init__(model, bfloat16=bfloat16)
+        self.losses = losses
+
+    def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
+        """Lay out rows as this model can read them, each whole."""
+        return build_packs(examples, tokens_per_pack, one_row=not self.packs, whole_rows=self.packs)
+
+    def outputs(self, pack: Pack) -> Tensor:
+        """Return the log-probability of each answer."""
+        logprobs = super().outputs(pack)
+        weights, owners = self.tensors(pack.weights, pack.target_segments)
+        return logprobs.new_zeros(len(pack.begins)).index_add(0, owners, logprobs * weights)
+
+    def targets(self, pack: Pack) -> Tensor:
+        """Return for each answer its row, score, reference and tokens, [S, 4], on the host: `objectives/preference.py`."""
+        score, reference = np.asarray(pack.labels, np.float64).T
+        tokens = np.bincount(pack.target_segments, pack.weights, len(pack.begins))
+        return torch.from_numpy(np.stack([pack.segment_rows, score, reference, tokens], 1))
+
+    def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:  # noqa: ARG002 (the others read it)
+        """Not known of a pack: what an answer is held against may be the answers of all others."""
+        raise TypeError("preferences are scored over all rows at once")
+
+
 class TokenReader(PackReader):
     """A model with a head for tokens (`...ForMaskedLM`, `...ForTokenClassification`): what is told of a token is a target."""
 

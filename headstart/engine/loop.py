@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -63,6 +63,7 @@ class Progress:
     forward_s: float = 0.0
     backward_s: float = 0.0
     optimizer_s: float = 0.0
+    reference_s: float = 0.0
     eval_s: float = 0.0
     save_s: float = 0.0
     tokens_per_pack: int | None = None
@@ -86,7 +87,7 @@ class StepRecord:
     """What one step did. `loss` is per target; `tokens` count shared prefixes once, `row_tokens` each time.
 
     `data_s` to `optimizer_s` are parts of `step_s`; on CUDA the last of them may be told with the next step. `tokens_per_pack`
-    is the budget that the step was taken with: less than before where memory ran out.
+    is the budget that the step was taken with: less than before where memory ran out. `told` is what the objective watches.
     """
 
     step: int
@@ -106,6 +107,7 @@ class StepRecord:
     operations: float = 0.0
     tokens_per_pack: int = 0
     spike: bool = False
+    told: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[int] = field(repr=False, default=())
 
 
@@ -232,6 +234,7 @@ def take_step(
         tokens_per_pack=budget,
         step_s=time.perf_counter() - begun,
         spike=False,
+        told=sums.means,
         rows=rows,
         **{f"{phase}_s": seconds for phase, seconds in engine.clock.take().items()},
     )

@@ -273,7 +273,7 @@ def scaled(pack: Pack, scale: float) -> Pack:
         target_sources=np.searchsorted(chosen, pack.target_sources[kept]),
         target_ids=pack.target_ids[kept],
         weights=pack.weights[kept],
-        target_rows=pack.target_rows[kept],
+        target_segments=pack.target_segments[kept],
         begins=begins,
         ends=ends,
         row_tokens=len(places),

@@ -116,7 +116,8 @@ def read_shape(reader: Reader, pack: Pack) -> Shape | None:
         return None
     found: list[Product] = []
     rows = {len(pack.begins): "segments", len(pack.sources): "sources", len(pack): "tokens"}
-    own_head = reader.head.module if type(reader) is PackReader else None
+    writes = isinstance(reader, PackReader) and not isinstance(reader, TokenReader)
+    own_head: Any = reader.head.module if writes else None  # type: ignore[attr-defined]
 
     def note(module: Any, inputs: tuple[Any, ...], _: Any) -> None:
         count = inputs[0].numel() // inputs[0].shape[-1]
@@ -135,7 +136,7 @@ def read_shape(reader: Reader, pack: Pack) -> Shape | None:
             hook.remove()
     if own_head is not None and _is_linear(own_head):
         trained = any(p.requires_grad for p in model.parameters())
-        found.append(Product(*_sizes(own_head), "sources", trained, own_head.weight.requires_grad))  # type: ignore[arg-type]
+        found.append(Product(*_sizes(own_head), "sources", trained, own_head.weight.requires_grad))
     return Shape(found, _attention(model), _is_causal(reader))
 
 

@@ -58,6 +58,7 @@ class Ratio(Metric):
     weights: Floats
     lower_is_better: bool = False
     transform: Callable[[Any], Any] = _as_it_is
+    decides: bool = True
 
     def __len__(self) -> int:
         return len(self.values)

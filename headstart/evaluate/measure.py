@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
 from headstart.data.images import Look
 from headstart.data.labels import OUTSIDE, Labels
-from headstart.data.records import Conversation, Document, Record, Related, Tagged
+from headstart.data.records import Conversation, Document, Preference, Record, Related, Tagged
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
-from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RowReader, TokenReader
 from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
@@ -25,6 +27,7 @@ from headstart.evaluate.score import (
     RowScores,
     compare_rows,
     output_rows,
+    score_answers,
     score_outputs,
     score_rows,
     tag_rows,
@@ -42,6 +45,7 @@ PRIMARY = {
     "tagging": ("entity_f1", "tag_accuracy"),
     "embedding": ("spearman", "recall_at_1"),
     "images": ("accuracy",),
+    "preference": ("preference_accuracy", "likelier"),
 }
 PER_TOKEN = ("nll", "perplexity")
 LABELS = {
@@ -65,6 +69,11 @@ LABELS = {
     "recall_at_1": "found first (recall@1)",
     "recall_at_10": "found in ten (recall@10)",
     "mrr": "mean reciprocal rank",
+    "preference_accuracy": "preference accuracy",
+    "likelier": "chosen is likelier, per token",
+    "margin": "chosen over rejected, nats",
+    "chosen_logprob": "log-probability of chosen",
+    "rejected_logprob": "log-probability of rejected",
     "nll": "loss per predicted token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -86,8 +95,9 @@ class RowResult:
 
     Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
-    `reference` the same as text, and `probability` that of the answer. `part` names the data set that was mixed in, or
-    the part of the guard (`guard`) that it is of.
+    `reference` the same as text, and `probability` that of the answer. Of preferences `truth` are the scores of the
+    answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known); the
+    other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -149,7 +159,7 @@ class Measured:
         return [row for row in self.rows if not row.part]
 
 
-def measure(
+def measure(  # noqa: PLR0911 (a line for each task)
     reader: Reader,
     renderer: Encoder | Look,
     records: Sequence[Record],
@@ -161,14 +171,15 @@ def measure(
     chosen: Sequence[int] | None = None,
     labels: Labels | None = None,
     choices: Sequence[str] = (),
+    references: Sequence[Sequence[float]] = (),
     on_progress: OnProgress | None = None,
     tokens_at_once: int | None = None,
 ) -> Measured:
     """Score every row and answer those conversations that are `chosen`, by number, else `answers` of them.
 
     With `choices` the likeliest of these is the answer; else it is generated, with at most `tokens_at_once` kept.
-    `labels` are what a classifier tells. `records` and `examples` are the same rows. The answer that is
-    compared is that of a row's last trained turn.
+    `labels` are what a classifier tells, `references` what another model gave each answer of preferences. `records` and
+    `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:
@@ -185,6 +196,14 @@ def measure(
     if task == "embedding" and isinstance(reader, EmbeddingReader):
         near = compare_rows(reader, examples, tokens_per_pack, told("scoring"))
         return Measured(_of_related(records, near), task)
+    if task == "preference" and isinstance(reader, PreferenceReader) and isinstance(renderer, Renderer):
+        rows = [record for record in records if isinstance(record, Preference)]
+        compared = score_answers(reader, examples, tokens_per_pack, told("scoring"))
+        chosen = choose_answered(rows, answers) if chosen is None else chosen
+        pairs = [(rows[n].conversations[rows[n].best], _best_only(examples[n], rows[n])) for n in chosen]
+        answered = _answer(reader, renderer, pairs, told("answering"), tokens_at_once)
+        new = dict(zip(chosen, answered, strict=True))
+        return Measured(_of_preferences(rows, examples, compared, references, new, renderer), task)
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
     if documents and isinstance(renderer, Encoder):
@@ -198,27 +217,74 @@ def measure(
         few = [examples[i] for i in chosen]
         weighed = weigh_choices(reader, renderer, picked, few, choices, tokens_per_pack, told("weighing answers"))
         return Measured(_of_choices(conversations, scores, dict(zip(chosen, weighed, strict=True)), choices), task)
-    prompts = [renderer.prompt(asked, tools) for asked, tools, _ in map(split_last, (conversations[i] for i in chosen))]
-    limits = [answer_limit(examples[i]) + _silent_tokens(conversations[i], renderer) for i in chosen]
-    length = model_length(reader.model.config)
-    answered = generate(
-        reader.model,
-        prompts,
-        renderer.stop_ids,
-        limits,
-        length,
-        told("answering"),
-        tokens_at_once=tokens_at_once,
-        head=reader.answer_head,
-    )
+    pairs = [(conversations[i], examples[i]) for i in chosen]
+    answered = _answer(reader, renderer, pairs, told("answering"), tokens_at_once)
     return Measured(
         _of_answers(conversations, examples, scores, dict(zip(chosen, answered, strict=True)), renderer), task
     )
 
 
+def _answer(
+    reader: Reader,
+    renderer: Renderer,
+    rows: Sequence[tuple[Conversation, Example]],
+    told: Callable[[int, int], None] | None,
+    tokens_at_once: int | None,
+) -> list[Answer]:
+    """Have the last answer of each row written by the model."""
+    prompts = [
+        renderer.prompt(asked, tools) for asked, tools, _ in (split_last(conversation) for conversation, _ in rows)
+    ]
+    limits = [answer_limit(example) + _silent_tokens(conversation, renderer) for conversation, example in rows]
+    return generate(
+        reader.model,
+        prompts,
+        renderer.stop_ids,
+        limits,
+        model_length(reader.model.config),
+        told,
+        tokens_at_once=tokens_at_once,
+        head=reader.answer_head,
+    )
+
+
+def own_reference(measured: Measured) -> Measured:
+    """Return what the untouched model did on preferences: it is its own reference."""
+    rows = [replace(row, found=[(p, tokens, p) for p, tokens, _ in row.found]) for row in measured.rows]
+    return Measured(rows, measured.task)
+
+
+def _best_only(example: Example, row: Preference) -> Example:
+    """Return a row with its best answer alone."""
+    return replace(example, segments=(example.segments[row.best],), label=-1)
+
+
+def _of_preferences(
+    rows: Sequence[Preference],
+    examples: Sequence[Example],
+    compared: Sequence[Floats],
+    references: Sequence[Sequence[float]],
+    new: Mapping[int, Answer],
+    renderer: Renderer,
+) -> list[RowResult]:
+    best = [_best_only(example, row) for example, row in zip(examples, rows, strict=True)]
+    own = np.array([logprobs[row.best] for row, logprobs in zip(rows, compared, strict=True)])
+    scores = RowScores(-own, np.array([float(example.target_count) for example in best]))
+    answered = _of_answers([row.conversations[row.best] for row in rows], best, scores, new, renderer)
+    results = []
+    for number, (result, row, example) in enumerate(zip(answered, rows, examples, strict=True)):
+        known = references[number] if references else [None] * len(row.answers)
+        tokens = [segment.target_count for segment in example.segments]
+        # Behind a row's own answers there may be one to another prompt (kto), which is none of its own.
+        found = [[float(compared[number][k]), tokens[k], known[k]] for k in range(len(row.answers))]
+        results.append(replace(result, truth=list(row.scores), found=found))
+    return results
+
+
 def choose_answered(records: Sequence[Record], answers: int) -> list[int]:
-    """Return the numbers of `answers` rows, chosen by a hash of their content."""
-    return sorted(sorted(range(len(records)), key=lambda index: content_hash(records[index]))[:answers])
+    """Return the numbers of `answers` rows that say what a good answer is, those of the least hashes, in order."""
+    able = [n for n, row in enumerate(records) if not isinstance(row, Preference) or row.wanted[row.best]]
+    return sorted(sorted(able, key=lambda number: content_hash(records[number]))[:answers])
 
 
 def _of_answers(

@@ -30,7 +30,7 @@ class Scored(Protocol):
     found: Sequence[Any]
 
 
-def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:
+def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:  # noqa: PLR0911 (a line for each task)
     """Return the metrics of a task over rows, the more telling ones first."""
     if task in ("classification", "images"):
         return {**class_metrics(rows), **_loss("cross_entropy", rows)}
@@ -42,6 +42,8 @@ def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:
         return {**_tag_metrics(rows), **_loss("nll", rows)}
     if task == "embedding":
         return _related_metrics(rows)
+    if task == "preference":
+        return _preference_metrics(rows)
     return _text_metrics(rows)
 
 
@@ -116,6 +118,51 @@ def _related_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     }
 
 
+def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    """Return how answers fare that are preferred: `truth` are their scores, `found` of each (logprob, tokens, reference or None).
+
+    Of a lone answer the score says whether it is wanted. Neither side's own likelihood decides a verdict: to make answers
+    less likely that are worse is the task, and chosen ones may follow.
+    """
+    found = [np.array([(p, n, np.nan if r is None else r) for p, n, r in row.found], float) for row in rows]
+    scores = [np.array(row.truth, float) for row in rows]
+    pairs = [np.argwhere(s[:, None] > s[None]) for s in scores]
+    lone = np.array([len(s) == 1 for s in scores])
+    gains = [f[:, 0] - f[:, 2] for f in found]
+    metrics: dict[str, Metric] = {}
+    if all(np.isfinite(gain).all() for gain in gains):
+        metrics["preference_accuracy"] = _mean(
+            np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
+        )
+    rates = [f[:, 0] / f[:, 1] for f in found]
+    if not lone.any():
+        metrics["likelier"] = _mean(np.array([_won(r, p, s) for r, p, s in zip(rates, pairs, scores, strict=True)]))
+        margins = [f[p[:, 0], 0] - f[p[:, 1], 0] for f, p in zip(found, pairs, strict=True)]
+        metrics["margin"] = _mean(np.array([margin.mean() for margin in margins]))
+    elif lone.all() and len({s[0] for s in scores}) == 2:
+        wanted = np.array([float(s[0] > 0.5) for s in scores])
+        metrics["likelier"] = Rank(wanted, np.array([rate[0] for rate in rates]), "auroc")
+    best = [s >= (0.5 if len(s) == 1 else s.max()) for s in scores]
+    for name, chosen in (("chosen_logprob", best), ("rejected_logprob", [~b for b in best])):
+        counts = np.array([float(c.sum()) for c in chosen])
+        means = np.array([f[c, 0].mean() if c.any() else 0.0 for f, c in zip(found, chosen, strict=True)])
+        if counts.any():
+            worse = name == "rejected_logprob"
+            metrics[name] = Ratio(means, (counts > 0).astype(float), lower_is_better=worse, decides=False)
+    answered = [row for row in rows if row.answer is not None]
+    return {**metrics, **(_answer_metrics(answered) if answered else {})}
+
+
+def _won(values: Floats, pairs: Any, scores: Floats) -> float:
+    """Return the part of pairs in which the better answer has the higher value, a tie counting half; of a lone answer, if its
+    value is above 0 as its score is, or below.
+    """
+    leads = (
+        values[pairs[:, 0]] - values[pairs[:, 1]] if len(scores) > 1 else values * (1.0 if scores[0] > 0.5 else -1.0)
+    )
+    return float(((leads > 0) + 0.5 * (leads == 0)).mean())
+
+
 def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     nll, targets = np.array([row.nll for row in rows]), np.array([row.targets for row in rows])
     metrics = _loss("nll", rows)
@@ -126,10 +173,15 @@ def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     answered = [row for row in rows if row.answer is not None]
     if answered and all(row.probability is not None for row in answered):  # out of a known set
         return {**class_metrics(answered), **metrics}
-    if answered:
-        for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
-            metrics[name] = _mean(np.array([score(row.answer or "", row.reference) for row in answered]))
-        metrics["stop_rate"] = _mean(np.array([float(row.stopped) for row in answered]))
+    return {**metrics, **(_answer_metrics(answered) if answered else {})}
+
+
+def _answer_metrics(answered: Sequence[Scored]) -> dict[str, Metric]:
+    """Return how near answers come to their references, and how often they end by themselves."""
+    metrics: dict[str, Metric] = {}
+    for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
+        metrics[name] = _mean(np.array([score(row.answer or "", row.reference) for row in answered]))
+    metrics["stop_rate"] = _mean(np.array([float(row.stopped) for row in answered]))
     return metrics
 
 

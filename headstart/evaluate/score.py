@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.data.segments import Example
-from headstart.engine.forward import EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RowReader, TokenReader
 from headstart.faults import reach
 from headstart.objectives.embeddings import SCALE
 
@@ -46,6 +46,8 @@ def score_rows(
     if isinstance(reader, EmbeddingReader):
         losses = compare_rows(reader, examples, tokens_per_pack, on_pack).losses
         return RowScores(losses, np.ones(len(losses)))
+    if isinstance(reader, PreferenceReader):
+        return _score_preferences(reader, examples, tokens_per_pack, on_pack)
     nll = np.zeros(len(examples))
     targets = np.zeros(len(examples))
     # In blocks, since finding what rows share takes longer the more of them there are.
@@ -60,6 +62,51 @@ def score_rows(
             if on_pack:
                 on_pack(start + len(block) * done // len(packs), len(examples))
     return RowScores(nll, targets)
+
+
+def score_answers(
+    reader: PreferenceReader,
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    on_pack: Callable[[int, int], None] | None = None,
+) -> list[Floats]:
+    """Return for each row the log-probability of each of its answers (its segments)."""
+    found = [np.zeros(len(example.segments)) for example in examples]
+    for start in range(0, len(examples), ROWS_SHARED):
+        block = examples[start : start + ROWS_SHARED]
+        packs = reader.build_packs(block, tokens_per_pack)
+        for done, pack in enumerate(packs, 1):
+            reach("evaluation.pack")
+            values = reader.forward(pack).double().numpy()
+            for row, number, value in zip(pack.segment_rows, pack.segment_numbers, values, strict=True):
+                found[start + row][number] = value
+            if on_pack:
+                on_pack(start + len(block) * done // len(packs), len(examples))
+    return found
+
+
+def _score_preferences(
+    reader: PreferenceReader,
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    on_pack: Callable[[int, int], None] | None,
+) -> RowScores:
+    """Score rows whose references are known by the objective, over all of them at once."""
+    outputs = np.concatenate(score_answers(reader, examples, tokens_per_pack, on_pack))
+    losses, weights = reader.losses(torch.from_numpy(outputs), torch.from_numpy(known_of(examples)))
+    return RowScores(losses.numpy(), weights.numpy())
+
+
+def known_of(examples: Sequence[Example]) -> Floats:
+    """Return for each answer of all rows its row, score, reference and tokens, [S, 4] (`objectives/preference.py`)."""
+    return np.array(
+        [
+            (row, *label, segment.weights.sum())
+            for row, example in enumerate(examples)
+            for segment, label in zip(example.segments, np.asarray(example.label), strict=True)
+        ],
+        np.float64,
+    )
 
 
 def output_rows(

@@ -70,6 +70,7 @@ AUTO = {
     "tagging": "AutoModelForTokenClassification",
     "images": "AutoModelForImageClassification",
     "embedding": "AutoModel",
+    "preference": "AutoModelForCausalLM",
 }
 PROBLEM_TYPES = {
     "single_label_classification": "classification",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Total:
-    """What an objective returns: a sum that can be differentiated, and what the step divides it by."""
+    """What an objective returns: a sum that can be differentiated, and what the step divides it by.
+
+    `told` is what else there is to watch: by name a sum and the number of what was summed, [2].
+    """
 
     loss: Tensor
     count: Tensor
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def nll(logprobs: Tensor, weights: Tensor) -> Total:

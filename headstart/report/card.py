@@ -85,7 +85,10 @@ SHAPES = {
 }
 PIPELINES = {"tagging": "token-classification", "masked": "fill-mask", "images": "image-classification"}
 MORE = {"tagging": ', aggregation_strategy="simple"', "multilabel": ", top_k=None"}
-TAGS = PIPELINES | {"embedding": "sentence-similarity", "chat": "text-generation", "causal": "text-generation"}
+TAGS = PIPELINES | {
+    "embedding": "sentence-similarity",
+    **dict.fromkeys(("chat", "causal", "preference"), "text-generation"),
+}
 RANDOM = ", from random weights of its shape"
 ROOM = """if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
     base.resize_token_embeddings(len(tokenizer))
@@ -155,7 +158,7 @@ def _known(result: Mapping[str, Any]) -> str:
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     task = result["task"]
     lines = ["tags: [headstart]", f"pipeline_tag: {TAGS.get(task, 'text-classification')}"]
-    adapter = result["method"] == "lora" and task in ("chat", "causal")
+    adapter = result["method"] == "lora" and task in ("chat", "causal", "preference")
     library = "peft" if adapter else "sentence-transformers" if task == "embedding" else "transformers"
     lines.append(f"library_name: {library}")
     if model["kind"] == "hub":

@@ -35,6 +35,7 @@ SAMPLES = {
     "instruction": "Answers before and after",
     "unsupervised": "Texts before and after",
     "supervised": "Rows before and after",
+    "preference": "Answers before and after",
 }
 STYLES = {"better": "good", "worse": "bad"}
 GUARD_STYLES = {"kept": "good", "lost": "bad", "unclear": "flat", "too few rows": "flat"}
@@ -123,6 +124,11 @@ def _scores(result: Mapping[str, Any]) -> str:
         "the paired difference (bootstrap over rows). It is called better or worse where the interval is clear of zero and "
         f"swaps of before and after make such a difference in less than 5 of 100 cases. {html.escape(flips_words(result['flips']).capitalize())}.</p>"
     )
+    if result["task"] == "preference":
+        note += (
+            "<p>Preference accuracy is how often the chosen answer gained more likelihood than the rejected one (a tie counts "
+            "half, so the untouched model has 0.5). Log-probabilities are of whole answers; neither side's own decides the verdict.</p>"
+        )
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
     return table(["", "before", "after", "difference", ""], rows) + note + missed + _guard(result)
 
@@ -206,8 +212,18 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     watched = [(r["step"], r["watch_loss"]) for r in metrics if "watch_loss" in r]
     watch = Series("loss on the watched rows", watched, "watch", dots=True)
     rates = Series("learning rate", [(r["step"], r["lr"]) for r in steps], "lr")
-    return line_chart("Loss by step", [train, watch], "step") + line_chart(
-        "Learning rate by step", [rates], "step", 120
+    gains = [
+        Series(
+            f"what {side} answers gained, nats",
+            [(r["step"], r[f"{side}_gain"]) for r in steps if f"{side}_gain" in r],
+            style,
+        )
+        for side, style in (("chosen", "train"), ("rejected", "watch"))
+    ]
+    return (
+        line_chart("Loss by step", [train, watch], "step")
+        + line_chart("Chosen and rejected answers by step", gains, "step")
+        + line_chart("Learning rate by step", [rates], "step", 120)
     )
 
 

@@ -89,7 +89,7 @@ def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:
         "shared_tokens": progress.row_tokens_seen - progress.tokens_seen,
         "train_s": progress.train_s,
         **{f"{phase}_s": getattr(progress, f"{phase}_s") for phase in PHASES},
-        "reference_s": 0.0,
+        "reference_s": progress.reference_s,
         "eval_s": progress.eval_s,
         "save_s": progress.save_s,
         "operations": progress.operations,

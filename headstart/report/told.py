@@ -34,6 +34,8 @@ def told_sections(before: Measured, after: Measured) -> list[tuple[str, str]]:
         return [("Entities" if _has_entities(after) else "Tags", _classes(_of_tags(before), _of_tags(after)))]
     if after.task == "regression":
         return [("Told against right", _numbers(after))]
+    if after.task == "preference":
+        return [("Pairs that gained least", _leads(after))]
     return []
 
 
@@ -136,6 +138,21 @@ def _bins(rows: Sequence[RowResult]) -> list[Bin]:
         if mine.any():
             found.append(Bin(float(sure[mine].mean()), float(right[mine].mean()), float(mine.mean())))
     return found
+
+
+def _leads(after: Measured) -> str:
+    """Return the rows in which the chosen answer gained least over the others; of lone answers, those that went the wrong way."""
+    rows = []
+    for row in after.own:
+        gains = [logprob - reference for logprob, _, reference in row.found]
+        best = max(range(len(gains)), key=lambda n: row.truth[n])
+        others = [gain for n, gain in enumerate(gains) if n != best]
+        lead = gains[best] - sum(others) / len(others) if others else gains[best] * (1 if row.truth[best] > 0.5 else -1)
+        shown = f"{sum(others) / len(others):+.2f}" if others else "wanted" if row.truth[best] > 0.5 else "not wanted"
+        rows.append((lead, [row.where, f"{gains[best]:+.2f}", shown, f"{lead:+.2f}"]))
+    ordered = [[cell(text) for text in texts] for _, texts in sorted(rows, key=lambda row: row[0])[:CONFUSED]]
+    head = ["row", "the better answer gained, nats", "the others", "its lead"]
+    return table(head, ordered)
 
 
 def _numbers(after: Measured) -> str:

@@ -159,9 +159,19 @@ def trouble_facts(
     if memory["out_of_memory_steps"]:
         steps = ", ".join(map(str, memory["out_of_memory_steps"]))
         facts.append(("out of memory", f"at step {steps}; then packs of {memory['tokens_per_pack']:,} tokens"))
+    facts += [("chosen answers", told) for told in fallen(result)]
     for once in data.get("allowed", []):
         facts += [(f"allowed on {once['date']}", change) for change in once["changes"]]
     return facts
+
+
+def fallen(result: Mapping[str, Any]) -> list[str]:
+    """Say that the chosen answers themselves became less likely, where they clearly did; else nothing."""
+    difference = result["differences"].get("chosen_logprob")
+    if difference is None or difference["direction"] >= 0:
+        return []
+    what = f"they became less likely, by {-difference['value']:.1f} nats an answer"
+    return [f"{what}: what replaces them may be neither side; raise preference.likelihood or beta, or lower optim.lr"]
 
 
 def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -88,7 +88,7 @@ INPUTS = {
     44: "tool calls: no JSON, unknown tool, result of no call, bad schema",
     45: "`weight` neither 0 nor 1; every weight 0",
     46: "preference pairs: equal, one side missing, prompts differ",
-    47: "labels: NaN, infinite, null, one class only",
+    47: 'labels and votes: NaN, infinite, null, "yes", 2, one class only',
     48: "columns and keys that nothing reads",
     49: "control tokens spelled in texts",
     50: "Jinja in texts",
@@ -163,6 +163,14 @@ def labelled(n: int) -> dict[str, Any]:
 
 def scored(n: int) -> dict[str, Any]:
     return {"text": f"text {n}", "label": n + 0.5}
+
+
+def preferred(n: int) -> dict[str, Any]:
+    return {"prompt": f"question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"}
+
+
+def voted(n: int) -> dict[str, Any]:
+    return {**pair(n), "label": n % 2 == 0}
 
 
 def document(n: int) -> dict[str, Any]:
@@ -753,6 +761,48 @@ CASES = [
         for weight in (2, 0.5, -1, "1", [1])
     ),
     Case(45, "all 0", "X", chats(turns(user(), told(weight=0))), "row.no_answer", ":2", "weight 0"),
+    Case(46, "equal", "X", among({**preferred(50), "rejected": "yes 50"}, good=preferred), "row.pair", ":2:rejected"),
+    *(
+        Case(46, name, "R", among(row, good=preferred), "row.pair", f":2:{place}")
+        for name, row, place in (
+            ("null", {**preferred(50), "rejected": None}, "rejected"),
+            ("missing", {"prompt": "question", "chosen": "yes"}, "rejected"),
+            ("other prompt", {**preferred(50), "rejected": [user(), told()]}, "rejected"),
+            ("two answers", {**preferred(50), "chosen": [told(), told()]}, "chosen"),
+        )
+    ),
+    Case(
+        46,
+        "empty side",
+        "R",
+        among({**preferred(50), "chosen": ""}, good=preferred),
+        "row.empty_answer",
+        ":2:chosen.content",
+    ),
+    Case(46, "wrong role", "R", among({**preferred(50), "chosen": [user()]}, good=preferred), "row.role", ":2:chosen"),
+    Case(
+        46,
+        "one side too long",
+        "R",
+        among(*[{**preferred(50 + n), "rejected": "long " * 600} for n in range(3)], good=preferred),
+        "row.too_long",
+    ),
+    Case(
+        46,
+        "rejected always longer",
+        "W",
+        among(good=lambda n: {**preferred(n), "rejected": f"a far longer answer {n}"}, count=40),
+        said="are the sides swapped?",
+    ),
+    *(
+        Case(47, f"vote {name}", "R", among({**pair(50), "label": value}, good=voted), "row.label", ":2:label", said)
+        for name, value, said in (
+            ("null", None, "no label"),
+            ("yes", "yes", "'yes'"),
+            ("2", 2, "2 where true or false"),
+        )
+    ),
+    Case(47, "votes all for", "W", among(good=lambda n: {**pair(n), "label": True}), said="is never seen"),
     Case(
         47,
         "NaN",
@@ -936,7 +986,6 @@ HELD: dict[int, tuple[str, tuple[str, ...]]] = {
 
 # Rows that nothing holds yet, and why; of those that are held too, the part that is not.
 OPEN = {
-    46: "there is no tuning by preferences yet",
     60: "words that hold nothing but look-alike letters are not told from words of the other script",
     63: "a server is not there yet; names on the command line are held",
     64: "languages are told apart by their commonest words, in 19 of them and in rows of a dozen words or more",

@@ -47,6 +47,12 @@ def test_a_ratio_is_the_median_over_pairs_and_not_the_ratio_of_medians() -> None
         compare("speed", ours, theirs[:2])
 
 
+def test_an_epoch_of_preferences_counts_the_reference_and_the_first_step() -> None:
+    ours = Round(begin_s=10.0, ends_s=(12.0, 16.0), extra={"reference_s": 4.0})
+    theirs = Round(begin_s=0.0, ends_s=(20.0, 35.0))
+    assert MEASURES["epoch_speed"](ours, theirs) == pytest.approx(3.5)
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -130,6 +136,7 @@ def test_the_page_says_what_was_reached_and_what_was_not_built(tmp_path: Path) -
     write_page(tmp_path / "results", tmp_path)
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert f"| sft-lora | {line.text} | at least 2 | **1.500** [1.400, 1.600] | 0.20% | missed |" in page
-    assert "| dpo | DPO LoRA, one epoch, the reference pass counted | at least 3.5 |  |  | not built yet |" in page
+    assert "| dpo | DPO LoRA, one epoch, the reference pass counted | at least 3.5 |  |  | not run |" in page
+    assert "| dpo | DPO LoRA, three epochs | at least 4.5 |  |  | not built yet |" in page
     assert "| sft-lora | headstart, LoRA | 1 | 50 | 60 | 1.00 GB |" in page
     assert (tmp_path / "benchmarks" / "bars.svg").read_text(encoding="utf-8").startswith("<svg xmlns=")
