@@ -65,6 +65,7 @@ def _encoding(value: Any) -> Any:
     return name
 
 
+Fix = Literal["merge_turns", "fold_system"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
@@ -115,8 +116,10 @@ class DataSettings(Section):
     reasoning: Literal["keep", "drop", "untrained"] = Field(
         "keep", description="What an assistant thinks before an answer: learned, left out, or read and not learned."
     )
-    merge_turns: bool = Field(False, description="Join neighbouring turns of one role into one, an empty line between.")
-    fold_system: bool = Field(False, description="Put what a system turn says in front of the user's next turn.")
+    fix: Annotated[tuple[Fix, ...], BeforeValidator(_split_commas)] = Field(
+        (),
+        description="merge_turns: neighbouring turns of one role become one; fold_system: what a system turn says goes in front of the user's next.",
+    )
     control_tokens: Literal["text", "refuse"] = Field(
         "text", description="Control tokens that are spelled in the data: read as text, or refused."
     )
@@ -218,9 +221,6 @@ class EvalSettings(Section):
     guard: NamesOrSwitch = Field(
         ("auto",),
         description="Is what it knew kept? auto scores general text and questions before and after; off, or own files.",
-    )
-    guard_bound: float = Field(
-        0.1, gt=0, description="The part by which the loss on the guard may grow; beyond it a run is worse."
     )
     patience: CountOrOff = Field(
         3, description="Evaluations without a better one after which training stops; 0 is never."
@@ -487,7 +487,6 @@ def _without_effect(config: Config) -> list[Problem]:
         *((f"lora.{name}", settings.method == "full", "`method` is full") for name in LoraSettings.model_fields),
         ("eval.graders", settings.eval.generate == 0, "`eval.generate` is 0, so nothing is answered"),
         ("eval.graders", settings.kind == "unsupervised", "`kind` is unsupervised, so nothing is answered"),
-        ("eval.guard_bound", settings.eval.guard == ("off",), "`eval.guard` is off"),
         ("eval.patience", settings.eval.every == 0, "`eval.every` is 0, so nothing is compared"),
     ]
     return [

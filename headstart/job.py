@@ -318,7 +318,7 @@ def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool
 
 # Settings that are for some tasks alone.
 FOR_TASKS = {
-    **dict.fromkeys(("data.merge_turns", "data.fold_system"), ("chat",)),
+    "data.fix": ("chat",),
     **dict.fromkeys(
         ("data.leaks", "data.redact", "data.control_tokens"), tuple(task for task in TASKS if task != "images")
     ),
@@ -331,7 +331,6 @@ FOR_TASKS = {
     "data.positions": ("causal",),
     "eval.choices": ("chat",),
     "eval.guard": WRITES,
-    "eval.guard_bound": WRITES,
 }
 
 

@@ -550,7 +550,6 @@ class _Session:
             before=before,
             after=after,
             device=self.job.engine.reader.device.type,
-            guard_bound=settings.eval.guard_bound,
         )
         template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))

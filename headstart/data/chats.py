@@ -176,7 +176,7 @@ class _Stored:
             renderer.identity,
             asdict(named_columns(settings)),
             [settings.format, settings.train_on, settings.reasoning, settings.group_by, settings.redact],
-            [settings.merge_turns, settings.fold_system],
+            sorted(settings.fix),
             [max_length, over_length, settings.encoding],
         )
         writing = _Writing(files, settings, renderer, max_length, over_length)
@@ -345,7 +345,7 @@ class _Writing:
 def _formatting(rows: Sequence[Row], settings: DataSettings) -> Formatting:
     named: Named = named_columns(settings)
     how = (settings.train_on, settings.reasoning, settings.group_by, settings.redact)
-    joined = (settings.merge_turns, settings.fold_system)
+    joined = ("merge_turns" in settings.fix, "fold_system" in settings.fix)
     return Formatting(rows, settings.format, named, "auto", *how, *joined)
 
 

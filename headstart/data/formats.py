@@ -587,7 +587,9 @@ class _Tally:
         if self.merged:
             said.append(f"{self.merged:,} rows have two turns of one role in a row, which are joined")
         if self.repeated:
-            said.append(f"{self.repeated:,} rows have two turns of one role in a row (data.merge_turns joins them)")
+            said.append(
+                f"{self.repeated:,} rows have two turns of one role in a row (-s data.fix=merge_turns joins them)"
+            )
         return said
 
 
@@ -828,7 +830,7 @@ def _check_turns(messages: Sequence[Message], where: Where) -> list[Problem]:
         if index and message.role in SYSTEM:
             second = messages[0].role in SYSTEM
             what = f"a {message.role} turn {'behind another' if second else 'that is not the first'}"
-            cure = "join it to the first turn, or to the user's, as -s data.fold_system=true does"
+            cure = "join it to the first turn, or to the user's, as -s data.fix=fold_system does"
             return [Problem("row.role", what, where.field(f"turn[{index}].role"), cure)]
         known.update(call["id"] for call in message.tool_calls)
         if message.role == "tool" and message.tool_call_id and message.tool_call_id not in known:

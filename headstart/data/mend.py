@@ -152,8 +152,8 @@ class Mending:
             settings.train_on,
             settings.reasoning,
             settings.group_by,
-            merge=settings.merge_turns,
-            fold=settings.fold_system,
+            merge="merge_turns" in settings.fix,
+            fold="fold_system" in settings.fix,
         )
 
 

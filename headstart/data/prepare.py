@@ -169,8 +169,8 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
             reasoning=settings.reasoning,
             group_by=settings.group_by,
             redact=settings.redact,
-            merge=settings.merge_turns,
-            fold=settings.fold_system,
+            merge="merge_turns" in settings.fix,
+            fold="fold_system" in settings.fix,
         )
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None

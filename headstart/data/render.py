@@ -339,9 +339,9 @@ class Renderer(Encoder):
 def _joining(messages: Sequence[Message]) -> str:
     """Return which settings would join turns that a template may not know."""
     roles = [message.role for message in messages]
-    help_ = ["-s data.fold_system=true"] * any(role in ("system", "developer") for role in roles)
-    help_ += ["-s data.merge_turns=true"] * any(a == b != "tool" for a, b in itertools.pairwise(roles))
-    return f"; it may help to join them: {' '.join(help_)}" if help_ else ""
+    fixes = ["fold_system"] * any(role in ("system", "developer") for role in roles)
+    fixes += ["merge_turns"] * any(a == b != "tool" for a, b in itertools.pairwise(roles))
+    return f"; it may help to join them: -s data.fix={','.join(fixes)}" if fixes else ""
 
 
 class _TemplateError(Exception):

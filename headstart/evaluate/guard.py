@@ -20,6 +20,7 @@ from headstart.errors import DataError, Problem
 from headstart.evaluate.compare import MIN_ROWS, Interval, Metric, Ratio, compare
 
 GENERAL = {"general text": "texts.jsonl", "general questions": "questions.jsonl"}
+BOUND = 0.1  # the part by which the loss may grow: about that of a model of a third of the size (Kaplan et al., 2020)
 KEPT, LOST, UNCLEAR, FEW = "kept", "lost", "unclear", "too few rows"
 
 

@@ -10,7 +10,7 @@ from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
 from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
-from headstart.evaluate.guard import LOST, compare_guard, guard_result
+from headstart.evaluate.guard import BOUND, LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
 from headstart.report.reasons import NOT_MEASURED, find_reasons
 
@@ -23,7 +23,7 @@ def build_result(
     before: Measured,
     after: Measured,
     device: str,
-    guard_bound: float,
+    guard_bound: float = BOUND,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
 

@@ -653,7 +653,7 @@ CASES = [
         "F",
         lines(turns(user("a"), user("b"), told("c"), told("d"))) + chats(),
         said="1 rows have two turns of one role in a row, which are joined",
-        how={"merge_turns": True},
+        how={"fix": ("merge_turns",)},
         texts=("a\n\nb", "c\n\nd"),
     ),
     Case(
@@ -663,7 +663,7 @@ CASES = [
         chats(turns(user(), {"role": "system", "content": "s"}, told())),
         "row.role",
         ":2:turn[1].role",
-        "-s data.fold_system=true",
+        "-s data.fix=fold_system",
     ),
     Case(
         42,
@@ -671,7 +671,7 @@ CASES = [
         "F",
         lines(turns(SYSTEM, SYSTEM, user("a"), told("b"), SYSTEM, user("c"), told("d"))) + chats(),
         said="1 rows have a system turn, which is put in front of the user's next turn",
-        how={"fold_system": True},
+        how={"fix": ("fold_system",)},
         texts=("s\n\ns\n\na", "b", "s\n\nc", "d"),
         template="gemma",
     ),
@@ -682,7 +682,7 @@ CASES = [
         chats(turns(user(), SYSTEM, told())),
         "row.role",
         ":2:turn[1].role",
-        how={"fold_system": True},
+        how={"fix": ("fold_system",)},
     ),
     Case(
         42,
@@ -700,7 +700,7 @@ CASES = [
         chats(turns({"role": "system", "content": "s"}, user(), told())),
         "row.template",
         ":2",
-        "-s data.fold_system=true",
+        "-s data.fix=fold_system",
         template="gemma",
     ),
     Case(
@@ -1141,8 +1141,8 @@ def test_a_template_may_refuse_two_turns_of_one_role(tmp_path: Path) -> None:
     strict = Renderer(tokenizer, (tokenizer.eos_token_id,))
     (problem,) = prepare(form_sides(settings), settings, strict, MAX_LENGTH, task="chat").problems
     assert (problem.code, problem.where, "one role twice" in problem.what) == ("row.template", f"{path}:2", True)
-    assert problem.cure.endswith("-s data.merge_turns=true")
-    settings = DataSettings(train=(str(path),), merge_turns=True)
+    assert problem.cure.endswith("-s data.fix=merge_turns")
+    settings = DataSettings(train=(str(path),), fix=("merge_turns",))
     assert not prepare(form_sides(settings), settings, strict, MAX_LENGTH, task="chat").problems
 
 

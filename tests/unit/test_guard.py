@@ -98,9 +98,3 @@ def test_own_rows_that_cant_be_guarded_are_named(
     with pytest.raises(HeadstartError) as found:
         build_data(build_config(None, [Override(key, value, "flag") for key, value in sets.items()]))
     assert found.value.problems[0].code == named
-
-
-def test_a_bound_without_a_guard_has_no_effect() -> None:
-    sets = {"eval.guard": "off", "eval.guard_bound": 0.2}
-    with pytest.raises(HeadstartError, match=r"eval\.guard"):
-        build_config(None, [Override(key, value, "flag") for key, value in sets.items()])

@@ -98,7 +98,6 @@ def result(gain: float = 5.0) -> dict[str, Any]:
         before=rows(0),
         after=rows(gain),
         device="cpu",
-        guard_bound=0.1,
     )
 
 
