@@ -193,7 +193,9 @@ class Job:
     def _measure_part(self, renderer: Encoder | Look, task: str, rows: Segmented) -> Sequence[RowResult]:
         tokens = self.config.settings.engine.tokens_per_pack or 1
         how: dict[str, Any] = {"task": task, "tokens_per_pack": tokens}
-        return measure(self.engine.reader, renderer, rows.kept, rows.examples, **how).rows
+        reader = self.engine.reader
+        reader = reader.beside() if isinstance(reader, PreferenceReader) else reader
+        return measure(reader, renderer, rows.kept, rows.examples, **how).rows
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""

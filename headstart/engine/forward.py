@@ -189,6 +189,12 @@ class PreferenceReader(PackReader):
         """Not known of a pack: what an answer is held against may be the answers of all others."""
         raise TypeError("preferences are scored over all rows at once")
 
+    def beside(self) -> PackReader:
+        """Return the same model as a reader of rows that have no answers to compare."""
+        reader = PackReader(self.model, bfloat16=self._bfloat16)
+        reader.kernel = self.kernel
+        return reader
+
 
 class TokenReader(PackReader):
     """A model with a head for tokens (`...ForMaskedLM`, `...ForTokenClassification`): what is told of a token is a target."""
