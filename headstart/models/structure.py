@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,7 @@ def _read_mlp(module: nn.Module) -> GatedMlp | None:
 
 def _read_activation(function: Any) -> str | None:
     """Return which activation a function is: seen from what it gives."""
-    x = torch.linspace(-4, 4, 33)
+    x = torch.linspace(-12, 12, 97)  # as far as clipped ones differ from plain ones
     with torch.no_grad():
         given = function(x)
         return next((name for name in ACTIVATIONS if torch.allclose(activate(x, name), given, atol=1e-6)), None)
@@ -137,19 +137,20 @@ def alike(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def read_post_norm(layer: nn.Module, width: int) -> Iterator[PostNormLayer]:
-    """Yield what a layer of six linear layers and two norms may be, with each activation, heads `width` wide."""
+    """Yield what a layer of six linear layers and two norms may be, of heads `width` wide."""
     linears = _linear_layers(layer)
     parts = [part for part in map(read_linear, linears) if part is not None]
     norms = [m for m in layer.modules() if type(m) is nn.LayerNorm and m.elementwise_affine]
     if len(parts) != len(linears) or len(parts) != 6 or len(norms) != 2:
         return
     heads = _read_heads(parts[:3], parts[3:4], width)
+    activations = _find_activations(layer, linears)
     shapes = [tuple(part.weight.shape) for part in parts]
     inner = shapes[4][0]
     if heads is None or shapes[4] != (inner, shapes[3][0]) or shapes[5] != (shapes[3][0], inner):
         return
     first, second = (LayerNorm(norm.weight, norm.bias, norm.eps) for norm in norms)
-    for activation in ACTIVATIONS:
+    for activation in activations:
         yield PostNormLayer(
             plain=layer.forward,
             adapters=tuple(m for m in layer.modules() if hasattr(m, "lora_A")),
@@ -163,6 +164,21 @@ def read_post_norm(layer: nn.Module, width: int) -> Iterator[PostNormLayer]:
             activation=activation,
             mlp_norm=second,
         )
+
+
+def _find_activations(layer: nn.Module, linears: Sequence[nn.Module]) -> set[str]:
+    """Return the known activations among the modules of a layer that hold nothing and are nothing else that is known."""
+    other = (nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleList)
+    inside = {id(module) for linear in linears for module in linear.modules()}
+    empty = [
+        module
+        for module in layer.modules()
+        if id(module) not in inside
+        and not isinstance(module, other)
+        and not any(True for _ in module.children())
+        and not any(True for _ in module.parameters())
+    ]
+    return {name for module in empty if (name := _read_activation(module))}
 
 
 def _linear_layers(layer: nn.Module) -> list[nn.Module]:
