@@ -12,7 +12,7 @@ import torch
 
 from headstart import machine
 from headstart.choose import EVALS_PER_RUN, Facts, choose, choose_preference
-from headstart.config import TASKS, Config, Settings, setting
+from headstart.config import TASKS, Config, PreferenceSettings, Settings, setting
 from headstart.data.chats import find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
@@ -177,25 +177,25 @@ class Job:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
-    def measure_beside(self, rows: Measured) -> Measured:
+    def measure_beside(self, rows: Measured, tokens_per_pack: int) -> Measured:
         """Score the data sets that are mixed in and the guard, and put their rows behind those of the run's own."""
         template = self.config.settings.data.template
         found = list(rows.rows)
         for mixed in self.data.prepared.mixed:
             renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
-            measured = self._measure_part(renderer, mixed.task, mixed.proof)
+            measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
             found += [replace(row, part=mixed.name) for row in measured]
         for part in self.data.guard:
-            measured = self._measure_part(part.renderer, part.task, part.rows)
+            measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
             found += [replace(row, part=part.name, guard=True) for row in measured]
         return Measured(found, rows.task)
 
-    def _measure_part(self, renderer: Encoder | Look, task: str, rows: Segmented) -> Sequence[RowResult]:
-        tokens = self.config.settings.engine.tokens_per_pack or 1
-        how: dict[str, Any] = {"task": task, "tokens_per_pack": tokens}
+    def _measure_part(
+        self, renderer: Encoder | Look, task: str, rows: Segmented, tokens_per_pack: int
+    ) -> Sequence[RowResult]:
         reader = self.engine.reader
         reader = reader.beside() if isinstance(reader, PreferenceReader) else reader
-        return measure(reader, renderer, rows.kept, rows.examples, **how).rows
+        return measure(reader, renderer, rows.kept, rows.examples, task=task, tokens_per_pack=tokens_per_pack).rows
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
@@ -222,6 +222,7 @@ class Job:
             "epochs": self.new_feed().total / len(prepared.train.examples),
             "lr": settings.optim.lr,
             "schedule": settings.optim.schedule,
+            "objective": _objective_words(settings),
             "row_tokens": self.layout.row_tokens,
             "tokens": self.layout.tokens,
             "targets": self.layout.targets,
@@ -232,6 +233,15 @@ class Job:
             "engine": self.engine_facts,
             **self.estimate.to_json(),
         }
+
+
+def _objective_words(settings: Settings) -> str:
+    """Return how answers are held against each other; nothing where they aren't."""
+    if settings.task != "preference":
+        return ""
+    terms = settings.preference
+    smoothed = f", {terms.label_smoothing:g} smoothed" if terms.label_smoothing else ""
+    return f"{terms.objective}, beta {terms.beta:g}{smoothed}, likelihood of the chosen answer {terms.likelihood:g}"
 
 
 def build_data(config: Config, today: datetime.date | None = None) -> Data:
@@ -332,7 +342,9 @@ FOR_TASKS = {
     "data.template": ("chat", "preference"),
     "data.positions": ("causal",),
     "eval.choices": ("chat",),
+    "eval.generate": ("chat", "preference"),
     "eval.guard": WRITES,
+    **{f"preference.{name}": ("preference",) for name in PreferenceSettings.model_fields},
 }
 
 

@@ -382,13 +382,19 @@ class _Session:
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
-        measured = self.job.measure_beside(self._grade(name, measured))
+        measured = self._measure_beside(self._grade(name, measured))
         if preferred and before is None:
             measured = own_reference(measured)
         reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
+
+    def _measure_beside(self, measured: Measured) -> Measured:
+        rows = [example for part in self.job.data.beside for example in part.examples]
+        if not rows:
+            return measured
+        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens))
 
     def _grade(self, name: str, measured: Measured) -> Measured:
         """Let graders score the answers. Raises RunError where they aren't those that scored before."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data.columns import RowError, fill, is_flag, take_number, template_columns
+from headstart.data.feed import content_hash
 from headstart.data.read import Row, Where
 from headstart.data.records import Conversation, Message, Preference
 from headstart.data.render import Renderer
@@ -178,6 +178,9 @@ def _ranked(row: Row) -> Sides:
         count = len(values) if isinstance(values, list) else "no list of"
         what = f"{len(answers)} answers and {count} {key}"
         raise RowError(Problem("row.pair", what, row.where.field(beside or name), "one for each answer"))
+    if len(answers) < 2:
+        what = f"{len(answers)} answers, of which none can be better than another"
+        raise RowError(Problem("row.pair", what, row.where.field(name), "two answers or more; or delete the row"))
     places = [f"{beside}[{n}]" if beside else f"{name}[{n}].{key}" for n in range(len(answers))]
     numbers = [take_number(value, row.where.field(place)) for value, place in zip(values, places, strict=True)]
     scores = [-number for number in numbers] if key in RANKS else numbers
@@ -377,17 +380,22 @@ def label_of(scores: Sequence[float]) -> NDArray[np.float64]:
 def _unpair(result: Segmented, renderer: Renderer, max_length: int) -> None:
     """Score answers as wanted or not, and put behind those of each row an answer to the prompt of another row.
 
-    Rows are taken in the order of the hashes of their prompts, and each has the first answer of the one before it, if that
-    fits: so the partner is the same however rows are shuffled.
+    Rows are taken in the order of their hashes, and each has an answer, wanted or not, of the nearest before it that asks
+    something else, if that fits: so the partner is the same however rows are shuffled.
     """
     rows: list[Preference] = result.kept
-    order = sorted(range(len(rows)), key=lambda n: (rows[n].content, n))
+    hashes = [content_hash(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda n: (hashes[n], n))
     strangers: dict[int, Conversation] = {}
-    for before, number in pairwise([*order[-1:], *order]):
-        if rows[before].prompt != rows[number].prompt:
-            strangers[number] = Conversation(
-                rows[number].where, (*rows[number].prompt, rows[before].answers[0]), rows[number].tools
-            )
+    if len({row.asked.content for row in rows}) < 2:
+        order = []  # nobody asks anything else
+    for place, number in enumerate(order):
+        own = rows[number]
+        others = (rows[order[place - back]] for back in range(1, len(order)))
+        other = next((row for row in others if row.prompt != own.prompt), None)
+        if other is not None:
+            answer = other.answers[int(hashes[number][:8], 16) % len(other.answers)]
+            strangers[number] = Conversation(own.where, (*own.prompt, answer), own.tools)
     outcomes = [o for part in encode_rows([list(strangers.values())], renderer, max_length=max_length) for o in part]
     segments: dict[int, Segment] = {
         n: o.example.segments[-1] for n, o in zip(strangers, outcomes, strict=True) if o.example

@@ -45,7 +45,7 @@ PRIMARY = {
     "tagging": ("entity_f1", "tag_accuracy"),
     "embedding": ("spearman", "recall_at_1"),
     "images": ("accuracy",),
-    "preference": ("preference_accuracy", "likelier"),
+    "preference": ("preference_accuracy", "likelier", "wanted_auroc"),
 }
 PER_TOKEN = ("nll", "perplexity")
 LABELS = {
@@ -71,6 +71,7 @@ LABELS = {
     "mrr": "mean reciprocal rank",
     "preference_accuracy": "preference accuracy",
     "likelier": "chosen is likelier, per token",
+    "wanted_auroc": "wanted likelier than not (AUROC)",
     "margin": "chosen over rejected, nats",
     "chosen_logprob": "log-probability of chosen",
     "rejected_logprob": "log-probability of rejected",

@@ -141,14 +141,16 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         metrics["margin"] = _mean(np.array([margin.mean() for margin in margins]))
     elif lone.all() and len({s[0] for s in scores}) == 2:
         wanted = np.array([float(s[0] > 0.5) for s in scores])
-        metrics["likelier"] = Rank(wanted, np.array([rate[0] for rate in rates]), "auroc")
+        metrics["wanted_auroc"] = Rank(wanted, np.array([rate[0] for rate in rates]), "auroc")
     best = [s >= (0.5 if len(s) == 1 else s.max()) for s in scores]
     for name, chosen in (("chosen_logprob", best), ("rejected_logprob", [~b for b in best])):
         counts = np.array([float(c.sum()) for c in chosen])
         means = np.array([f[c, 0].mean() if c.any() else 0.0 for f, c in zip(found, chosen, strict=True)])
         if counts.any():
+            # Over the rows that have such an answer: of votes a draw might else hold none, and tell nothing.
+            some = means[counts > 0]
             worse = name == "rejected_logprob"
-            metrics[name] = Ratio(means, (counts > 0).astype(float), lower_is_better=worse, decides=False)
+            metrics[name] = Ratio(some, np.ones(len(some)), lower_is_better=worse, decides=False)
     answered = [row for row in rows if row.answer is not None]
     return {**metrics, **(_answer_metrics(answered) if answered else {})}
 

@@ -166,6 +166,7 @@ def tag_rows(
     found: list[tuple[Ints, Floats]] = [(np.zeros(0, np.int64), np.zeros(0))] * len(examples)
     packs = reader.build_packs([_at_every_word(example) for example in examples], tokens_per_pack)
     for done, pack in enumerate(packs, 1):
+        reach("evaluation.pack")
         probabilities = softmax(reader.forward_logits(pack).double().numpy())[pack.target_sources]
         best = probabilities.argmax(-1)
         for row in np.unique(pack.target_rows):
@@ -194,6 +195,7 @@ def embed_rows(
     packs = reader.build_packs(examples, tokens_per_pack)
     found: Floats | None = None
     for done, pack in enumerate(packs, 1):
+        reach("evaluation.pack")
         values = reader.forward(pack).double().numpy()
         found = np.zeros((begins[-1], values.shape[1])) if found is None else found
         found[begins[pack.segment_rows] + pack.segment_numbers] = values

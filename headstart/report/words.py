@@ -189,6 +189,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             "steps",
             f"{plan['steps']:,} of {plan['batch_size']} rows ({plan['epochs']:g} epochs), lr {plan['lr']:g} {plan['schedule']}",
         ),
+        *([("objective", plan["objective"])] if plan.get("objective") else []),
         ("tokens", f"{plan['row_tokens']:,}" + f", {plan['targets']:,} trained" * bool(plan["targets"]) + saved),
         ("packs", packs),
         ("engine", plan["engine"]),

@@ -125,6 +125,8 @@ SIDE = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "What?"}
 @pytest.mark.parametrize(
     ("row", "code", "place", "said"),
     [
+        ({"prompt": "Hi?", "responses": [], "scores": []}, "row.pair", "f:2:responses", "0 answers"),
+        ({"prompt": "Hi?", "responses": ["a"], "ranks": [1]}, "row.pair", "f:2:responses", "1 answers"),
         ({**SIDE, "rejected": None}, "row.pair", "f:2:rejected", "missing"),
         ({"prompt": "Hi?", "chosen": "Hello."}, "row.pair", "f:2:rejected", "missing"),
         ({**SIDE, "rejected": " Hello.\n"}, "row.pair", "f:2:rejected", "equal"),
@@ -353,7 +355,7 @@ class Scored:
 
 def values(rows: list[Scored]) -> dict[str, float]:
     metrics = task_metrics("preference", rows)
-    return {name: float(metric.over(np.arange(len(rows))[None])[0]) for name, metric in metrics.items()}
+    return {name: float(metric.over(np.arange(len(metric))[None])[0]) for name, metric in metrics.items()}
 
 
 def test_accuracy_is_who_gained_more_and_likelier_needs_no_reference() -> None:
@@ -374,7 +376,7 @@ def test_accuracy_is_who_gained_more_and_likelier_needs_no_reference() -> None:
     assert [name for name, does in decides.items() if not does] == ["chosen_logprob", "rejected_logprob"]
     lone = [Scored([1.0], [(-2.0, 2, -3.0)]), Scored([0.0], [(-6.0, 2, -5.0)]), Scored([0.0], [(-1.0, 2, -2.0)])]
     assert values(lone)["preference_accuracy"] == pytest.approx(2 / 3)
-    assert values(lone)["likelier"] == 0.5  # above one unwanted answer, below the other
+    assert values(lone)["wanted_auroc"] == 0.5  # above one unwanted answer, below the other
 
 
 # --- settings ---
