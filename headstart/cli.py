@@ -462,7 +462,7 @@ def _parse_sets(sets: list[str] | None) -> list[Override]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(Problem("usage.flag", f"no value in {text!r}", "-s", "-s key=value"))
-        if key.strip() in ("data.prompt", "data.completion", "data.text", "data.text_pair"):
+        if key.strip() in ("data.prompt", "data.completion", "data.rejected", "data.text", "data.text_pair"):
             value = value.replace("\\n", "\n")  # in a template typed on a command line it means a line break
         overrides.append(Override(key.strip(), value, f"-s {key.strip()}"))
     return overrides

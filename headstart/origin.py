@@ -104,6 +104,7 @@ def pins(data: Data) -> dict[str, Any]:
     }
     if settings.eval.guard not in (("auto",), ("off",)):
         found["eval.guard"] = [pin(name) for name in settings.eval.guard]
+    found["eval.graders"] = [pin(name) for name in settings.eval.graders]
     found["data.mix"] = [f"{pin(part.name)}={part.weight!r}" for part in read_mix(settings.data.mix)]
     if source.kind == "hub":
         found["model"] = f"{source.name.partition('@')[0]}@{source.revision}"

@@ -49,6 +49,9 @@ from headstart.run import find_run
 
 Names = str | Path | Sequence[str | Path]
 READING = (
+    "encoding",
+    "fix",
+    "control_tokens",
     "format",
     "prompt",
     "completion",
