@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -392,6 +393,47 @@ def test_an_endpoint_that_stumbles_is_asked_again_and_one_that_refuses_is_an_err
     Judge.replies[:] = [(500, {})] * 4
     with pytest.raises(ModelError, match="HTTP 500"):
         score(judge(endpoint), "a")
+
+
+@pytest.mark.parametrize("key", ["s3cret\r", "s3cret\n", " s3cret", "s3 cret", "s3cret\u2013"])
+def test_a_key_that_no_header_can_hold_is_refused_unnamed(
+    endpoint: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    for begin in (lambda: score(judge(endpoint), "a"), lambda: check_graders([build_grader(judge(endpoint))], [])):
+        with pytest.raises(ModelError, match="holds white space") as caught:
+            begin()
+        assert "s3" not in str(caught.value)
+    assert not Judge.asked
+
+
+def test_no_part_of_an_echoed_key_is_shown(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "k" * 40)
+    for before in range(asking.SAID - 60, asking.SAID):  # wherever what is shown ends
+        Judge.replies[:] = [(401, "." * before + "k" * 40)]
+        with pytest.raises(ModelError) as caught:
+            score(judge(endpoint), "a")
+        assert "kk" not in str(caught.value)
+
+
+def test_a_refusal_is_a_row_without_a_grade(endpoint: str) -> None:
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I can't give it a 1, which would be good."}}]}
+    Judge.replies[:] = [(200, refusal), '{"result": 1}']
+    assert [g.score for g in grades(judge(endpoint), "a", "b")] == [None, 1]
+    Judge.replies[:] = [(200, refusal)]
+    form = judge(endpoint, "label_model", labels=["good", "bad"], passing_labels=["good"])
+    assert grades(form, "a")[0].score is None
+    assert len(Judge.asked) == 3
+
+
+def test_an_answer_that_cannot_be_read_is_an_error(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any) -> bytes:
+        raise http.client.IncompleteRead(b"half")
+
+    for post in (cut, lambda *_: b"[" * 200_000):
+        monkeypatch.setattr(asking, "_post", post)
+        with pytest.raises(ModelError, match="got no grade"):
+            score(judge(endpoint), "a")
 
 
 def test_offline_forbids_other_machines_and_a_key_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
