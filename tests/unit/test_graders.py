@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import platform
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -148,6 +150,29 @@ def test_json_is_valid_where_it_fits_the_schema() -> None:
         grades({**form, "schema": {"type": "objekt"}}, "{}")
 
 
+@pytest.mark.parametrize("ref", ["http://127.0.0.1:9/schema", "other.json", "#/$defs/missing", "#/listed"])
+@pytest.mark.parametrize("place", ["items", "properties", "$defs"])
+def test_a_schema_that_refers_elsewhere_is_an_error_and_nothing_is_fetched(ref: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    pytest.importorskip("jsonschema")
+    asked: list[Any] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **_: asked.append(given))
+    inner = {"$ref": ref} if place == "items" else {"$ref": {"$ref": ref}}  # a property of that name too
+    form = {"type": "json_schema", "input": "x", "schema": {"listed": [], place: inner}}
+    with pytest.raises(UsageError, match="refers to what|is none") as caught:
+        check_graders([build_grader({"name": "g", **form})], [])
+    assert (caught.value.problems[0].code, asked) == ("grader.form", [])
+
+
+def test_a_schema_may_refer_to_itself_and_to_its_draft() -> None:
+    pytest.importorskip("jsonschema")
+    form = {"type": "json_schema", "input": "{{sample.output_text}}"}
+    tree = {"type": "object", "additionalProperties": {"$ref": "#"}, "properties": {"$ref": {"type": "object"}}}
+    assert [g.score for g in grades({**form, "schema": tree}, '{"a": {"b": {}}}', '{"a": {"b": 1}}')] == [1, 0]
+    draft = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    assert [g.score for g in grades({**form, "schema": draft}, '{"type": "object"}', '{"type": "objekt"}')] == [1, 0]
+    assert "without end" in grades({**form, "schema": {"$ref": "#"}}, "1")[0].why
+
+
 # --- templates and forms ---
 
 
@@ -278,9 +303,12 @@ def test_a_source_that_cannot_be_run_is_an_error() -> None:
         grades({"type": "python", "source": "import nothere\ndef grade(sample, item): return 1"}, "x")
 
 
-@pytest.mark.skipif(
-    "__import__('platform').machine() not in ('x86_64', 'aarch64') or __import__('sys').platform != 'linux'"
+filtered = pytest.mark.skipif(
+    platform.machine() not in REFUSED or sys.platform != "linux", reason="no filter of system calls here"
 )
+
+
+@filtered
 def test_a_python_grader_reaches_no_network_no_process_and_changes_no_file(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("as it was")
@@ -305,7 +333,38 @@ def test_a_python_grader_reaches_no_network_no_process_and_changes_no_file(tmp_p
     assert {name: (g.score, g.why.split(":")[0]) for name, g in found.items()} == dict.fromkeys(tries, (None, "PermissionError"))  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert kept.read_text() == "as it was"
-    assert len(REFUSED["x86_64"]) == len(set(REFUSED["x86_64"]))
+    assert all(len(numbers) == len(set(numbers)) for numbers in REFUSED.values())
+
+
+@filtered
+def test_a_python_grader_changes_nothing_of_another_process() -> None:
+    calls = {
+        "shm": (29, 194), "sem": (64, 190), "msg": (68, 186), "message": (240, 180), "key": (248, 217),
+        "keyctl": (250, 219), "io": (251, 30), "group": (109, 154), "scheduler": (144, 119), "pages": (279, 239),
+        "pidfd": (434, 434), "memory": (310, 270), "ptrace": (101, 117),
+    }  # fmt: skip
+    call = "import ctypes, os; e = ctypes.CDLL(None, use_errno=True); r = e.syscall({}, 0, 0, 0, 0, 0); n = ctypes.get_errno(); assert r == -1; raise OSError(n, '')"
+    tries = {name: call.format(numbers[platform.machine() == "aarch64"]) for name, numbers in calls.items()} | {
+        "limit": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+        "priority": "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+        "cores": "import os; os.sched_setaffinity(os.getppid(), {0})",
+        "owner": "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
+        "owner of another kind": "import fcntl, os; fcntl.fcntl(0, 15, bytes(8))",
+        "typing": "import fcntl; fcntl.ioctl(0, 0x5412, b'x')",
+    }
+    source = "exec(item[sample['output_text']]); return 1"
+    found = dict(zip(tries, grades(python(source), *tries, **tries), strict=True))
+    assert {name: (g.score, g.why.split(":")[0]) for name, g in found.items()} == dict.fromkeys(tries, (None, "PermissionError"))  # fmt: skip
+    own = "import fcntl, resource; fcntl.fcntl(0, fcntl.F_GETFD); resource.prlimit(0, resource.RLIMIT_NOFILE)"
+    assert score(python(f"{own}; return 1"), "x") == 1
+
+
+@filtered
+@pytest.mark.skipif("__import__('ctypes').CDLL(None).syscall(444, None, 0, 1) < 1", reason="no Landlock here")
+def test_a_python_grader_reads_no_environment_of_another_process() -> None:
+    source = "import os; return len(open(f'/proc/{os.%s()}/environ', 'rb').read()) > 0"
+    assert score(python(source % "getpid"), "x") == 1
+    assert grades(python(source % "getppid"), "x")[0].why.startswith("PermissionError")
 
 
 # --- models ---
@@ -362,11 +421,11 @@ def judge(endpoint: str, kind: str = "score_model", **more: Any) -> dict[str, An
 
 
 def test_a_model_scores_within_its_range(endpoint: str) -> None:
-    said = ['{"result": 4}', "```json\n{\"result\": 2.5}\n```", "I'd say 3", '{"result": 6}', "between 2 and 3", '{"result": true}']  # fmt: skip
+    said = ['{"result": 4}', "```json\n{\"result\": 2.5}\n```", "I'd say 3", '{"result": 6}', "between 2 and 3", '{"result": true}', '{"result": %s}' % ("9" * 400)]  # fmt: skip
     Judge.replies[:] = [*said]
     form = judge(endpoint, range=[1, 5], sampling_params={"temperature": 0, "max_completions_tokens": 9})
-    found = grades(form, *"abcdef")
-    assert [g.score for g in found] == [4, 2.5, 3, None, None, None]
+    found = grades(form, *"abcdefg")
+    assert [g.score for g in found] == [4, 2.5, 3, None, None, None, None]
     assert "isn't from 1 to 5" in found[3].why
     path, key, body = Judge.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer s3cret")
