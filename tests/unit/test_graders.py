@@ -158,7 +158,7 @@ def test_a_schema_that_refers_elsewhere_is_an_error_and_nothing_is_fetched(ref: 
     monkeypatch.setattr("urllib.request.urlopen", lambda *given, **_: asked.append(given))
     inner = {"$ref": ref} if place == "items" else {"$ref": {"$ref": ref}}  # a property of that name too
     form = {"type": "json_schema", "input": "x", "schema": {"listed": [], place: inner}}
-    with pytest.raises(UsageError, match="refers to what|is none") as caught:
+    with pytest.raises(UsageError, match=r"refers to what|is none") as caught:
         check_graders([build_grader({"name": "g", **form})], [])
     assert (caught.value.problems[0].code, asked) == ("grader.form", [])
 
