@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from headstart.evaluate.graders.rows import Grading, pair_grades, ungraded
 from headstart.evaluate.graders.texts import SIMILARITIES, last_number, words
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import common_subsequence
+from headstart.evaluate.predictions import Predictions
 
 TEXT, REFERENCE = "A cat sat on the mat.", "A cat sat on one mat."
 PAIR = {"input": "{{sample.output_text}}", "reference": "{{item.answer}}"}
@@ -296,6 +298,25 @@ def test_a_python_grader_that_fails_is_not_graded_and_the_next_row_is() -> None:
     found = grades(python(source, time_limit_s=2), "raise", "slow", "big", "end", "loud", "nan", "ok")
     assert [g.score for g in found] == [None] * 6 + [1]
     assert [g.why.split(":")[0] for g in found[:4]] == ["ValueError", "it took more than 2 s", "it needs more memory than it may have", "its process ended by itself, most likely for want of memory"]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", ["5", '"x"', "[]", "{}", '{"score": "x"}', '{"score": NaN}', '{"score": 1%s}' % ("0" * 400), "[" * 9000])  # fmt: skip
+def test_what_a_python_grader_writes_in_place_of_its_answer_is_no_grade(written: str) -> None:
+    source = """import os
+    for handle in range(3, 9):
+        try: os.write(handle, item["written"].encode() + b"\\n")
+        except OSError: pass
+    while True: pass"""
+    assert grades(python(source), "a", written=written) == [Grade(None, "its process wrote what is no answer")]
+
+
+def test_half_a_surrogate_is_kept_spelled(tmp_path: Path) -> None:
+    graded = grades(python("raise ValueError(sample['output_text'])"), "\ud800")
+    assert graded == [Grade(None, "ValueError: \\ud800")]
+    kept = Predictions.open(tmp_path / "kept", {})
+    kept.write(0, [row(1, "x", g=1.0)], {"a:1": {"unused": "\ud800é"}})
+    kept.finish(1, {})
+    assert json.loads(pq.read_table(kept.predictions_file)["item"][0].as_py()) == {"unused": "\ud800é"}
 
 
 def test_a_source_that_cannot_be_run_is_an_error() -> None:
