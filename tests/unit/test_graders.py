@@ -134,6 +134,20 @@ def test_numbers_are_compared_within_their_tolerance() -> None:
         "2.5e-3": 0.0025,
         "v1.2.3b": None,
         "none": None,
+        "5kg": 5,
+        "at 7pm": 7,
+        "-1.5e2V": -150,
+        "1,2,3": 3,
+        "12,5": 5,
+        "1,234,567": 1234567,
+        "1,2345": 2345,
+        "1234,567": 567,
+        ".5": 0.5,
+        "it is -.5.": -0.5,
+        "1.2.3": None,
+        "1.234.567": None,
+        "B12": None,
+        "5, or 6.": 6,
     }
     assert {text: last_number(text) for text in said} == said
     form = {"type": "numeric", "tolerance": 0.5, **PAIR}
