@@ -78,7 +78,8 @@ class Predictions:
         names = dict.fromkeys(name for row in rows for name in row.grades)
         columns: dict[str, pa.Array] = {name: pa.array(_column(name, rows), kind) for name, kind in TYPES.items()}
         columns |= {GRADE + n: pa.array([row.grades.get(n) for row in rows], pa.float64()) for n in names}
-        as_json = [json.dumps(items.get(row.where, {}), ensure_ascii=False, default=str) for row in rows]
+        # In ASCII: a row may hold half a surrogate, which is no UTF-8.
+        as_json = [json.dumps(items.get(row.where, {}), default=str) for row in rows]
         columns["item"] = pa.array(as_json, pa.string())
         columns["batch"] = pa.array([number] * len(rows), pa.int64())
         _write(self._part(number), pa.table(columns))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
+import platform
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +31,7 @@ from headstart.evaluate.graders.rows import Grading, pair_grades, ungraded
 from headstart.evaluate.graders.texts import SIMILARITIES, last_number, words
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import common_subsequence
+from headstart.evaluate.predictions import Predictions
 
 TEXT, REFERENCE = "A cat sat on the mat.", "A cat sat on one mat."
 PAIR = {"input": "{{sample.output_text}}", "reference": "{{item.answer}}"}
@@ -129,6 +134,20 @@ def test_numbers_are_compared_within_their_tolerance() -> None:
         "2.5e-3": 0.0025,
         "v1.2.3b": None,
         "none": None,
+        "5kg": 5,
+        "at 7pm": 7,
+        "-1.5e2V": -150,
+        "1,2,3": 3,
+        "12,5": 5,
+        "1,234,567": 1234567,
+        "1,2345": 2345,
+        "1234,567": 567,
+        ".5": 0.5,
+        "it is -.5.": -0.5,
+        "1.2.3": None,
+        "1.234.567": None,
+        "B12": None,
+        "5, or 6.": 6,
     }
     assert {text: last_number(text) for text in said} == said
     form = {"type": "numeric", "tolerance": 0.5, **PAIR}
@@ -145,6 +164,29 @@ def test_json_is_valid_where_it_fits_the_schema() -> None:
     assert [g.score for g in grades(form, *answers)] == [1, 0, 0, 0, 0, 0]
     with pytest.raises(UsageError, match="the schema is none"):
         grades({**form, "schema": {"type": "objekt"}}, "{}")
+
+
+@pytest.mark.parametrize("ref", ["http://127.0.0.1:9/schema", "other.json", "#/$defs/missing", "#/listed"])
+@pytest.mark.parametrize("place", ["items", "properties", "$defs"])
+def test_a_schema_that_refers_elsewhere_is_an_error_and_nothing_is_fetched(ref: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    pytest.importorskip("jsonschema")
+    asked: list[Any] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **_: asked.append(given))
+    inner = {"$ref": ref} if place == "items" else {"$ref": {"$ref": ref}}  # a property of that name too
+    form = {"type": "json_schema", "input": "x", "schema": {"listed": [], place: inner}}
+    with pytest.raises(UsageError, match=r"refers to what|is none") as caught:
+        check_graders([build_grader({"name": "g", **form})], [])
+    assert (caught.value.problems[0].code, asked) == ("grader.form", [])
+
+
+def test_a_schema_may_refer_to_itself_and_to_its_draft() -> None:
+    pytest.importorskip("jsonschema")
+    form = {"type": "json_schema", "input": "{{sample.output_text}}"}
+    tree = {"type": "object", "additionalProperties": {"$ref": "#"}, "properties": {"$ref": {"type": "object"}}}
+    assert [g.score for g in grades({**form, "schema": tree}, '{"a": {"b": {}}}', '{"a": {"b": 1}}')] == [1, 0]
+    draft = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    assert [g.score for g in grades({**form, "schema": draft}, '{"type": "object"}', '{"type": "objekt"}')] == [1, 0]
+    assert "without end" in grades({**form, "schema": {"$ref": "#"}}, "1")[0].why
 
 
 # --- templates and forms ---
@@ -272,14 +314,36 @@ def test_a_python_grader_that_fails_is_not_graded_and_the_next_row_is() -> None:
     assert [g.why.split(":")[0] for g in found[:4]] == ["ValueError", "it took more than 2 s", "it needs more memory than it may have", "its process ended by itself, most likely for want of memory"]  # fmt: skip
 
 
+@pytest.mark.parametrize("written", ["5", '"x"', "[]", "{}", '{"score": "x"}', '{"score": NaN}', '{"score": 1%s}' % ("0" * 400), "[" * 9000])  # fmt: skip
+def test_what_a_python_grader_writes_in_place_of_its_answer_is_no_grade(written: str) -> None:
+    source = """import os
+    for handle in range(3, 9):
+        try: os.write(handle, item["written"].encode() + b"\\n")
+        except OSError: pass
+    while True: pass"""
+    assert grades(python(source), "a", written=written) == [Grade(None, "its process wrote what is no answer")]
+
+
+def test_half_a_surrogate_is_kept_spelled(tmp_path: Path) -> None:
+    graded = grades(python("raise ValueError(sample['output_text'])"), "\ud800")
+    assert graded == [Grade(None, "ValueError: \\ud800")]
+    kept = Predictions.open(tmp_path / "kept", {})
+    kept.write(0, [row(1, "x", g=1.0)], {"a:1": {"unused": "\ud800é"}})
+    kept.finish(1, {})
+    assert json.loads(pq.read_table(kept.predictions_file)["item"][0].as_py()) == {"unused": "\ud800é"}
+
+
 def test_a_source_that_cannot_be_run_is_an_error() -> None:
     with pytest.raises(UsageError, match="No module named 'nothere'"):
         grades({"type": "python", "source": "import nothere\ndef grade(sample, item): return 1"}, "x")
 
 
-@pytest.mark.skipif(
-    "__import__('platform').machine() not in ('x86_64', 'aarch64') or __import__('sys').platform != 'linux'"
+filtered = pytest.mark.skipif(
+    platform.machine() not in REFUSED or sys.platform != "linux", reason="no filter of system calls here"
 )
+
+
+@filtered
 def test_a_python_grader_reaches_no_network_no_process_and_changes_no_file(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("as it was")
@@ -304,7 +368,38 @@ def test_a_python_grader_reaches_no_network_no_process_and_changes_no_file(tmp_p
     assert {name: (g.score, g.why.split(":")[0]) for name, g in found.items()} == dict.fromkeys(tries, (None, "PermissionError"))  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert kept.read_text() == "as it was"
-    assert len(REFUSED["x86_64"]) == len(set(REFUSED["x86_64"]))
+    assert all(len(numbers) == len(set(numbers)) for numbers in REFUSED.values())
+
+
+@filtered
+def test_a_python_grader_changes_nothing_of_another_process() -> None:
+    calls = {
+        "shm": (29, 194), "sem": (64, 190), "msg": (68, 186), "message": (240, 180), "key": (248, 217),
+        "keyctl": (250, 219), "io": (251, 30), "group": (109, 154), "scheduler": (144, 119), "pages": (279, 239),
+        "pidfd": (434, 434), "memory": (310, 270), "ptrace": (101, 117),
+    }  # fmt: skip
+    call = "import ctypes, os; e = ctypes.CDLL(None, use_errno=True); r = e.syscall({}, 0, 0, 0, 0, 0); n = ctypes.get_errno(); assert r == -1; raise OSError(n, '')"
+    tries = {name: call.format(numbers[platform.machine() == "aarch64"]) for name, numbers in calls.items()} | {
+        "limit": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+        "priority": "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+        "cores": "import os; os.sched_setaffinity(os.getppid(), {0})",
+        "owner": "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
+        "owner of another kind": "import fcntl, os; fcntl.fcntl(0, 15, bytes(8))",
+        "typing": "import fcntl; fcntl.ioctl(0, 0x5412, b'x')",
+    }
+    source = "exec(item[sample['output_text']]); return 1"
+    found = dict(zip(tries, grades(python(source), *tries, **tries), strict=True))
+    assert {name: (g.score, g.why.split(":")[0]) for name, g in found.items()} == dict.fromkeys(tries, (None, "PermissionError"))  # fmt: skip
+    own = "import fcntl, resource; fcntl.fcntl(0, fcntl.F_GETFD); resource.prlimit(0, resource.RLIMIT_NOFILE)"
+    assert score(python(f"{own}; return 1"), "x") == 1
+
+
+@filtered
+@pytest.mark.skipif("__import__('ctypes').CDLL(None).syscall(444, None, 0, 1) < 1", reason="no Landlock here")
+def test_a_python_grader_reads_no_environment_of_another_process() -> None:
+    source = "import os; return len(open(f'/proc/{os.%s()}/environ', 'rb').read()) > 0"
+    assert score(python(source % "getpid"), "x") == 1
+    assert grades(python(source % "getppid"), "x")[0].why.startswith("PermissionError")
 
 
 # --- models ---
@@ -361,11 +456,11 @@ def judge(endpoint: str, kind: str = "score_model", **more: Any) -> dict[str, An
 
 
 def test_a_model_scores_within_its_range(endpoint: str) -> None:
-    said = ['{"result": 4}', "```json\n{\"result\": 2.5}\n```", "I'd say 3", '{"result": 6}', "between 2 and 3", '{"result": true}']  # fmt: skip
+    said = ['{"result": 4}', "```json\n{\"result\": 2.5}\n```", "I'd say 3", '{"result": 6}', "between 2 and 3", '{"result": true}', '{"result": %s}' % ("9" * 400)]  # fmt: skip
     Judge.replies[:] = [*said]
     form = judge(endpoint, range=[1, 5], sampling_params={"temperature": 0, "max_completions_tokens": 9})
-    found = grades(form, *"abcdef")
-    assert [g.score for g in found] == [4, 2.5, 3, None, None, None]
+    found = grades(form, *"abcdefg")
+    assert [g.score for g in found] == [4, 2.5, 3, None, None, None, None]
     assert "isn't from 1 to 5" in found[3].why
     path, key, body = Judge.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer s3cret")
@@ -392,6 +487,47 @@ def test_an_endpoint_that_stumbles_is_asked_again_and_one_that_refuses_is_an_err
     Judge.replies[:] = [(500, {})] * 4
     with pytest.raises(ModelError, match="HTTP 500"):
         score(judge(endpoint), "a")
+
+
+@pytest.mark.parametrize("key", ["s3cret\r", "s3cret\n", " s3cret", "s3 cret", "s3cret\u2013"])
+def test_a_key_that_no_header_can_hold_is_refused_unnamed(
+    endpoint: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    for begin in (lambda: score(judge(endpoint), "a"), lambda: check_graders([build_grader(judge(endpoint))], [])):
+        with pytest.raises(ModelError, match="holds white space") as caught:
+            begin()
+        assert "s3" not in str(caught.value)
+    assert not Judge.asked
+
+
+def test_no_part_of_an_echoed_key_is_shown(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "k" * 40)
+    for before in range(asking.SAID - 60, asking.SAID):  # wherever what is shown ends
+        Judge.replies[:] = [(401, "." * before + "k" * 40)]
+        with pytest.raises(ModelError) as caught:
+            score(judge(endpoint), "a")
+        assert "kk" not in str(caught.value)
+
+
+def test_a_refusal_is_a_row_without_a_grade(endpoint: str) -> None:
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I can't give it a 1, which would be good."}}]}
+    Judge.replies[:] = [(200, refusal), '{"result": 1}']
+    assert [g.score for g in grades(judge(endpoint), "a", "b")] == [None, 1]
+    Judge.replies[:] = [(200, refusal)]
+    form = judge(endpoint, "label_model", labels=["good", "bad"], passing_labels=["good"])
+    assert grades(form, "a")[0].score is None
+    assert len(Judge.asked) == 3
+
+
+def test_an_answer_that_cannot_be_read_is_an_error(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any) -> bytes:
+        raise http.client.IncompleteRead(b"half")
+
+    for post in (cut, lambda *_: b"[" * 200_000):
+        monkeypatch.setattr(asking, "_post", post)
+        with pytest.raises(ModelError, match="got no grade"):
+            score(judge(endpoint), "a")
 
 
 def test_offline_forbids_other_machines_and_a_key_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -40,6 +42,8 @@ TOKENS = 64  # of a local model's answer, where the grader says nothing
 PACK_TOKENS = 2048
 LOCAL = ("localhost", "127.0.0.1", "::1")
 AGAIN = (408, 409, 429, 500, 502, 503, 504)  # what may go well later
+SAID = 300  # characters of a refusal that are shown
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, http.client.HTTPException)
 
 
 def ask(grader: ModelGrader, chats: Sequence[Chat], schema: Mapping[str, Any]) -> list[str]:
@@ -55,15 +59,26 @@ def ask(grader: ModelGrader, chats: Sequence[Chat], schema: Mapping[str, Any]) -
 
 
 def check_endpoint(grader: ModelGrader) -> str:
-    """Return the address that is asked. Raises ModelError where the network is forbidden or the key isn't there."""
+    """Return the address that is asked.
+
+    Raises ModelError where the network is forbidden, or the key isn't there or can't be sent in a header.
+    """
     endpoint = grader.endpoint or ""
     if machine.offline() and urllib.parse.urlsplit(endpoint).hostname not in LOCAL:
         cure = "unset HEADSTART_OFFLINE, or name an endpoint on this machine"
         raise ModelError(Problem("model.offline", f"{grader.name} asks {endpoint}", grader.name, cure))
-    if grader.api_key_env and not os.environ.get(grader.api_key_env):
+    if grader.api_key_env and not _key(grader):
         what = f"the key of {grader.name} isn't in the environment"
         raise ModelError(Problem("grader.endpoint", what, grader.name, f"export {grader.api_key_env}=..."))
+    if not re.fullmatch(r"[!-~]*", _key(grader)):
+        what = f"the key of {grader.name} holds white space, a line's end or a letter beyond ASCII"
+        cure = f"export {grader.api_key_env}=... without it (a file of Windows ends its lines with a character more)"
+        raise ModelError(Problem("grader.endpoint", what, grader.name, cure))
     return f"{endpoint.rstrip('/')}/chat/completions"
+
+
+def _key(grader: ModelGrader) -> str:
+    return os.environ.get(grader.api_key_env, "") if grader.api_key_env else ""
 
 
 def _ask_endpoint(grader: ModelGrader, url: str, chat: Chat, schema: Mapping[str, Any]) -> str:
@@ -72,21 +87,21 @@ def _ask_endpoint(grader: ModelGrader, url: str, chat: Chat, schema: Mapping[str
     if (tokens := sampling.pop("max_completions_tokens", None)) is not None:
         sampling["max_completion_tokens"] = tokens
     body = {"model": grader.model, "messages": list(chat), "response_format": form, **sampling}
+    key = _key(grader)
     for attempt in range(TRIES):
         try:
-            return _text_of(json.loads(_post(url, body, grader.api_key_env)))
+            return _text_of(json.loads(_post(url, body, key)))
         except urllib.error.HTTPError as error:
             said = f"HTTP {error.code} {error.reason}"
-            with contextlib.suppress(OSError, ValueError):
-                said += f": {error.read(REPLY_MAX).decode(errors='replace')[:300]}"
+            with contextlib.suppress(*UNREADABLE):
+                said += f": {error.read(REPLY_MAX).decode(errors='replace')}"
             if error.code not in AGAIN:
                 break
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except UNREADABLE as error:
             said = f"{type(error).__name__}: {error}"
         if attempt + 1 < TRIES:
             time.sleep(WAIT_S * 2**attempt)
-    key = os.environ.get(grader.api_key_env or "", "")
-    said = said.replace(key, "[key]") if key else said
+    said = (said.replace(key, "[key]") if key else said)[:SAID]  # first without the key: a part of it must not stay
     cure = f"see that {grader.endpoint} answers for the model {grader.model}, then run the command again"
     raise ModelError(Problem("grader.endpoint", f"{grader.name} got no grade: {said}", grader.name, cure))
 
@@ -98,17 +113,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(url: str, body: Mapping[str, Any], api_key_env: str | None) -> bytes:
+def _post(url: str, body: Mapping[str, Any], key: str) -> bytes:
     headers = {"Content-Type": "application/json"}
-    if api_key_env:
-        headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")  # noqa: S310 (http, https)
     with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S) as reply:
         return bytes(reply.read(REPLY_MAX))
 
 
 def _text_of(reply: Any) -> str:
+    """Return the answer; of a model that refuses none: a number or a label in its excuse is no grade."""
     text = reply["choices"][0]["message"]["content"]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise TypeError("the answer holds no text")
     return text

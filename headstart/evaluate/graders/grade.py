@@ -113,23 +113,56 @@ def _fit_schema(grader: JsonSchema, case: Case) -> float:
         value = parse_json(fill(grader.input, case))
     except ValueError:
         return 0.0
-    return bool(_validator(grader).is_valid(value))
+    try:
+        return bool(_validator(grader).is_valid(value))
+    except RecursionError:
+        raise ValueError("the schema refers to itself without end, or the answer is nested too deeply") from None
 
 
 @functools.lru_cache(maxsize=8)
 def _validator_of(schema: str) -> Any:
     try:
         import jsonschema
+        import referencing.exceptions
     except ImportError:
         raise need("jsonschema", "json_schema") from None
     parsed = json.loads(schema)
     kind = jsonschema.validators.validator_for(parsed, default=jsonschema.Draft202012Validator)
     try:
-        kind.check_schema(parsed)
+        _check_schema(kind, parsed)
     except jsonschema.SchemaError as error:
         what = f"the schema is none: {error.message}"
         raise UsageError(Problem("grader.form", what, "schema", "see json-schema.org")) from None
-    return kind(parsed)
+    except referencing.exceptions.Unresolvable as error:
+        what = f"the schema refers to what it doesn't hold: {error.ref!r}"
+        raise UsageError(Problem("grader.form", what, "schema", "put it under $defs; nothing is fetched")) from None
+    return kind(parsed, registry=referencing.Registry())
+
+
+def _check_schema(kind: Any, parsed: Any) -> None:
+    """See that a schema, and all that it refers to, is one, and there. Nothing is fetched.
+
+    Raises jsonschema.SchemaError, and referencing's Unresolvable.
+    """
+    import jsonschema
+    from referencing.jsonschema import specification_with
+
+    kind.check_schema(parsed)
+    resource_of = specification_with(kind.META_SCHEMA["$schema"]).create_resource
+    root = resource_of(parsed)
+    registry = jsonschema.validators.SPECIFICATIONS
+    left, seen = [(root, registry.resolver_with_root(root))], set()
+    while left:
+        schema, resolver = left.pop()
+        if id(schema.contents) in seen:
+            continue
+        seen.add(id(schema.contents))
+        refs = schema.contents if isinstance(schema.contents, dict) else {}
+        for ref in (refs[name] for name in ("$ref", "$dynamicRef") if isinstance(refs.get(name), str)):
+            met = resolver.lookup(ref)
+            kind.check_schema(met.contents)
+            left.append((resource_of(met.contents), met.resolver))
+        left.extend((sub, resolver.in_subresource(sub)) for sub in schema.subresources())
 
 
 def _validator(grader: JsonSchema) -> Any:
@@ -171,10 +204,11 @@ def _read_score(said: str, low: float, high: float) -> Grade:
         found = NUMBER.findall(said) if result is None else NUMBER.findall(str(result))
         if len(found) != 1:
             return Grade(None, f"the model gave no number: {said!r:.{SHOWN}}")
-        result = float(found[0])
+        result = found[0]
+    result = float(str(result))  # by its text: an int of hundreds of digits is infinite
     if not low <= result <= high:
         return Grade(None, f"the model gave {result:g}, which isn't from {low:g} to {high:g}")
-    return Grade(float(result))
+    return Grade(result)
 
 
 def _label_by_model(grader: LabelModel, cases: Sequence[Case], _: Tell) -> list[Grade]:

@@ -3,7 +3,7 @@
 Run by its path in Python's isolated mode, with an empty environment. It imports nothing of headstart. Before the grader's
 source is run, the process takes from itself, for good: memory and open files beyond a bound, writing to files of any
 size, and, on Linux, the system calls by which one reaches the network, other processes or changes what lies on disk
-(seccomp). What is left to a grader: time up to its limit, reading files that the user may read, and its answer.
+(seccomp), and what /proc tells of other processes (Landlock). What is left to a grader: time up to its limit, reading files that the user may read, and its answer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,22 @@ ANSWER_MAX = 2_000  # characters of what went wrong
 FILES_MAX = 256
 
 # Numbers of system calls that are refused, by machine (Linux, arch/*/entry/syscalls; the newer ones are the same on all).
-SAME = [*range(424, 435), 437, 438, 442, 452, 463, 466]  # io_uring, openat2, pidfd, mounts, attributes
+SAME = [
+    *range(424, 435),
+    437,
+    438,
+    440,
+    442,
+    448,
+    452,
+    463,
+    466,
+]  # io_uring, openat2, pidfd, mounts, memory, attributes
 REFUSED = {
     # socket, connect, accept, sendto, sendmsg, bind, listen, socketpair; fork, vfork, execve, kill; rename, mkdir, rmdir,
-    # creat, link, unlink, symlink, truncate, ftruncate, chmod, chown, mount, ptrace, and the same beside a folder.
+    # creat, link, unlink, symlink, truncate, ftruncate, chmod, chown, mount, ptrace, and the same beside a folder. On the
+    # last two lines setpgid, setpriority, sched_set*, ioprio_set, keys, perf_event_open, kcmp, pages of others; shared
+    # memory, semaphores and messages of System V, POSIX messages.
     "x86_64": [
         *(41, 42, 43, 44, 46, 307, 49, 50, 53, 288, 57, 58, 59, 62, 200, 234, 101, 322, 129, 297, 310, 311),
         *(
@@ -56,15 +68,22 @@ REFUSED = {
             285,
         ),
         *(258, 259, 260, 261, 263, 264, 265, 266, 268, 316, 197, 198, 199, 155, 169, 175, 246, 272, 308, 321),
+        *(109, 141, 142, 144, 203, 314, 251, 248, 249, 250, 298, 312, 256, 279),
+        *(29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71, 240, 241),
     ],
     "aarch64": [
         *(198, 199, 200, 201, 202, 203, 206, 211, 269, 242, 221, 281, 129, 130, 131, 117, 138, 240, 270, 271),
         *(33, 34, 35, 36, 37, 38, 39, 40, 45, 46, 47, 51, 52, 53, 54, 55, 88, 276, 5, 6, 7, 14, 15, 16),
         *(41, 142, 104, 105, 97, 268, 280),
+        *(154, 140, 118, 119, 122, 274, 30, 217, 218, 219, 241, 272, 238, 239),
+        *(194, 195, 196, 197, 190, 191, 192, 193, 186, 187, 188, 189, 180, 181),
     ],
 }
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 OPEN = {"x86_64": [(2, 1), (257, 2)], "aarch64": [(56, 2)]}  # open and openat, and which argument says how
+PRLIMIT = {"x86_64": 302, "aarch64": 261}  # of this process alone: 0
+# Calls whose second argument may not be: fcntl with F_SETOWN, F_SETOWN_EX (signals to others), ioctl with TIOCSTI (typing).
+MODES = {"x86_64": [(72, (8, 15)), (16, (0x5412,))], "aarch64": [(25, (8, 15)), (29, (0x5412,))]}
 CLONE = {"x86_64": 56, "aarch64": 220}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 THREAD = 0x10000  # CLONE_THREAD
@@ -73,6 +92,8 @@ LOAD, EQUAL, BITS, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, REFUSE, NO_SUCH = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38  # EPERM, ENOSYS
 CLONE3 = 435
 SECCOMP_MODE_FILTER = 2
+CAPABILITY_VERSION, CAP_DAC = 0x20080522, 1 << 1 | 1 << 2
+LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF, LANDLOCK_WRITE_FILE = 444, 446, 1 << 1
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SIGKILL = 1, 22, 38, 9
 
 
@@ -104,7 +125,25 @@ def lock() -> bool:
     program = Program(len(code) // 8, ctypes.addressof(buffer))
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
+    _hide_others(libc)
     return not libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
+
+
+def _hide_others(libc: Any) -> None:
+    """Enter a Landlock domain, where the kernel has it (5.13): what /proc tells of processes outside it is closed.
+
+    Their environment and memory are meant. A domain has to forbid something, so that it opens no file for writing. Of a
+    superuser's rights those to read files stay: CAP_PERFMON would open the environment again.
+    """
+    header, rights = struct.pack("=Ii", CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
+    if not libc.capget(header, rights):
+        effective, permitted, *_ = struct.unpack("=6I", rights.raw)
+        libc.capset(header, struct.pack("=6I", effective & CAP_DAC, permitted & CAP_DAC, 0, 0, 0, 0))
+    rules = ctypes.create_string_buffer(struct.pack("=Q", LANDLOCK_WRITE_FILE), 8)
+    domain = libc.syscall(LANDLOCK_CREATE_RULESET, rules, ctypes.c_size_t(8), 0)
+    if domain >= 0:
+        libc.syscall(LANDLOCK_RESTRICT_SELF, domain, 0)
+        os.close(domain)
 
 
 def _program(machine: str) -> bytes:
@@ -130,6 +169,10 @@ def _program(machine: str) -> bytes:
     ]
     for number, argument in OPEN[machine]:
         parts += [at(EQUAL, number, 0, 4), at(LOAD, 16 + 8 * argument), at(BITS, WRITES, 0, 1), refuse, allow]
+    parts += [at(EQUAL, PRLIMIT[machine], 0, 4), at(LOAD, 16), at(EQUAL, 0, 0, 1), allow, refuse]
+    for number, modes in MODES[machine]:
+        tests = [at(EQUAL, mode, len(modes) - place) for place, mode in enumerate(modes)]
+        parts += [at(EQUAL, number, 0, len(tests) + 3), at(LOAD, 24), *tests, allow, refuse]
     return b"".join([*parts, allow])
 
 

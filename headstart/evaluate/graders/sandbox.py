@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ from headstart.evaluate.graders.fill import Case
 from headstart.evaluate.graders.forms import Python
 
 JAIL = Path(__file__).with_name("jail.py")
+LOUD = "its process wrote what is no answer"
 LINE_MAX = 1 << 16  # bytes of an answer
 START_S = 60.0  # for Python and what the source imports
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # each would take address space
@@ -93,7 +95,7 @@ class _Process:
         given = {"source": grader.source, "memory_bytes": grader.memory_limit_mib << 20}
         try:
             begun = self._ask(given, START_S)
-            why = begun["why"]
+            why = str(begun.get("why", LOUD))
         except SandboxError as error:
             begun, why = {}, str(error)
         if why:
@@ -104,10 +106,15 @@ class _Process:
     def grade(self, case: Case) -> float | str:
         """Return the score of a case, or what went wrong. Raises SandboxError where this process is of no use any more."""
         answer = self._ask({"sample": case.sample, "item": case.item}, self._grader.time_limit_s)
-        return float(answer["score"]) if "score" in answer else str(answer["why"])
+        match answer:
+            case {"score": float(score)} if math.isfinite(score):
+                return score
+            case {"why": str(why)}:
+                return why.encode(errors="backslashreplace").decode()  # half a surrogate can't be kept
+        raise SandboxError(LOUD)
 
-    def _ask(self, given: Any, seconds: float) -> Any:
-        """Write a line and read one."""
+    def _ask(self, given: Any, seconds: float) -> dict[str, Any]:
+        """Write a line and read one: an object."""
         content = memoryview(json.dumps(given, default=str).encode() + b"\n")
         until = time.monotonic() + seconds
         answer = b""
@@ -128,10 +135,11 @@ class _Process:
                 if not part:
                     raise SandboxError("its process ended by itself, most likely for want of memory")
                 if len(answer) > LINE_MAX:
-                    raise SandboxError("its process wrote what is no answer")
-        with contextlib.suppress(ValueError):
-            return json.loads(answer)
-        raise SandboxError("its process wrote what is no answer")
+                    raise SandboxError(LOUD)
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(answer), dict):
+                return found
+        raise SandboxError(LOUD)
 
     def _write(self, content: memoryview) -> int:
         try:

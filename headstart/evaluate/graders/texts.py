@@ -1,4 +1,4 @@
-"""Two texts -> how alike they are, 0 to 1. Words are lower-case runs of letters, digits and underscores."""
+"""Two texts -> how alike they are, 0 to 1; the last number of a text. Words are lower-case runs of letters, digits and underscores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from headstart.evaluate.metrics import common_subsequence, rouge_l, words
 
 ORDERS = 4  # n-grams up to these count for GLEU
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)", re.IGNORECASE)
+NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\.?\d)", re.IGNORECASE
+)
 
 
 def fuzzy_match(text: str, reference: str) -> float:
@@ -93,7 +95,11 @@ def normalise(text: str, ignore: Collection[str]) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """Return the last number of a text, commas between thousands left out; None where there is none."""
+    """Return the last number of a text; None where there is none.
+
+    A unit may follow at once (5kg), and a letter or a point may not go before. A comma belongs to a number only between
+    thousands (1,234,567), else it parts two. What has several points (1.2.3) is no number.
+    """
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
