@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headstart.evaluate.measure import Measured, RowResult
-from headstart.evaluate.metrics import exact_match
+from headstart.evaluate.metrics import exact_match, won
 
 
 def count_flips(before: Measured, after: Measured) -> dict[str, Any]:
@@ -28,12 +28,17 @@ def _right(before: Measured, after: Measured) -> list[float]:
     """Return for each row that was answered how much righter it is: 1, 0 or -1; nothing where rows can't be right."""
     if after.task in ("causal", "masked", "regression", "embedding"):
         return []
-    pairs = [
-        (b, a) for b, a in zip(before.own, after.own, strict=True) if b.answer is not None and a.answer is not None
-    ]
-    right = [(_is_right(b), _is_right(a)) for b, a in pairs]
-    return [a - b for b, a in right] if any(map(any, right)) else []
+    right = [(_is_right(b, after.task), _is_right(a, after.task)) for b, a in zip(before.own, after.own, strict=True)]
+    known = [(was, now) for was, now in right if was is not None and now is not None]
+    return [float(now) - float(was) for was, now in known] if any(map(any, known)) else []
 
 
-def _is_right(row: RowResult) -> float:
-    return exact_match(row.answer or "", row.reference)
+def _is_right(row: RowResult, task: str) -> bool | None:
+    """Tell whether a row was answered rightly, or its better answer gained the most; None where it wasn't answered."""
+    if task == "preference":
+        return won(row.truth, row.found) == 1.0
+    if row.answer is None:
+        return None
+    if task == "multilabel":
+        return set(row.truth) == set(row.found)
+    return bool(exact_match(row.answer, row.reference))

@@ -155,6 +155,16 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     return {**metrics, **(_answer_metrics(answered) if answered else {})}
 
 
+def won(truth: Sequence[float], found: Sequence[Any]) -> float:
+    """Return the part of a row's pairs in which the better answer gained more than the worse, a tie counting half.
+
+    `truth` are the scores of its answers, `found` of each its log-probability, its tokens, and what the reference gave it.
+    """
+    scores = np.array(truth, float)
+    gains = np.array([logprob - reference for logprob, _, reference in found])
+    return _won(gains, np.argwhere(scores[:, None] > scores[None]), scores)
+
+
 def _won(values: Floats, pairs: Any, scores: Floats) -> float:
     """Return the part of pairs in which the better answer has the higher value, a tie counting half; of a lone answer, if its
     value is above 0 as its score is, or below.

@@ -31,6 +31,7 @@ TYPES = {
     "truth": pa.string(),
     "found": pa.string(),
     "part": pa.string(),
+    "guard": pa.bool_(),
     "grades": pa.string(),
     "ungraded": pa.string(),
 }

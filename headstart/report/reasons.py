@@ -81,7 +81,7 @@ def _shared_knowledge(result: Mapping[str, Any]) -> Reason:
     asks = "Did it keep what it knew?"
     if not isinstance(result["guard"], str):
         return Reason("Shared knowledge", asks, guard_words(result["guard"]))
-    writes = result["task"] in ("chat", "causal")
+    writes = result["task"] in ("chat", "causal", "preference")
     how = (
         "leave out -s eval.guard=off"
         if writes

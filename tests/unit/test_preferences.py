@@ -17,6 +17,8 @@ from headstart.data.quality import look_through
 from headstart.data.read import Row, Where
 from headstart.data.records import Message, Preference
 from headstart.errors import DataError, UsageError
+from headstart.evaluate.flips import count_flips
+from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import task_metrics
 from headstart.evaluate.reference import find_references, reference_key
 from headstart.objectives.preference import (
@@ -429,3 +431,17 @@ def test_references_are_computed_once_for_the_same_rows_model_and_settings(tmp_p
     assert len(calls) == 2
     assert find_references("another", own, compute, 512) == found
     assert len(calls) == 3
+
+
+def test_rows_that_are_fixed_are_those_whose_better_answer_gained_the_most() -> None:
+    def told(gain: float, task: str = "preference") -> Measured:
+        row = RowResult("f:1", -1.0, 1.0, "q", "a", truth=[1.0, 0.0], found=[(-9.0 + gain, 3, -9.0), (-4.0, 2, -4.0)])
+        return Measured([row], task)
+
+    assert count_flips(told(0.0), told(2.0))["fixed"] == 1  # a tie is not won
+    assert count_flips(told(2.0), told(-1.0))["broken"] == 1
+    several = [
+        Measured([RowResult("f:1", 1.0, 1.0, "q", "b, a", "x", truth=["b", "a"], found=found)], "multilabel")
+        for found in ([], ["a", "b"])
+    ]
+    assert count_flips(*several)["fixed"] == 1
