@@ -16,7 +16,7 @@ from headstart.data.mixing import MIXABLE
 from headstart.data.prepare import Coding, Formed, form_rows, segment
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
-from headstart.errors import DataError, Problem
+from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.compare import MIN_ROWS, Interval, Metric, Ratio, compare
 
 GENERAL = {"general text": "texts.jsonl", "general questions": "questions.jsonl"}
@@ -48,7 +48,13 @@ def load_guard(
     if tuple(names) == ("auto",):
         forms = zip(GENERAL, general_forms(), strict=True)
         return [_load_general(name, formed, renderers("causal"), lengths("causal")) for name, formed in forms]
-    return [_load_own(name, renderers, lengths) for name in names]
+    if twice := {name for name in names if names.count(name) > 1}:
+        cure = "name each file once"
+        raise UsageError(Problem("config.bad_value", f"{min(twice)} is named twice", "eval.guard", cure))
+    last = [PurePath(name).name for name in names]
+    # Parts are told apart by their names, so files of one name by where they lie.
+    known = [name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)]
+    return [_load_own(name, shown, renderers, lengths) for name, shown in zip(names, known, strict=True)]
 
 
 def general_forms() -> list[Formed]:
@@ -77,7 +83,7 @@ def _without_end(example: Example) -> Example:
     return replace(example, segments=(*example.segments[:-1], replace(example.segments[-1], weights=weights)))
 
 
-def _load_own(name: str, renderers: Callable[[str], Renderer], lengths: Callable[[str], int]) -> Guarded:
+def _load_own(name: str, shown: str, renderers: Callable[[str], Renderer], lengths: Callable[[str], int]) -> Guarded:
     formed = form_rows([name], DataSettings())
     task = formed.detection.task
     if task not in MIXABLE:
@@ -92,7 +98,7 @@ def _load_own(name: str, renderers: Callable[[str], Renderer], lengths: Callable
         what = f"{length:,} tokens, over {lengths(task):,}"
         raise DataError(Problem("row.too_long", what, str(where), "shorten the row, or leave it out"))
     formed.notes.append(f"{len(rows.examples):,} rows of the guard: scored before and after, never trained on")
-    return Guarded(PurePath(name).name, task, renderer, rows, formed)
+    return Guarded(shown, task, renderer, rows, formed)
 
 
 @dataclass(frozen=True)

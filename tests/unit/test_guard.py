@@ -98,3 +98,20 @@ def test_own_rows_that_cant_be_guarded_are_named(
     with pytest.raises(HeadstartError) as found:
         build_data(build_config(None, [Override(key, value, "flag") for key, value in sets.items()]))
     assert found.value.problems[0].code == named
+
+
+def test_own_files_of_one_name_are_parts_of_their_own(tiny_home: Path, small_data: Path, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "own.jsonl" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"text": "some words are here"}\n' * 3, encoding="utf-8")
+
+    def names(*guard: Path) -> list[str]:
+        sets = {"data.train": [str(small_data)], "eval.guard": ",".join(map(str, guard))}
+        overrides = [Override(key, value, "flag") for key, value in sets.items()]
+        return [part.name for part in build_data(build_config(None, overrides)).guard]
+
+    assert names(files[0]) == ["own.jsonl"]
+    assert names(*files) == [str(file) for file in files]
+    with pytest.raises(HeadstartError, match="twice"):
+        names(files[0], files[0])
