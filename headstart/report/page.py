@@ -121,8 +121,9 @@ def _scores(result: Mapping[str, Any]) -> str:
     note = (
         f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
-        "the paired difference (bootstrap over rows). It is called better or worse where the interval is clear of zero and "
-        f"swaps of before and after make such a difference in less than 5 of 100 cases. {html.escape(flips_words(result['flips']).capitalize())}.</p>"
+        "the paired difference (bootstrap over rows; of what is right or wrong, from the counts). It is called better or worse "
+        "where the interval is clear of zero and chance (swaps of before and after, or McNemar's exact test) makes such a "
+        f"difference in less than 5 of 100 cases. {html.escape(flips_words(result['flips']).capitalize())}.</p>"
     )
     if result["task"] == "preference":
         note += (

@@ -61,7 +61,7 @@ def _pair(pair: Pair) -> str:
         ]
         for item in pair.compared
     ]
-    note = "<p>In brackets the 95% interval of the paired difference (bootstrap over rows).</p>"
+    note = "<p>In brackets the 95% interval of the paired difference (bootstrap over rows; of what is right or wrong, from the counts).</p>"
     scores = change_chart(changes) + table(["", pair.a, pair.b, "difference", "", "rows"], rows) + note
     return section(f"{pair.a} → {pair.b}", scores + (_flips(pair) if pair.flips else ""))
 
