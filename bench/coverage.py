@@ -23,7 +23,7 @@ SIZES = (8, 16, 24, 40, 100, 400)
 
 
 def mean(values: np.ndarray) -> Ratio:
-    return Ratio(np.asarray(values, float), np.ones(len(values)))
+    return Ratio(np.asarray(values, float), np.ones(len(values)), right=values.dtype == bool)
 
 
 def draw_normal(chance: np.random.Generator, rows: int, gain: float) -> Pair:

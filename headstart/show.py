@@ -12,9 +12,10 @@ from rich.markup import escape
 from headstart.data.encode import Encoder
 from headstart.data.records import Labelled, Picture
 from headstart.display import Display, safe
+from headstart.evaluate.flips import Flips
 from headstart.evaluate.measure import LABELS
 from headstart.evaluate.metrics import as_text
-from headstart.evaluate.versus import Evaluated, Flips, Versus
+from headstart.evaluate.versus import Evaluated, Versus
 from headstart.files import read_json
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached

@@ -27,7 +27,7 @@ from headstart.data.segments import Segmented
 from headstart.display import Display
 from headstart.engine.forward import Reader
 from headstart.errors import DataError, Problem, UsageError
-from headstart.evaluate.compare import compare_all
+from headstart.evaluate.compare import interval
 from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
@@ -347,8 +347,7 @@ class _Scoring:
             rows += found
         measured = Measured(rows, reading.task)
         notes += ungraded_lines(ungraded({"": measured}))
-        metrics = measured.metrics()
-        values = {item.name: item.after.to_json() for item in compare_all(metrics, metrics)}
+        values = {name: interval(metric).to_json() for name, metric in measured.metrics().items()}
         robust = _measure_robust(reading, measured, model) if self.robust else None
         evaluated = Evaluated(reading.source.name, measured, values, list(dict.fromkeys(notes)), robust)
         if kept:

@@ -52,13 +52,17 @@ class Metric(ABC):
 
 @dataclass(frozen=True)
 class Ratio(Metric):
-    """The sum of `values` over the sum of `weights`, both [N], `transform`ed; 0 where nothing weighs anything."""
+    """The sum of `values` over the sum of `weights`, both [N], `transform`ed; 0 where nothing weighs anything.
+
+    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right.
+    """
 
     values: Floats
     weights: Floats
     lower_is_better: bool = False
     transform: Callable[[Any], Any] = _as_it_is
     decides: bool = True
+    right: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -67,12 +71,6 @@ class Ratio(Metric):
     def rows_that_count(self) -> float:
         """Return how many rows of like weight would say as much: fewer where a few hold most of the tokens."""
         return float(self.weights.sum() ** 2 / (self.weights**2).sum()) if self.weights.any() else len(self)
-
-    @property
-    def tells_right(self) -> bool:
-        """Tell whether each row is right or wrong, 1 or 0, and the metric is how many are right."""
-        plain = self.transform is _as_it_is and bool((self.weights == 1).all())
-        return plain and bool(np.isin(self.values, (0, 1)).all())
 
     def over(self, draws: Draws) -> Floats:
         """Return the metric over each draw of rows."""
@@ -337,7 +335,7 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
     if len(before) != len(after):
         raise ValueError(f"{name}: {len(before)} rows before and {len(after)} after")
     rows = len(before)
-    if isinstance(before, Ratio) and isinstance(after, Ratio) and before.tells_right and after.tells_right:
+    if isinstance(before, Ratio) and isinstance(after, Ratio) and before.right and after.right:
         first, second, difference, p = _compare_right(before.values, after.values)
     else:
         samples = _resample([before, after], seed)
@@ -346,6 +344,13 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
         difference = _interval(_whole(after) - _whole(before), samples[1] - samples[0], count)
         p = _swap(before, after, seed)
     return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
+
+
+def interval(metric: Metric, seed: int = 0) -> Interval:
+    """Return a metric by itself with its interval: what `compare` gives for either side."""
+    if isinstance(metric, Ratio) and metric.right:
+        return _wilson(metric.values)
+    return _interval(_whole(metric), _resample([metric], seed)[0], metric.rows_that_count)
 
 
 def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
@@ -411,20 +416,28 @@ def _compare_right(before: Floats, after: Floats) -> tuple[Interval, Interval, I
     difference is Agresti and Min's (2005) for pairs, and p is that of McNemar's exact test.
     """
     from scipy.special import ndtri
-    from scipy.stats import binomtest
 
     rows = len(before)
-    sides = []
-    for side in (before, after):
-        bounds = binomtest(int(side.sum()), rows).proportion_ci(LEVEL, "wilson")
-        sides.append(Interval(float(side.mean()), float(bounds.low), float(bounds.high)))
     fixed, broken = int((after > before).sum()), int((after < before).sum())
     changed, gap, count = fixed + broken + 1, fixed - broken, rows + 2  # half a row more of each of four kinds
     half = float(ndtri((1 + LEVEL) / 2)) * math.sqrt(changed - gap**2 / count) / count
     middle, value = gap / count, gap / rows
     difference = Interval(value, max(-1.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
-    p = float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    return sides[0], sides[1], difference, p
+    return _wilson(before), _wilson(after), difference, sign_test(fixed, broken)
+
+
+def _wilson(right: Floats) -> Interval:
+    from scipy.stats import binomtest
+
+    bounds = binomtest(int(right.sum()), len(right)).proportion_ci(LEVEL, "wilson")
+    return Interval(float(right.mean()), float(bounds.low), float(bounds.high))
+
+
+def sign_test(more: int, less: int) -> float:
+    """Return how likely so uneven a count is by chance, two-sided: of rows fixed and broken McNemar's exact test (1947)."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(more, more + less).pvalue) if more + less else 1.0
 
 
 def _whole(metric: Metric) -> float:

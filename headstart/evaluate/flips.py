@@ -1,44 +1,107 @@
-"""Rows that a run put right, and rows that it put wrong."""
+"""Rows that one of two models, or of two states of one, gets right and the other doesn't."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from headstart.evaluate.compare import sign_test
+from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import exact_match, won
 
+RIGHT_OR_WRONG = ("chat", "classification", "images", "multilabel", "tagging", "preference")
 
-def count_flips(before: Measured, after: Measured) -> dict[str, Any]:
-    """Return how many rows went from wrong to right (`fixed`) and back (`broken`), with McNemar's exact p (1947).
 
-    Of texts, numbers and embeddings, which are neither right nor wrong, and where no answer is ever the reference: on how
-    many rows the loss fell and rose, with the p of the sign test.
+@dataclass(frozen=True)
+class Flip:
+    """A row that one of two models gets right and the other doesn't."""
+
+    first: RowResult
+    second: RowResult
+
+    def to_json(self) -> dict[str, Any]:
+        """The row with both answers."""
+        row = {"where": self.second.where, "asked": self.second.asked, "reference": self.second.reference}
+        return {**row, "a": self.first.answer, "b": self.second.answer}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows that the second model fixed and broke, by what `by` says is right, of `rows` that both answered.
+
+    `p` is how likely so uneven a count is by chance alone: McNemar's exact test, two-sided (McNemar, 1947).
     """
-    from scipy.stats import binomtest
 
-    metric, changes = "right", _right(before, after)
-    if not changes:
-        metric, changes = "loss", [b.nll - a.nll for b, a in zip(before.own, after.own, strict=True)]
-    fixed, broken = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    p = float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    return {"metric": metric, "fixed": fixed, "broken": broken, "rows": len(changes), "p": p}
+    by: str
+    fixed: Sequence[Flip]
+    broken: Sequence[Flip]
+    both_right: int
+    rows: int
+
+    @property
+    def p(self) -> float:
+        """The p-value; 1 where no row flipped."""
+        return sign_test(len(self.fixed), len(self.broken))
+
+    def to_json(self) -> dict[str, Any]:
+        """The flips as plain values, every one with its row."""
+        return {
+            "by": self.by,
+            "rows": self.rows,
+            "both_right": self.both_right,
+            "p": self.p,
+            "fixed": [flip.to_json() for flip in self.fixed],
+            "broken": [flip.to_json() for flip in self.broken],
+        }
 
 
-def _right(before: Measured, after: Measured) -> list[float]:
-    """Return for each row that was answered how much righter it is: 1, 0 or -1; nothing where rows can't be right."""
-    if after.task in ("causal", "masked", "regression", "embedding"):
-        return []
-    right = [(_is_right(b, after.task), _is_right(a, after.task)) for b, a in zip(before.own, after.own, strict=True)]
-    known = [(was, now) for was, now in right if was is not None and now is not None]
-    return [float(now) - float(was) for was, now in known] if any(map(any, known)) else []
+def find_flips(first: Measured, second: Measured, grader: Grader | None = None) -> Flips | None:
+    """Return which rows flipped, by a grader or else by what an answer of the task must be; None where neither tells.
+
+    Rows that were not answered, or not graded, are none of them.
+    """
+    by = f"{grader.name} at least {grader.least:g}" if grader else "answers exactly right"
+    fixed: list[Flip] = []
+    broken: list[Flip] = []
+    both = rows = 0
+    for a, b in zip(first.own, second.own, strict=True):
+        was, now = is_right(a, second.task, grader), is_right(b, second.task, grader)
+        if was is None or now is None:
+            continue
+        rows += 1
+        both += was and now
+        if was != now:
+            (fixed if now else broken).append(Flip(a, b))
+    return Flips(by, fixed, broken, both, rows) if rows else None
 
 
-def _is_right(row: RowResult, task: str) -> bool | None:
-    """Tell whether a row was answered rightly, or its better answer gained the most; None where it wasn't answered."""
+def is_right(row: RowResult, task: str, grader: Grader | None = None) -> bool | None:
+    """Tell whether a row was answered rightly, or its better answers gained the most; None where that isn't known."""
+    if grader:
+        score = row.grades.get(grader.name)
+        return None if score is None else score >= grader.least
     if task == "preference":
-        return won(row.truth, row.found) == 1.0
-    if row.answer is None:
+        known = bool(row.found) and all(reference is not None for *_, reference in row.found)
+        return won(row.truth, row.found) == 1.0 if known else None
+    if task not in RIGHT_OR_WRONG or row.answer is None:
         return None
     if task == "multilabel":
         return set(row.truth) == set(row.found)
-    return bool(exact_match(row.answer, row.reference))
+    return list(row.truth) == list(row.found) if row.truth else bool(exact_match(row.answer, row.reference))
+
+
+def count_flips(before: Measured, after: Measured) -> dict[str, Any]:
+    """Return how many rows a run put right (`fixed`) and wrong (`broken`), with the p of McNemar's exact test (1947).
+
+    Of texts, numbers and embeddings, which are neither right nor wrong, and where no answer is ever right: on how
+    many rows the loss fell and rose, with the p of the sign test.
+    """
+    found = find_flips(before, after)
+    if found and (found.fixed or found.broken or found.both_right):
+        counts = {"fixed": len(found.fixed), "broken": len(found.broken), "rows": found.rows}
+        return {"metric": "right", **counts, "p": found.p}
+    changes = [b.nll - a.nll for b, a in zip(before.own, after.own, strict=True)]
+    fell, rose = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    return {"metric": "loss", "fixed": fell, "broken": rose, "rows": len(changes), "p": sign_test(fell, rose)}

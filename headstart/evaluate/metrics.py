@@ -51,7 +51,7 @@ def class_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     """Return the metrics of rows that have one class each."""
     truth, found = [row.reference for row in rows], [row.answer or "" for row in rows]
     right = np.array([float(t == f) for t, f in zip(truth, found, strict=True)])
-    metrics: dict[str, Metric] = {"accuracy": _mean(right)}
+    metrics: dict[str, Metric] = {"accuracy": _rate(right)}
     metrics |= {name: ClassMetric.of(truth, found, name) for name in ("macro_f1", "weighted_f1", "mcc")}
     sure = np.array([row.probability or 0.0 for row in rows])
     names = sorted({*truth, *found})
@@ -71,7 +71,7 @@ def _several_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     return {
         "micro_f1": Ratio(2.0 * (truth & found).sum(1), both.astype(np.float64)),
         "macro_f1": SeveralF1(truth, found, names),
-        "all_right": _mean((truth == found).all(1).astype(np.float64)),
+        "all_right": _rate((truth == found).all(1).astype(np.float64)),
     }
 
 
@@ -111,8 +111,8 @@ def _related_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         truth = np.array([float(row.truth[0]) for row in rows])
         return {"spearman": Rank(truth, found), **_loss("cross_entropy", rows)}
     return {
-        "recall_at_1": _mean((found <= 1).astype(np.float64)),
-        "recall_at_10": _mean((found <= 10).astype(np.float64)),
+        "recall_at_1": _rate((found <= 1).astype(np.float64)),
+        "recall_at_10": _rate((found <= 10).astype(np.float64)),
         "mrr": _mean(1 / found),
         **_loss("cross_entropy", rows),
     }
@@ -131,12 +131,14 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     gains = [f[:, 0] - f[:, 2] for f in found]
     metrics: dict[str, Metric] = {}
     if all(np.isfinite(gain).all() for gain in gains):
-        metrics["preference_accuracy"] = _mean(
+        metrics["preference_accuracy"] = _pass_or_mean(
             np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
         )
     rates = [f[:, 0] / f[:, 1] for f in found]
     if not lone.any():
-        metrics["likelier"] = _mean(np.array([_won(r, p, s) for r, p, s in zip(rates, pairs, scores, strict=True)]))
+        metrics["likelier"] = _pass_or_mean(
+            np.array([_won(r, p, s) for r, p, s in zip(rates, pairs, scores, strict=True)])
+        )
         margins = [f[p[:, 0], 0] - f[p[:, 1], 0] for f, p in zip(found, pairs, strict=True)]
         metrics["margin"] = _mean(np.array([margin.mean() for margin in margins]))
     elif lone.all() and len({s[0] for s in scores}) == 2:
@@ -191,9 +193,9 @@ def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
 def _answer_metrics(answered: Sequence[Scored]) -> dict[str, Metric]:
     """Return how near answers come to their references, and how often they end by themselves."""
     metrics: dict[str, Metric] = {}
-    for name, score in (("exact_match", exact_match), ("rouge_l", rouge_l), ("chrf", chrf)):
-        metrics[name] = _mean(np.array([score(row.answer or "", row.reference) for row in answered]))
-    metrics["stop_rate"] = _mean(np.array([float(row.stopped) for row in answered]))
+    for name, score, of in (("exact_match", exact_match, _rate), ("rouge_l", rouge_l, _mean), ("chrf", chrf, _mean)):
+        metrics[name] = of(np.array([score(row.answer or "", row.reference) for row in answered]))
+    metrics["stop_rate"] = _rate(np.array([float(row.stopped) for row in answered]))
     return metrics
 
 
@@ -201,7 +203,12 @@ def grade_metrics(rows: Sequence[Any]) -> dict[str, Metric]:
     """Return the mean score of each grader over the rows that it could grade."""
     names = dict.fromkeys(name for row in rows for name in row.grades)
     scores = {name: [row.grades[name] for row in rows if row.grades.get(name) is not None] for name in names}
-    return {name: _mean(np.array(found, float)) for name, found in scores.items() if found}
+    return {name: _pass_or_mean(np.array(found, float)) for name, found in scores.items() if found}
+
+
+def _pass_or_mean(values: Floats) -> Ratio:
+    """Return the mean of scores; where all are 1 or 0, as those of graders that let pass or fail, as a rate."""
+    return _rate(values) if np.isin(values, (0, 1)).all() else _mean(values)
 
 
 def _loss(name: str, rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -213,6 +220,11 @@ def _loss(name: str, rows: Sequence[Scored]) -> dict[str, Metric]:
 
 def _mean(values: Floats) -> Ratio:
     return Ratio(values, np.ones(len(values)))
+
+
+def _rate(right: Floats) -> Ratio:
+    """Return how many rows are right, each 1 or 0."""
+    return Ratio(right, np.ones(len(right)), right=True)
 
 
 class Told(NamedTuple):

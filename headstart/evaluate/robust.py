@@ -12,7 +12,7 @@ import numpy as np
 
 from headstart.data.feed import content_hash
 from headstart.data.records import Conversation, Label, Labelled, Record, Tagged
-from headstart.evaluate.compare import Compared, Interval, Rank, compare
+from headstart.evaluate.compare import Compared, Interval, Rank, compare, interval
 from headstart.evaluate.guard import general_forms
 from headstart.evaluate.measure import PRIMARY, Measured
 
@@ -149,4 +149,4 @@ def know_outside(inside: Measured, outside: Measured) -> Interval:
     sides = [[row.probability or 0.0 for row in side.rows] for side in (inside, outside)]
     truth = np.repeat([1.0, 0.0], [len(side) for side in sides])
     metric = Rank(truth, np.array([*sides[0], *sides[1]]), "auroc")
-    return compare("auroc", metric, metric).after
+    return interval(metric)

@@ -70,6 +70,11 @@ def report_page(
     return document(f"{name}: {VERDICTS[result['verdict']]}", "".join(body))
 
 
+def _capital(text: str) -> str:
+    """Return a text with a first letter that begins a sentence; names within stay as they are written."""
+    return text[:1].upper() + text[1:]
+
+
 def _file_names(data: Mapping[str, Any]) -> str:
     names = [PurePath(file["name"]).name for file in data["files"]]
     more = f" and {len(names) - FILES:,} more" if len(names) > FILES else ""
@@ -123,7 +128,7 @@ def _scores(result: Mapping[str, Any]) -> str:
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows; of what is right or wrong, from the counts). It is called better or worse "
         "where the interval is clear of zero and chance (swaps of before and after, or McNemar's exact test) makes such a "
-        f"difference in less than 5 of 100 cases. {html.escape(flips_words(result['flips']).capitalize())}.</p>"
+        f"difference in less than 5 of 100 cases. {html.escape(_capital(flips_words(result['flips'])))}.</p>"
     )
     if result["task"] == "preference":
         note += (
@@ -155,7 +160,7 @@ def _reasons(result: Mapping[str, Any]) -> str:
     rows = []
     for reason in result["reasons"].values():
         style = "" if reason["measured"] else ' class="open"'
-        said = html.escape(reason["says"][0].upper() + reason["says"][1:])
+        said = html.escape(_capital(reason["says"]))
         how = (
             f"<small>{'More' if reason['measured'] else 'How to'}: {html.escape(reason['how'])}</small>"
             if reason["how"]

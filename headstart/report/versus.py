@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headstart.evaluate.compare import Compared
-from headstart.evaluate.versus import EXAMPLES, Flip, Flips, Pair, Versus
+from headstart.evaluate.flips import Flip, Flips
+from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
 from headstart.report.frame import document, excerpt, section
 from headstart.report.tables import cell, table
 from headstart.report.words import CLEAR, named
 
+EXAMPLES = 5  # flips of a kind that are shown
 STYLES = {1: "good", -1: "bad", 0: "flat"}
 
 

@@ -10,13 +10,14 @@ from scipy import stats
 
 from bench.coverage import CASES, simulate
 from headstart.evaluate import compare as compare_module
-from headstart.evaluate.compare import Compared, Interval, Metric, Ratio, compare, compare_all, verdict
-from headstart.evaluate.metrics import chrf, exact_match, rouge_l
+from headstart.evaluate.compare import Compared, Interval, Metric, Ratio, compare, compare_all, interval, verdict
+from headstart.evaluate.measure import RowResult
+from headstart.evaluate.metrics import chrf, exact_match, rouge_l, task_metrics
 
 
 def mean(values: object) -> Metric:
     array = np.asarray(values, float)
-    return Ratio(array, np.ones(len(array)))
+    return Ratio(array, np.ones(len(array)), right=bool(np.isin(array, (0, 1)).all()))
 
 
 def test_the_interval_is_that_of_scipy() -> None:
@@ -166,3 +167,19 @@ def test_other_text_scores() -> None:
     assert exact_match("a b", "a c") == 0
     assert chrf("same text", "same text") == pytest.approx(100)
     assert rouge_l("für Öl", "Für öl") == 1
+
+
+def test_one_side_by_itself_has_the_interval_that_a_comparison_gives_it() -> None:
+    chance = np.random.default_rng(5)
+    for metric in (mean(chance.normal(0, 1, 30)), mean(chance.integers(0, 2, 30))):
+        both = compare("x", metric, metric)
+        assert interval(metric) == both.before == both.after
+
+
+def test_a_score_of_zero_everywhere_is_no_rate() -> None:
+    """chrF goes to 100: the bounds of a rate would be on another scale."""
+    rows = [RowResult(f"f:{n}", 1.0, 1.0, "q", "abc", "xyz", stopped=False) for n in range(8)]
+    metrics = task_metrics("chat", rows)
+    assert interval(metrics["chrf"]) == interval(metrics["rouge_l"]) == Interval(0.0, 0.0, 0.0)
+    wilson = stats.binomtest(0, 8).proportion_ci(method="wilson").high
+    assert interval(metrics["exact_match"]).high == interval(metrics["stop_rate"]).high == pytest.approx(wilson)

@@ -295,3 +295,10 @@ def test_names_that_steer_a_terminal_are_spelled_out_wherever_they_are_printed(t
 def test_sizes_and_times_in_their_units() -> None:
     assert [in_bytes(n) for n in (5 << 20, 3 << 30)] == ["5 MiB", "3.0 GiB"]
     assert [in_time(s) for s in (5, 300, 7200)] == ["5 s", "5.0 min", "2.0 h"]
+
+
+def test_names_keep_their_letters_where_they_begin_no_sentence() -> None:
+    found = result()
+    found["flips"] = {"metric": "right", "fixed": 3, "broken": 1, "rows": 20, "p": 0.625}
+    shown = report_page(found, rows(0), rows(5.0), [], DATA, build_config())
+    assert "3 rows fixed and 1 broken of 20 (McNemar&#x27;s exact p 0.625)." in shown
