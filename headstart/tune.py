@@ -133,6 +133,7 @@ def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
         job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display)
         changes += find_other_sources(record, job.data)
         refuse(changes, allow)
+        _check_graders(folder, job)
         if changes:
             _check_proof(folder, job)
             told = [change.told for change in changes]
@@ -141,6 +142,15 @@ def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
             for line in told:
                 display.warn(f"{line}: allowed, so it goes on, and not bit for bit")
         return _Session(job, folder, display, stop).carry_out()
+
+
+def _check_graders(folder: RunFolder, job: Job) -> None:
+    """Raise RunError where graders aren't those that scored before: nothing could be told from what they give."""
+    known = folder.read_evaluation("graders")
+    if known is not None and known != job.grading.to_json():
+        what = "the graders aren't those that scored before"
+        cure = "give them back as they were, or begin a new run"
+        raise RunError(Problem("run.changed", what, str(folder.path), cure))
 
 
 def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
@@ -397,18 +407,12 @@ class _Session:
         return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens))
 
     def _grade(self, name: str, measured: Measured) -> Measured:
-        """Let graders score the answers. Raises RunError where they aren't those that scored before."""
+        """Let graders score the answers."""
         grading = self.job.grading
         if not grading.graders:
             return measured
         if name == "before":
             self.folder.write_evaluation("graders", grading.to_json())
-        elif (self.folder.read_evaluation("graders") or []) != grading.to_json():
-            what, cure = (
-                "the graders aren't those that scored before",
-                "give them back as they were, or begin a new run",
-            )
-            raise RunError(Problem("run.changed", what, str(self.folder.path), cure))
         graded = grading.grade(measured, self.display.warn, self._on_eval)
         for line in ungraded_lines(ungraded({name: graded})):
             self.display.warn(line)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from headstart.config import Override, Settings, build_config, known_keys, read_resolved, setting
+from headstart.cli import read_sets
+from headstart.config import DataSettings, Override, Settings, build_config, known_keys, read_resolved, setting
 from headstart.errors import UsageError
+from headstart.verbs import READING
 
 
 def flags(**values: object) -> list[Override]:
@@ -139,3 +141,15 @@ def test_every_key_is_read_somewhere() -> None:
 def test_dotted_keys_reach_their_values() -> None:
     assert setting(Settings(), "lora.rank") == 16
     assert setting(Settings(), "seed") == 0
+
+
+def test_how_a_run_reads_rows_is_how_its_model_is_scored() -> None:
+    """A new setting of data has to be one or the other: `eval`, `compare` and `predict` take over `READING` from a run."""
+    of_training = {"train", "eval", "mix", "held_out", "group_by", "leaks", "class_weights"}
+    assert of_training.isdisjoint(READING)
+    assert of_training | set(READING) == set(DataSettings.model_fields)
+
+
+def test_a_line_break_in_a_template_may_be_typed() -> None:
+    for name in ("prompt", "completion", "rejected", "text", "text_pair"):
+        assert read_sets([f"data.{name}={{a}}\\n{{b}}"]) == {f"data.{name}": "{a}\n{b}"}
