@@ -169,8 +169,7 @@ class Job:
     @property
     def needs_reference(self) -> bool:
         """Tell whether answers are held against what the untouched model gives them."""
-        settings = self.config.settings
-        return settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE
+        return _needs_reference(self.config.settings)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -194,7 +193,7 @@ class Job:
         self, renderer: Encoder | Look, task: str, rows: Segmented, tokens_per_pack: int
     ) -> Sequence[RowResult]:
         reader = self.engine.reader
-        reader = reader.beside() if isinstance(reader, PreferenceReader) else reader
+        reader = reader.beside if isinstance(reader, PreferenceReader) else reader
         return measure(reader, renderer, rows.kept, rows.examples, task=task, tokens_per_pack=tokens_per_pack).rows
 
     def new_feed(self) -> Feed:
@@ -233,6 +232,10 @@ class Job:
             "engine": self.engine_facts,
             **self.estimate.to_json(),
         }
+
+
+def _needs_reference(settings: Settings) -> bool:
+    return settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE
 
 
 def _objective_words(settings: Settings) -> str:
@@ -861,7 +864,7 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
         count = len(prepared.choices)
         proof += (prompts if reader.packing == "forest" else prompts * count) + aims * count
     referred = 0
-    if settings.task == "preference" and settings.preference.objective not in REFERENCE_FREE:
+    if _needs_reference(settings):
         rows = len(prepared.train.examples)  # once, however often they are trained on
         referred = watch + round(layout.tokens * rows / (layout.steps * (settings.batch_size or 1)))
     return 2 * (proof * twice + sum(beside)) + watches * watch + referred

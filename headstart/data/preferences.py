@@ -35,10 +35,8 @@ TEXTS = ("response", "content", "text", "completion", "answer")
 COMPLETIONS = ("completion", "response", "answer", "output")
 LABEL = "label"
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
-BIAS_PAIRS, BIAS_FRAC = (
-    20,
-    0.7,
-)  # from so many pairs on, a part of them in which the longer (or shorter) answer wins is told
+# From so many pairs on, it is told in which part of them the longer (or shorter) answer wins.
+BIAS_PAIRS, BIAS_FRAC = 20, 0.7
 EVEN = (1.0, 4 / 3)  # how many wanted answers may stand against an unwanted one (Ethayarajh et al., 2024, section 4.3)
 
 

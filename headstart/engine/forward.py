@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,7 @@ class PreferenceReader(PackReader):
         """Not known of a pack: what an answer is held against may be the answers of all others."""
         raise TypeError("preferences are scored over all rows at once")
 
+    @cached_property
     def beside(self) -> PackReader:
         """Return the same model as a reader of rows that have no answers to compare."""
         reader = PackReader(self.model, bfloat16=self._bfloat16)

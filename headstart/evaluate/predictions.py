@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,15 @@ class Predictions:
             write_json(found.identity_file, dict(identity))
         return found
 
+    @cached_property
+    def _whole(self) -> list[dict[str, Any]] | None:
+        """The rows of all batches, where the evaluation was finished when it was opened."""
+        return pq.read_table(self.predictions_file).to_pylist() if self.predictions_file.exists() else None
+
     def read(self, number: int) -> list[RowResult] | None:
         """Return the rows of a batch, or None where it isn't done yet."""
-        if self.predictions_file.exists():
-            table = pq.read_table(self.predictions_file)
-            return [_row(values) for values in table.to_pylist() if values["batch"] == number]
+        if self._whole is not None:
+            return [_row(values) for values in self._whole if values["batch"] == number]
         file = self._part(number)
         return [_row(values) for values in pq.read_table(file).to_pylist()] if file.exists() else None
 

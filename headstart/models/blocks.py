@@ -173,13 +173,14 @@ Cut = Sequence[Block] | Tiles
 
 def lay_tiles(blocks: Sequence[Block], tokens: int) -> Tiles | None:
     """Return blocks as tiles over a pack of T tokens; None where they share keys, or differ so much that most would be empty."""
-    runs = [np.concatenate([np.arange(*run) for run in block.keys]) for block in blocks]
     counts = [block.end - block.begin for block in blocks]
-    n, m = max(counts), max(map(len, runs))
-    seen = sum(count * len(run) for count, run in zip(counts, runs, strict=True))
-    held = np.full(tokens, -1)
-    if len(blocks) < 2 or len(blocks) * n * m > TILE_WASTE * seen or sum(map(len, runs)) > tokens:
+    sizes = [sum(end - begin for begin, end in block.keys) for block in blocks]
+    n, m = max(counts), max(sizes)
+    seen = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    if len(blocks) < 2 or len(blocks) * n * m > TILE_WASTE * seen or sum(sizes) > tokens:
         return None
+    runs = [np.concatenate([np.arange(*run) for run in block.keys]) for block in blocks]
+    held = np.full(tokens, -1)
     queries, keys = np.full((len(blocks), n), -1), np.zeros((len(blocks), m), np.int64)
     mask = torch.zeros(len(blocks), n, m)
     for number, (block, count, run) in enumerate(zip(blocks, counts, runs, strict=True)):

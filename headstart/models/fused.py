@@ -100,13 +100,13 @@ class _Project(torch.autograd.Function):
 
 def project(x: Tensor, norm: Norm | None, product: Product) -> Tensor:
     """Norm x [T, D] where there is a norm, and put it through linear layers: [T, N]."""
-    return _Project.apply(x, _trigger(product, norm), norm, product)  # type: ignore[no-any-return, no-untyped-call]
+    return _Project.apply(x, _trigger(product, norm.weight if norm else None), norm, product)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _trigger(product: Product, norm: Norm | None = None) -> Tensor | None:
+def _trigger(product: Product, *others: Tensor | None) -> Tensor | None:
     """Return a parameter that trains in one of these, so that autograd asks for its gradient."""
     found = product.trigger
-    return norm.weight if found is None and norm is not None and norm.weight.requires_grad else found
+    return found if found is not None else next((p for p in others if p is not None and p.requires_grad), None)
 
 
 class _AddProduct(torch.autograd.Function):
@@ -187,8 +187,7 @@ class _AddNorm(torch.autograd.Function):
 
 def add_norm(residual: Tensor, x: Tensor, product: Product, norm: LayerNorm, drop: float) -> Tensor:
     """Put x [T, F] through linear layers, drop out, add `residual` [T, D] and norm: [T, D]."""
-    norms = next((p for p in (norm.weight, norm.bias) if p is not None and p.requires_grad), None)
-    trigger = product.trigger if product.trigger is not None else norms
+    trigger = _trigger(product, norm.weight, norm.bias)
     return _AddNorm.apply(residual, x, trigger, product, norm, drop)  # type: ignore[no-any-return, no-untyped-call]
 
 
