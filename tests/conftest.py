@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from headstart.data.read import Where
 from headstart.data.records import Conversation, Message
 from headstart.data.segments import Example, Segment
+from headstart.engine.engine import Engine
 
 # Runs leave signals alone that are ignored when they begin, as in the background or under nohup; tests send them.
 for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
@@ -28,6 +31,23 @@ def is_test(name: str) -> bool:
     file, _, function = name.partition("::")
     tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
     return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
+
+
+@contextlib.contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """Interrupt training when it is about to take a step, counted from 1."""
+    original, steps = Engine.optim_step, 0
+
+    def until_killed(self: Engine, lr: float) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise KeyboardInterrupt
+        return original(self, lr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "optim_step", until_killed)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 
 import headstart
 from headstart.display import Display
-from headstart.engine import engine as module
 from headstart.tune import resume
+from tests.conftest import killed_at
 from tests.e2e.test_commands import as_json, call
 
 WORDS = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
@@ -87,25 +87,15 @@ def test_what_is_preferred_gains(tiny_home: Path, sort: str, more: list[str]) ->
 
 
 @pytest.mark.parametrize("sort", ["pairs", "votes"])
-def test_killed_and_resumed_is_never_stopped(tiny_home: Path, sort: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_resumed_is_never_stopped(tiny_home: Path, sort: str) -> None:
     file = rows(sort)
     more = ["-s", "lora.dropout=0.1", "-s", "engine.tokens_per_pack=64", "-s", "save.every=4"]
     run = tune(file, "runs/one", *more)
-    original, steps = module.Engine.optim_step, 0
-
-    def until_killed(self: Any, lr: float) -> float:
-        nonlocal steps
-        steps += 1
-        if steps == 11:
-            raise KeyboardInterrupt
-        return original(self, lr)
-
     # Nothing is left of the first run's reference: the second makes its own, and goes on from that.
     for cached in (tiny_home.parent / "home" / "references").glob("*.json"):
         cached.unlink()
-    monkeypatch.setattr(module.Engine, "optim_step", until_killed)
-    assert call("tune", file, "-o", "runs/two", *QUICK, *more).exit_code == 130
-    monkeypatch.setattr(module.Engine, "optim_step", original)
+    with killed_at(11):
+        assert call("tune", file, "-o", "runs/two", *QUICK, *more).exit_code == 130
     resume(Path("runs/two"), Display())
     for name in ("model/adapter_model.safetensors", "evaluation/after.json", "evaluation/reference.json"):
         assert (run.path / name).read_bytes() == Path("runs/two", name).read_bytes(), name

@@ -16,6 +16,7 @@ import headstart
 from headstart.display import Display
 from headstart.models.source import find_model
 from headstart.tune import resume
+from tests.conftest import killed_at
 from tests.e2e.test_commands import as_json, call, run_card
 
 QUICK = ["-s", "steps=24", "-s", "batch_size=8", "-s", "eval.every=8", "-s", "optim.lr=1e-2", "-s", "data.held_out=20"]
@@ -165,21 +166,8 @@ def test_masked_tokens_and_going_on_after_a_stop(tiny_home: Path, monkeypatch: p
     assert again == pytest.approx(after, rel=0.3)
     transformers.AutoModelForMaskedLM.from_pretrained(run.path / "model")
     # What is masked follows from a row's place in the run, so a run that goes on ends with the same weights.
-    from headstart.engine import engine as module
-
-    steps = 0
-    original = module.Engine.optim_step
-
-    def until_killed(self: Any, lr: float) -> float:
-        nonlocal steps
-        steps += 1
-        if steps == 14:
-            raise KeyboardInterrupt
-        return original(self, lr)
-
-    monkeypatch.setattr(module.Engine, "optim_step", until_killed)
-    assert call("tune", "rows.jsonl", "-m", "minilm", "-o", "runs/two", *QUICK).exit_code == 130
-    monkeypatch.setattr(module.Engine, "optim_step", original)
+    with killed_at(14):
+        assert call("tune", "rows.jsonl", "-m", "minilm", "-o", "runs/two", *QUICK).exit_code == 130
     resume(Path("runs/two"), Display())
     weights = [Path(f"runs/{name}/model/model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import headstart
 from headstart.files import read_json
+from tests.conftest import killed_at
 from tests.e2e.test_commands import as_json, call, run_card
 
 WORDS = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
@@ -108,7 +108,6 @@ def test_positions_that_the_model_does_not_have_are_refused(tiny_home: Path) -> 
 def test_a_corpus_on_disk_is_tuned_on_and_gone_on_with(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are those of the same rows in memory, and a run that was stopped goes on to the same ones."""
     from headstart.data import corpus
-    from headstart.engine import engine as module
 
     quick = [
         "-s",
@@ -122,20 +121,9 @@ def test_a_corpus_on_disk_is_tuned_on_and_gone_on_with(texts: Path, monkeypatch:
         "-s",
         "save.every=4",
     ]
-    original = module.Engine.optim_step
-    steps = 0
-
-    def until_killed(self: Any, lr: float) -> float:
-        nonlocal steps
-        steps += 1
-        if steps == 7:
-            raise KeyboardInterrupt
-        return original(self, lr)
-
     monkeypatch.setattr(corpus, "STREAM_BYTES", 10)
-    monkeypatch.setattr(module.Engine, "optim_step", until_killed)
-    assert call("tune", "texts.jsonl", "-o", "runs/killed", *quick).exit_code == 130
-    monkeypatch.setattr(module.Engine, "optim_step", original)
+    with killed_at(7):
+        assert call("tune", "texts.jsonl", "-o", "runs/killed", *quick).exit_code == 130
     assert call("tune", "texts.jsonl", "-o", "runs/disk", *quick).exit_code == 0
     assert call("resume", "runs/killed").exit_code == 0
     monkeypatch.setattr(corpus, "STREAM_BYTES", 1 << 40)

@@ -44,6 +44,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, nodes: Nodes, window: int, causal: bo
     return torch.einsum("hij,jhd->ihd", weights, v)
 
 
+def assert_same_with_gradients(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, theirs)
+    wanted = torch.randn_like(theirs)
+    sides = (torch.autograd.grad(side, inputs, wanted) for side in (ours, theirs))
+    for mine, other in zip(*sides, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     nodes=forests(),
@@ -67,12 +75,7 @@ def test_blocks_equal_dense(
     assert all(block.end - block.begin <= size for block in blocks)
     ours = attend(q[torch.from_numpy(chosen)], k, v, blocks, rule)
     theirs = dense(q, k, v, nodes, window, True, rule)[torch.from_numpy(chosen)]
-    torch.testing.assert_close(ours, theirs)
-    wanted = torch.randn_like(theirs)
-    for mine, other in zip(
-        torch.autograd.grad(ours, (q, k, v), wanted), torch.autograd.grad(theirs, (q, k, v), wanted), strict=True
-    ):
-        torch.testing.assert_close(mine, other)
+    assert_same_with_gradients(ours, theirs, (q, k, v))
 
 
 def test_tokens_that_look_both_ways_see_their_own_row() -> None:
@@ -100,12 +103,7 @@ def test_tiles_equal_dense(lengths: list[int], causal: bool, heads: tuple[int, i
     q, k, v = (torch.randn(sum(lengths), n, 4, dtype=torch.float64, requires_grad=True) for n in (*heads, heads[1]))
     rule, asked = Rule(0.7, 2.0), torch.from_numpy(chosen)
     ours, theirs = attend(q[asked], k, v, tiles, rule), dense(q, k, v, nodes, 0, causal, rule)[asked]
-    torch.testing.assert_close(ours, theirs)
-    wanted = torch.randn_like(theirs)
-    for mine, other in zip(
-        torch.autograd.grad(ours, (q, k, v), wanted), torch.autograd.grad(theirs, (q, k, v), wanted), strict=True
-    ):
-        torch.testing.assert_close(mine, other)
+    assert_same_with_gradients(ours, theirs, (q, k, v))
 
 
 def test_rows_that_differ_too_much_or_share_keys_are_no_tiles() -> None:
