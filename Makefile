@@ -14,7 +14,7 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/headstart demo
 
-check: setup  # format, lint, types, import directions, laws and units: about two minutes
+check: setup  # format, lint, types, import directions, laws and units: about four minutes
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
