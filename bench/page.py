@@ -101,14 +101,7 @@ def _lines(kept: Mapping[str, Any], work: str) -> list[dict[str, Any]]:
         return list(kept[work]["lines"])
     empty = {"value": None, "losses_differ": None, "said": "", "verdict": "not run"}
     return [
-        {
-            **empty,
-            "text": line.text,
-            "bar": str(line.bar) if line.bar else None,
-            "verdict": "not run" if line.measure else "not built yet",
-        }
-        for line in LINES
-        if line.work == work
+        {**empty, "text": line.text, "bar": str(line.bar) if line.bar else None} for line in LINES if line.work == work
     ]
 
 

@@ -98,8 +98,6 @@ class Bench:
 
     def judge(self, line: Line) -> Outcome:
         """Run what a line needs and hold it against its bar."""
-        if not line.measure:
-            return Outcome(line, said="not built yet")
         try:
             pairs = self.alternate([line.ours, line.theirs], 1 if line.once else self.size.repeats)
             agrees = self._agreement(line, pairs)
@@ -172,7 +170,7 @@ class Bench:
 
     def _prepare(self, kind: str, spec: dict[str, Any]) -> tuple[Files, dict[str, Any]]:
         wanted = spec.get("rows") or getattr(self.size, kind)
-        spec.setdefault("steps", max(1, wanted // spec["batch_size"]))
+        spec.setdefault("steps", spec.get("epochs", 1) * max(1, wanted // spec["batch_size"]))
         names = ("steps", "batch_size", "seed", "max_length", "length")
         key = json.dumps([kind, wanted, Path(spec["model_path"]).name, *(spec.get(name) for name in names)])
         if key not in self._files:
