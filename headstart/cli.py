@@ -43,6 +43,10 @@ Epochs = Annotated[float | None, typer.Option(help="Times that each row is seen.
 EvalData = Annotated[list[str] | None, typer.Option(help="Rows to score on; else a part is held out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Graders = Annotated[list[str] | None, typer.Option("--grader", metavar="FILE", help="A grader file; repeatable.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAMES", help="Trackers that follow it: tensorboard, wandb, mlflow, trackio."),
+]
 Answers = Annotated[int, typer.Option(help="Rows that are answered and scored as text.")]
 
 
@@ -68,6 +72,7 @@ def tune(
     sets: Sets = None,
     epochs: Epochs = None,
     eval_data: EvalData = None,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune on DATA and prove the gain."""
@@ -84,7 +89,7 @@ def tune(
             "epochs": epochs,
             "data.eval": eval_data,
         }
-        run = start(read_config(config, sets, flags), display)
+        run = start(read_config(config, sets, flags), display, _names(track))
         return {"run": str(run.path), **run.result}
 
     carry_out(work, as_json)
@@ -193,6 +198,7 @@ def resume(
     allow: Annotated[
         list[str] | None, typer.Option(help="Go on though it changed: data, model, settings, versions.")
     ] = None,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped or killed."""
@@ -200,8 +206,24 @@ def resume(
     def work(display: Display) -> dict[str, Any]:
         from headstart.tune import resume as resume_run
 
-        finished = resume_run(run, display, _names(allow))
+        finished = resume_run(run, display, _names(allow), _names(track))
         return {"run": str(finished.path), **finished.result}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    to: Annotated[list[str], typer.Option(metavar="NAMES", help="tensorboard, wandb, mlflow, trackio.")],
+    as_json: Json = False,
+) -> None:
+    """Send what a run wrote to trackers."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.track import send_all
+
+        return {"run": str(run), "sent": send_all(run, _names(to), display)}
 
     carry_out(work, as_json)
 

@@ -85,6 +85,7 @@ CODES: dict[str, str] = {
     "grader.form": "A grader that isn't read as meant gives scores that mean something else.",
     "grader.field": "A row without what a grader looks at can't be graded.",
     "grader.package": "The score is computed by a package that isn't installed.",
+    "track.package": "A run that was to be followed by a tracker shouldn't begin without it.",
     "grader.sandbox": "Foreign code is run only within limits, and only where it can be run at all.",
     "grader.endpoint": "Without the model's answers there are no grades.",
     # runs

@@ -54,6 +54,7 @@ from headstart.report.words import data_lines, fallen, guard_lines, plan_facts, 
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stall import StallWatch
 from headstart.stop import StopRequest
+from headstart.track import check_trackers, tracked
 
 T = TypeVar("T")
 
@@ -70,11 +71,12 @@ def tune(
     config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    track: str | Sequence[str] = (),
 ) -> Run:
     """Fine-tune a model on `data` and prove what it gained; return the run.
 
     `settings` are dotted keys with values, as `-s` takes them: `{"optim.lr": 1e-4}`. What is left out is decided from
-    the model, the data and the machine.
+    the model, the data and the machine. `track` names trackers that follow the run: tensorboard, wandb, mlflow, trackio.
 
     Raises a HeadstartError: UsageError, DataError, ModelError, ResourceError, DivergedError, or StoppedError where the
     run was asked to stop and can be resumed.
@@ -90,11 +92,12 @@ def tune(
         **(settings or {}),
     }
     overrides = [Override(key, value, "argument") for key, value in named.items() if value is not None]
-    return start(build_config(Path(config) if config else None, overrides), display or Display())
+    return start(build_config(Path(config) if config else None, overrides), display or Display(), as_names(track))
 
 
-def start(config: Config, display: Display) -> Run:
-    """Begin a run with these settings and carry it to its end."""
+def start(config: Config, display: Display, track: Sequence[str] = ()) -> Run:
+    """Begin a run with these settings and carry it to its end, followed by trackers."""
+    track = check_trackers(track)
     if not config.settings.data.train:
         raise DataError(Problem("data.missing", "no data was named", "data.train", "headstart tune FILE"))
     today = datetime.date.today()
@@ -110,17 +113,19 @@ def start(config: Config, display: Display) -> Run:
             job.config = job.config.pin(pins(job.data))
             write_json(folder.data_file, describe(job.data, job.config, today))
             folder.write_config(job.config)  # last: with it the run has begun
-            return _Session(job, folder, display, stop).carry_out()
+            with tracked(folder, track, display):
+                return _Session(job, folder, display, stop).carry_out()
 
 
-def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+def resume(path: Path, display: Display, allow: Collection[str] = (), track: Sequence[str] = ()) -> Run:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint, followed by the trackers it had and more.
 
     What isn't as it was when the run began is refused, unless `allow` names its kind: data, model, settings, versions.
     It is then recorded, and told in the report. Raises RunError where there is no such run, or where its settings or
     versions changed, and DataError where its data or model did.
     """
     check_allowed(allow)
+    track = check_trackers(track)
     folder = RunFolder.open(path)
     if folder.result_file.exists():
         display.line(f"{path} is finished: {sentence(Run(path).result)}")
@@ -141,7 +146,8 @@ def resume(path: Path, display: Display, allow: Collection[str] = ()) -> Run:
             write_json(folder.data_file, {**record, "allowed": [*record.get("allowed", []), once]})
             for line in told:
                 display.warn(f"{line}: allowed, so it goes on, and not bit for bit")
-        return _Session(job, folder, display, stop).carry_out()
+        with tracked(folder, track, display):
+            return _Session(job, folder, display, stop).carry_out()
 
 
 def _check_graders(folder: RunFolder, job: Job) -> None:

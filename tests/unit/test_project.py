@@ -20,7 +20,7 @@ ORDER = [
     ("demo", "chat", "show", "doctor", "label", "verify"),
     ("verbs", "tune"),
     ("origin",),
-    ("job", "stop", "stall"),
+    ("job", "stop", "stall", "track"),
     ("run",),
     ("report",),
     ("choose",),
