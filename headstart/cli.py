@@ -347,6 +347,34 @@ def compare(
 
 
 @app.command()
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Models; each further one is held against the first.")],
+    tasks: Annotated[list[str], typer.Option(metavar="NAMES", help="Tasks of lm-evaluation-harness: arc_easy, ...")],
+    include: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, in the harness's form.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most documents of a task.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples in front of each prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for all predictions; one that was begun goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score models on public benchmarks."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.benchmark import Asking, benchmark, say_benchmarks, to_json
+
+        asking = Asking(_names(tasks), include, limit, shots, chat)
+        found = benchmark(models, asking, out, display.progress)
+        say_benchmarks(display, found)
+        return to_json(found)
+
+    carry_out(work, as_json)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
     ask: Annotated[str | None, typer.Option(help="Ask this once and leave, instead of a conversation.")] = None,

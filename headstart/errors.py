@@ -86,6 +86,8 @@ CODES: dict[str, str] = {
     "grader.field": "A row without what a grader looks at can't be graded.",
     "grader.package": "The score is computed by a package that isn't installed.",
     "track.package": "A run that was to be followed by a tracker shouldn't begin without it.",
+    "benchmark.package": "The tasks and their scores are those of lm-evaluation-harness, an extra.",
+    "benchmark.task": "A benchmark that isn't asked as it is meant gives a number that means nothing.",
     "grader.sandbox": "Foreign code is run only within limits, and only where it can be run at all.",
     "grader.endpoint": "Without the model's answers there are no grades.",
     # runs

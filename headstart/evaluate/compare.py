@@ -340,8 +340,8 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
     else:
         samples = _resample([before, after], seed)
         count = min(before.rows_that_count, after.rows_that_count)
-        first, second = (_interval(_whole(m), s, count) for m, s in zip((before, after), samples, strict=True))
-        difference = _interval(_whole(after) - _whole(before), samples[1] - samples[0], count)
+        first, second = (_interval(whole(m), s, count) for m, s in zip((before, after), samples, strict=True))
+        difference = _interval(whole(after) - whole(before), samples[1] - samples[0], count)
         p = _swap(before, after, seed)
     return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
 
@@ -350,7 +350,7 @@ def interval(metric: Metric, seed: int = 0) -> Interval:
     """Return a metric by itself with its interval: what `compare` gives for either side."""
     if isinstance(metric, Ratio) and metric.right:
         return _wilson(metric.values)
-    return _interval(_whole(metric), _resample([metric], seed)[0], metric.rows_that_count)
+    return _interval(whole(metric), _resample([metric], seed)[0], metric.rows_that_count)
 
 
 def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
@@ -440,7 +440,8 @@ def sign_test(more: int, less: int) -> float:
     return float(binomtest(more, more + less).pvalue) if more + less else 1.0
 
 
-def _whole(metric: Metric) -> float:
+def whole(metric: Metric) -> float:
+    """Return a metric over all of its rows."""
     return float(metric.over(np.arange(len(metric))[None])[0])
 
 
@@ -467,7 +468,7 @@ def _swap(before: Metric, after: Metric, seed: int) -> float:
     both = before.joined(after)
     generator = np.random.default_rng([seed, 1])
     own = np.arange(rows)
-    seen, at_once = abs(_whole(after) - _whole(before)), max(1, DRAWS_AT_ONCE // rows)
+    seen, at_once = abs(whole(after) - whole(before)), max(1, DRAWS_AT_ONCE // rows)
     as_large = 1  # the rows as they are
     for start in range(0, SWAPS, at_once):
         swapped = rows * generator.integers(0, 2, (min(at_once, SWAPS - start), rows))
