@@ -1,6 +1,8 @@
 # Everything runs in .venv, which `make setup` makes with the tested versions of constraints.txt; the bench has its own.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+TEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .PHONY: setup demo check test format bench bench-peers
 
@@ -14,14 +16,14 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/headstart demo
 
-check: setup  # format, lint, types, import directions, laws and units: about four minutes
+check: setup  # format, lint, types, import directions, laws and units: about three minutes
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit tests/laws
+	$(TEST) tests/unit tests/laws
 
 test: check  # everything that needs no GPU
-	$(BIN)/python -m pytest -q tests/e2e
+	$(TEST) tests/e2e
 
 format: setup
 	$(BIN)/ruff format .

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,6 +24,18 @@ from headstart.engine.engine import Engine
 for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _handler)
+
+# A worker of several has a core for itself, which its threads and processes share: they would only wait for each other.
+if hasattr(os, "sched_setaffinity") and (_worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of the garbage collector's way: runs collect garbage, and would look through all of it."""
+    gc.freeze()
+
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

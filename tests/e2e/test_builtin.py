@@ -98,6 +98,7 @@ def test_a_few_steps_on_the_built_in_model_already_prove_a_gain(tmp_path: Path) 
         "eval.rows": 10,
         "eval.generate": 0,
         "eval.every": 0,
+        "eval.guard": "off",
         "data.held_out": 10,
     }
     with (tmp_path / "said.txt").open("w") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from headstart import faults, machine
+from headstart import faults, machine, verify
 from headstart.config import Override, build_config
 from headstart.data import chats as chats_on_disk
 from headstart.data.store import is_whole
@@ -52,12 +53,18 @@ from tests.e2e.test_tiny_run import QUICK, _StopAt, assert_equal_runs
 
 # A server that has imported everything and computed nothing forks a process for each session: none pays for imports.
 SESSIONS = multiprocessing.get_context("forkserver")
-SESSIONS.set_forkserver_preload(["headstart.tune", "peft", "transformers", "tests.e2e.test_survival"])
+LATE = (
+    "sacrebleu",
+    "scipy.stats",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+SESSIONS.set_forkserver_preload(["headstart.tune", "peft", "transformers", *LATE, "tests.e2e.test_survival"])
 SETTINGS = {**QUICK, "steps": 6, "eval.every": 2, "save.every": 2, "save.keep": 1, "data.held_out": 16}
 CANARY = "hf_canary_that_must_never_be_written"
 ENCODES = {"eval.generate": None}
 WAYS: dict[str, dict[str, Any]] = {
-    "lora, dropout, several packs a step": {"lora.dropout": 0.1, "engine.tokens_per_pack": 32},
+    "lora, dropout, several packs a step": {"lora.dropout": 0.1, "engine.tokens_per_pack": 32, "eval.guard": "auto"},
     "full": {"method": "full", "optim.lr": 1e-3},
     "labels": {**ENCODES, "method": "full", "kind": "supervised", "data.text": "text", "data.label": "label"},
     "embeddings": {**ENCODES, "method": "lora", "engine.tokens_per_pack": 32},  # the adapter is merged at the end
@@ -71,6 +78,7 @@ def session(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: 
     """Begin a run or go on with it, and leave with its exit code; a process of its own."""
     os.environ[faults.VARIABLE] = fail
     torch.set_num_threads(1)
+    gc.freeze()
     with Path(os.devnull).open("w") as file:
         display = Display(file, live=False)
         try:
@@ -621,8 +629,9 @@ def test_a_run_whose_folder_is_taken_away_says_so(
 
 
 def test_a_user_can_see_that_nothing_is_lost(
-    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(verify, "KILLS", verify.KILLS[:2])  # the others are tried above, without a new process for each
     run = tune(
         small_data, model=str(tiny_model), out=tmp_path / "run", settings={**SETTINGS, "steps": 4}, display=quiet
     )

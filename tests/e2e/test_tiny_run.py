@@ -23,7 +23,15 @@ from headstart.run import RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences
 
-QUICK = {"batch_size": 4, "steps": 12, "eval.every": 4, "eval.generate": 2, "data.held_out": 16, "engine.threads": 1}
+QUICK: dict[str, Any] = {
+    "batch_size": 4,
+    "steps": 12,
+    "eval.every": 4,
+    "eval.generate": 2,
+    "eval.guard": "off",
+    "data.held_out": 16,
+    "engine.threads": 1,
+}
 
 
 @pytest.fixture
@@ -56,7 +64,7 @@ def test_a_file_in_and_a_better_model_and_the_proof_out(
         tmp_path / "run",
         quiet,
         method=method,
-        **{"optim.lr": 2e-2 if method == "lora" else 5e-3},
+        **{"optim.lr": 2e-2 if method == "lora" else 5e-3, "eval.guard": "auto"},
     )
     folder = RunFolder(run.path)
     for file in (

@@ -434,7 +434,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Judge.replies.clear()
     Judge.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()

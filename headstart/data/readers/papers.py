@@ -1,4 +1,4 @@
-"""PDF, Word and web pages -> text, by the libraries of the extra `documents`."""
+"""PDF, Word and web pages: a file is a row, by the libraries of the extra `documents`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from headstart.data.inflate import Meter
+from headstart.data.inflate import InflationError, Meter
+from headstart.data.rows import Item, Row, SourceFile, Where
+from headstart.errors import Problem
 
 TREE_SIZE = 8  # about as many bytes of memory take the parts of a Word file for each byte
 BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -17,7 +19,30 @@ SILENT = ("script", "style", "noscript", "template", "head", "nav", "footer")
 BLOCKS = ("p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "section", "article", "blockquote", "pre")
 
 
-def read_paper(path: Path) -> str:
+def read(file: SourceFile, _: bytes) -> Iterator[Item]:
+    """Read a file as one row with a text."""
+    suffix = file.path.suffix.lower()
+    try:
+        text = text_of(file.path)
+    except InflationError:
+        raise
+    except ImportError:
+        cure = 'pip install "headstart[documents]"'
+        yield Problem("data.unknown_type", f"{suffix} files need {NEEDS[suffix]}", file.name, cure)
+        return
+    except Exception as error:  # what these libraries raise on a damaged file, nobody lists
+        yield Problem(
+            "data.wrong_type", f"can't be read as {suffix}: {error}", file.name, "mend the file, or delete it"
+        )
+        return
+    if not text:
+        cure = "recognise its text first (OCR), or delete it"
+        yield Problem("row.empty_text", "it holds no text, as scanned pages don't", f"{file.name}:1", cure)
+        return
+    yield Row(Where(file.name, 1), {"text": text})
+
+
+def text_of(path: Path) -> str:
     """Return the text of a file, blocks parted by empty lines.
 
     Raises ImportError where the library for it isn't installed, ValueError where the file isn't what its name says, and
