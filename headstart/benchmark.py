@@ -23,7 +23,7 @@ from headstart.evaluate.harness import Asked, OnProgress, TaskScores, as_harness
 from headstart.files import new_file, write_json
 from headstart.models.load import is_encoder, load_tokenizer, model_length, stop_ids
 from headstart.models.source import find_model, weights_hash
-from headstart.report.words import CLEAR
+from headstart.report.words import clearness
 from headstart.verbs import PACK_TOKENS, load_here
 
 
@@ -188,4 +188,4 @@ def say_benchmarks(display: Display, found: Sequence[Benchmarked]) -> None:
             for item in each:
                 low, value, high = item.difference.low, item.difference.value, item.difference.high
                 shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-                display.line(f"  {task:<28} {item.name:<16} {shown:<26} {CLEAR[item.direction]}")
+                display.line(f"  {task:<28} {item.name:<16} {shown:<26} {clearness(item.direction, low, high)}")

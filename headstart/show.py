@@ -20,7 +20,7 @@ from headstart.files import read_json
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
 from headstart.report.versus import difference, flip_line
-from headstart.report.words import CLEAR, VERDICTS, data_lines, plan_facts
+from headstart.report.words import VERDICTS, clearness, data_lines, plan_facts
 from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ def _say_robust(display: Display, found: Robust) -> None:
 
 def _say_compared(display: Display, name: str, item: Compared) -> None:
     values = f"{item.before.value:8.3f} -> {item.after.value:8.3f}"
-    display.line(f"  {name:<24} {values}   {difference(item):<26} {CLEAR[item.direction]}")
+    display.line(
+        f"  {name:<24} {values}   {difference(item):<26} {clearness(item.direction, item.difference.low, item.difference.high)}"
+    )
 
 
 def say_versus(display: Display, found: Versus) -> None:

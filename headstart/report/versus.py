@@ -12,7 +12,7 @@ from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
 from headstart.report.frame import document, excerpt, section
 from headstart.report.tables import cell, table
-from headstart.report.words import CLEAR, named
+from headstart.report.words import clearness, named
 
 EXAMPLES = 5  # flips of a kind that are shown
 STYLES = {1: "good", -1: "bad", 0: "flat"}
@@ -58,7 +58,7 @@ def _pair(pair: Pair) -> str:
             cell(f"{item.before.value:.3f}"),
             cell(f"{item.after.value:.3f}"),
             cell(difference(item)),
-            cell(CLEAR[item.direction], STYLES[item.direction]),
+            cell(clearness(item.direction, item.difference.low, item.difference.high), STYLES[item.direction]),
             cell(f"{item.rows:,}"),
         ]
         for item in pair.compared

@@ -17,7 +17,13 @@ VERDICTS = {
     "no_gain": "no clear gain",
     "not_measured": "not measured",
 }
-CLEAR = {1: "better", 0: "unclear", -1: "worse"}
+
+
+def clearness(direction: int, low: float, high: float) -> str:
+    """Say how sure a difference is: rows that are few can all change in one way by chance, with no zero in the interval."""
+    if direction:
+        return "better" if direction > 0 else "worse"
+    return "may be chance" if low > 0 or high < 0 else "unclear"
 
 
 def named(metric: str) -> str:
@@ -107,7 +113,7 @@ def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str
     for name, difference in result["differences"].items():
         before, after = result["before"][name]["value"], result["after"][name]["value"]
         low, high = difference["low"], difference["high"]
-        clear = CLEAR[difference["direction"]]
+        clear = clearness(difference["direction"], low, high)
         shown = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append((named(name), f"{before:.3f}", f"{after:.3f}", shown, clear))
     return lines

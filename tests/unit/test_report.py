@@ -19,6 +19,7 @@ from headstart.config import build_config
 from headstart.display import Display, in_bytes, in_time, safe
 from headstart.engine.loop import Progress
 from headstart.errors import Problem
+from headstart.evaluate.compare import Ratio, compare
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.files import json_text, read_json, write_json
 from headstart.report.card import model_card
@@ -26,7 +27,7 @@ from headstart.report.charts import POINTS_MAX, Series, line_chart, nice_ticks, 
 from headstart.report.page import report_page
 from headstart.report.result import build_result
 from headstart.report.told import told_sections
-from headstart.report.words import sentence
+from headstart.report.words import clearness, sentence
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -302,3 +303,14 @@ def test_names_keep_their_letters_where_they_begin_no_sentence() -> None:
     found["flips"] = {"metric": "right", "fixed": 3, "broken": 1, "rows": 20, "p": 0.625}
     shown = report_page(found, rows(0), rows(5.0), [], DATA, build_config())
     assert "3 rows fixed and 1 broken of 20 (McNemar&#x27;s exact p 0.625)." in shown
+
+
+def test_an_interval_without_zero_that_rests_on_few_rows_may_be_chance() -> None:
+    # Five of eight rows fixed and none broken: McNemar's exact p is 2 * 0.5**5 = 0.0625.
+    before, after = (
+        Ratio(np.array([*values, 1.0, 1.0, 1.0]), np.ones(8), right=True) for values in ([0.0] * 5, [1.0] * 5)
+    )
+    found = compare("accuracy", before, after)
+    assert found.p == 0.0625
+    assert clearness(found.direction, found.difference.low, found.difference.high) == "may be chance"
+    assert [clearness(d, -1.0, 1.0) for d in (1, 0, -1)] == ["better", "unclear", "worse"]
