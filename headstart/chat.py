@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from headstart.data.formats import fold_system
 from headstart.data.records import Message
 from headstart.data.render import Renderer
 from headstart.display import Display
@@ -37,7 +38,12 @@ class Chat:
     ) -> None:
         source = find_model(model)
         run = find_run(model)
-        self._plain = run is not None and run.read_config().settings.data.template == "plain"
+        settings = run.read_config().settings.data if run else None
+        self._plain = settings is not None and settings.template == "plain"
+        self._folds = settings is not None and "fold_system" in settings.fix
+        if system and self._plain and not self._folds:
+            what = "without a template a prompt is one text, which has no system turn"
+            raise UsageError(Problem("usage.flag", what, "--system", "put it in front of the question"))
         template = "plain" if self._plain else "model"
         tokenizer = load_tokenizer(source)
         self._renderer = Renderer(tokenizer, stop_ids(source, tokenizer), template)
@@ -52,8 +58,7 @@ class Chat:
         """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
         _check_text(text)
         self.messages.append(Message("user", text))
-        # Without a template a prompt is one text, so a new question begins anew.
-        prompt = self._renderer.prompt(self.messages[-1:] if self._plain else self.messages)
+        prompt = self._renderer.prompt(self._turns())
         if len(prompt) >= self._length:
             what = f"the conversation has {len(prompt):,} tokens, and the model can place {self._length:,}"
             raise UsageError(Problem("usage.flag", what, "chat", "begin a new conversation"))
@@ -75,6 +80,13 @@ class Chat:
             on_text(said.text[len(shown) :] + "\n")
         self.messages.append(Message("assistant", said.text))
         return said
+
+    def _turns(self) -> list[Message]:
+        """Return the turns that the model is asked with, joined as they were where it was taught."""
+        turns = self.messages
+        if self._plain:  # a prompt is one text, so a new question begins anew
+            turns = [*(turn for turn in turns if turn.role == "system"), turns[-1]]
+        return fold_system(turns) if self._folds else turns
 
     def _tokens(self, prompt: list[int]) -> Any:
         """Yield new tokens one by one."""

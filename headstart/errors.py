@@ -31,7 +31,7 @@ CODES: dict[str, str] = {
     "data.missing": "There is nothing to learn from.",
     "data.not_a_file": "Only regular files and folders of them are read.",
     "data.unknown_type": "The reader is chosen by the file's name and checked against its first bytes.",
-    "data.wrong_type": "The file's first bytes say that it isn't what its name says.",
+    "data.wrong_type": "The file's own bytes say that it isn't what it is said to be.",
     "data.encoding": "Text is read as UTF-8 and never guessed, since a wrong guess corrupts it in silence.",
     "data.truncated": "A file that ends in the middle of a row has most likely lost more than that.",
     "data.unreadable": "What stands behind the fault can't be read any more, so rows would be lost uncounted.",

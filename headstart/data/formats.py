@@ -618,7 +618,7 @@ def _to_conversation(row: Row, convert: _Convert, tally: _Tally, train_on: str) 
 
 def _joined(messages: list[Message], tally: _Tally) -> list[Message]:
     """Return the turns as the settings want them joined."""
-    if tally.fold and (folded := _fold(messages)) != messages:
+    if tally.fold and (folded := fold_system(messages)) != messages:
         tally.folded += 1
         messages = folded
     if tally.merge and (merged := _merge(messages)) != messages:
@@ -627,7 +627,7 @@ def _joined(messages: list[Message], tally: _Tally) -> list[Message]:
     return messages
 
 
-def _fold(messages: Sequence[Message]) -> list[Message]:
+def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Put what system turns say in front of the user's next turn; one behind which the user says nothing stays."""
     found: list[Message] = []
     for message in messages:

@@ -50,6 +50,10 @@ LIKE_CYRILLIC = "ABEKMHOPCTYXaeopcyx"
 # Where Latin stands beside Greek or Cyrillic in a word, and the word around it.
 MIXED = re.compile("[A-Za-z][\u0370-\u052f]|[\u0370-\u052f][A-Za-z]")
 MIXED_WORD = re.compile("[A-Za-z\u0370-\u052f]+")
+# Letters that give Greek and Cyrillic away, and words without one.
+OWN_LETTER = re.compile(f"[{''.join(sign for sign in map(chr, range(0x370, 0x530)) if sign not in LIKE_LATIN)}]")
+LATIN_LETTER = re.compile("[A-Za-z]")
+ALIKE_WORD = re.compile(rf"(?<!\w)[{LIKE_LATIN}]{{2,}}(?!\w)")
 # Letters of mathematics, which write words for the eye alone.
 FANCY = re.compile("[\U0001d400-\U0001d6a3]{3,}")
 LATIN = re.compile(f"(?:[A-Za-z][^A-Za-z]*){{{SCRIPT_LETTERS}}}")
@@ -133,6 +137,7 @@ def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
     """Find what hurts in rows, each with whether it is held out."""
     shingler, names, scripts, languages = Shingler(), dict[str, int](), {"": 0}, {"": 0}
     mentions: dict[str, list[Mention]] = {}
+    shown, alike = 0, set[Mention]()
     parts, spoken = [np.zeros(0, ROW)], False
     rest = iter(records)
     while part := list(islice(rest, ROWS_AT_ONCE)):
@@ -157,9 +162,16 @@ def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
                     languages.setdefault(main_language(text), len(languages)),
                 )
             )
-            for kind, detail in find_marks(text):
+            marks = dict(find_marks(text))
+            shown += bool(OWN_LETTER.search(text))
+            if "look_alike" not in marks and (words := _alike_words(text)):
+                marks["look_alike"] = _counted(words)
+                alike.add(Mention(str(record.where), marks["look_alike"]))
+            for kind, detail in marks.items():
                 mentions.setdefault(kind, []).append(Mention(str(record.where), detail))
         parts.append(np.array(numbers, ROW))
+    if shown >= len(alike) > 0:  # the script is at home in these rows, and so are its words
+        mentions["look_alike"] = [row for row in mentions["look_alike"] if row not in alike]
     rows, files = np.concatenate(parts), list(names)
 
     def where(row: int) -> str:
@@ -167,7 +179,7 @@ def look_through(records: Iterable[tuple[Record, bool]]) -> list[Finding]:
 
     for kind, row, other, detail in _compare(rows, shingler if spoken else None, list(scripts), list(languages)):
         mentions.setdefault(kind, []).append(Mention(where(row), detail, where(other) if other >= 0 else ""))
-    return [Finding(kind, what, tuple(mentions[kind])) for kind, what in KINDS.items() if kind in mentions]
+    return [Finding(kind, what, tuple(mentions[kind])) for kind, what in KINDS.items() if mentions.get(kind)]
 
 
 def take_apart(record: Record) -> Said:
@@ -209,7 +221,7 @@ def find_marks(text: str) -> Iterator[tuple[str, str]]:
             if signs := Counter(pattern.findall(text)):
                 yield kind, ", ".join(f"U+{ord(sign):04X} x {count}" for sign, count in signs.most_common(3))
         if words := _look_alikes(text):
-            yield "look_alike", ", ".join(f"{word!a} x {count}" for word, count in words.most_common(3))
+            yield "look_alike", _counted(words)
         if not unicodedata.is_normalized("NFC", text):
             yield "not_nfc", ""
     if len(text) >= LONG_WORD and (word := WORD.search(text)):
@@ -231,6 +243,21 @@ def _look_alikes(text: str) -> Counter[str]:
             if latin and others and (others <= set(LIKE_LATIN) or (cyrillic and latin <= set(LIKE_CYRILLIC))):
                 found[word] += 1
     return found
+
+
+def _alike_words(text: str) -> Counter[str]:
+    """Return the words beside Latin ones that hold nothing but letters which look Latin, and aren't.
+
+    Unicode calls them whole-script confusables (Technical Standard 39, 4.2). Whether they pass for Latin words can only be
+    told from other rows: in Russian ones they are words like others.
+    """
+    if text.isascii() or OWN_LETTER.search(text) or not LATIN_LETTER.search(text):
+        return Counter()
+    return Counter(ALIKE_WORD.findall(text))
+
+
+def _counted(words: Counter[str]) -> str:
+    return ", ".join(f"{word!a} x {count}" for word, count in words.most_common(3))
 
 
 def main_script(text: str) -> str:

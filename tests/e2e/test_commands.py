@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from headstart.chat import Chat
 from headstart.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +198,29 @@ def test_chat_asks_once_and_streams(run: Path) -> None:
     assert said["asked"] == "plan?"
     assert said["answer"] in call("chat", str(run), "--ask", "plan?", "--max-tokens", "5").stdout
     assert call("chat", str(run)).exit_code == 2
+
+
+def test_chat_and_eval_fold_a_system_turn_as_training_did(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = {"role": "system", "content": "Be short."}
+    rows = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
+    data.write_text("".join(json.dumps({"messages": [system, *row]}) + "\n" for row in rows), encoding="utf-8")
+    assert call("tune", "data.jsonl", "-o", "runs/one", *QUICK, "-s", "data.fix=fold_system").exit_code == 0
+    after = {row["where"]: row["nll"] for row in json.loads(Path("runs/one/evaluation/after.json").read_text())}
+    again = {row["where"]: row["nll"] for row in as_json("eval", "runs/one", "data.jsonl", "--answers", "0")[1]["rows"]}
+    proof = after.keys() & again.keys()
+    assert proof
+    assert {where: again[where] for where in proof} == pytest.approx({where: after[where] for where in proof}, rel=1e-5)
+    chat = Chat("runs/one", system="Be short.", max_tokens=1)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(chat, "_tokens", lambda prompt: asked.append(prompt) or [])
+    chat.answer("3 plan?")
+    chat.answer("And 4?")
+    turns = [("user", "Be short.\n\n3 plan?"), ("assistant", ""), ("user", "And 4?")]
+    tokenizer = AutoTokenizer.from_pretrained("runs/one/model")
+    for prompt, count in zip(asked, (1, 3), strict=True):
+        messages = [{"role": role, "content": content} for role, content in turns[:count]]
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompt == theirs
 
 
 def test_runs_models_doctor_and_config(run: Path) -> None:

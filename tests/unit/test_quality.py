@@ -68,6 +68,27 @@ def test_words_that_mix_scripts_in_the_open_are_left_alone() -> None:
     assert look(documents(*texts)) == {}
 
 
+def test_words_of_look_alikes_alone_are_found_where_their_script_is_not_at_home() -> None:
+    """`cope` in Cyrillic letters; `secop`, Cyrillic too, in a row that is found anyway; in Russian rows `rose` is a word."""
+    rows = [
+        "log in at \u0441\u043e\u0440\u0435 now",
+        "one line",
+        "p\u0430ypal \u0455\u0435\u0441\u043e\u0440",
+        "\u03a7 of 3 \u03bd",
+    ]
+    found = look(documents(*rows))
+    assert {kind: lines(finding) for kind, finding in found.items()} == {"look_alike": [1, 3]}
+    assert found["look_alike"].rows[0].detail == "'\\u0441\\u043e\\u0440\\u0435' x 1"
+    russian = ["rosa is \u0440\u043e\u0441\u0430", "the rose \u0440\u043e\u0437\u0430"]
+    assert look(documents(*russian)) == {}
+    assert lines(look(documents(*rows, *russian))["look_alike"]) == [
+        1,
+        3,
+        5,
+    ]  # two rows pass for Latin, one shows its own
+    assert lines(look(documents(*rows[2:], *russian))["look_alike"]) == [1]
+
+
 def test_rows_that_stand_twice_and_rows_that_leak() -> None:
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
     rows = documents("a", words, "a", f"{words} more", "b", "b")

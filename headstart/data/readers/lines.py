@@ -13,6 +13,9 @@ from headstart.errors import Problem
 
 WIDE = ("utf-16", "utf-32")  # whose line feeds are several bytes
 LINE_BYTES = 16 << 20
+# So many bytes beyond ASCII are no accident where all lines are UTF-8: of common Chinese characters in GBK about one in seven
+# is UTF-8 by chance, and in one-byte encodings such a letter would have to stand beside another.
+UTF_8_BYTES = 16
 BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -47,17 +50,31 @@ def lines_of(file: SourceFile, head: bytes) -> Iterator[Line | Problem | Note]:
     if newline == b"\r":
         yield Note(file.name, "its lines end with a carriage return alone, and are read as lines")
     with open_plain(file.path) as raw:
-        number = 0
+        number = beyond = 0  # lines, and bytes beyond ASCII while all lines are UTF-8
         while block := _readline(raw, newline):
             number += 1
             if len(block) > LINE_BYTES:
                 yield _too_long(file, number)
                 return
+            if codec != UTF_8 and beyond >= 0 and not block.isascii():
+                beyond = beyond + sum(byte > 127 for byte in block) if _is_utf_8(block) else -1
             block = block.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
             text, problem = _decoded(file, number, block, codec)
             ended = text.endswith(newline.decode())
             text = text.removesuffix(newline.decode())
             yield Line(number, text, ended, problem or _nul_in(file, number, text))
+    if beyond >= UTF_8_BYTES:
+        what = f"it is UTF-8, which would be garbled if it were read as {codec.upper()}"
+        cure = f"data.encoding is that of all files: leave it out, and convert the others: iconv -f {codec.upper()} -t UTF-8"
+        yield Problem("data.wrong_type", what, file.name, cure)
+
+
+def _is_utf_8(block: bytes) -> bool:
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def encoding_of(file: SourceFile, head: bytes) -> str:

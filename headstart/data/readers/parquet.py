@@ -25,7 +25,8 @@ def read(file: SourceFile, _: bytes) -> Iterator[Item]:
         if problem := _parquet_fault(file, table.schema_arrow):
             yield problem
             return
-        _check_groups(table, meter)
+        for group in range(table.num_row_groups):
+            meter.add(table.metadata.row_group(group).total_byte_size)
         meter = Meter(file.path.stat().st_size)
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
             meter.add(batch.nbytes)
@@ -34,6 +35,7 @@ def read(file: SourceFile, _: bytes) -> Iterator[Item]:
                 yield Row(Where(file.name, number), fields)
         if number != table.metadata.num_rows:
             raise ValueError(f"{number:,} rows where it says that it holds {table.metadata.num_rows:,}")
+        _check_counts(table)
     except InflationError:
         raise
     except Exception as error:  # what the libraries below raise on a damaged file, nobody lists
@@ -43,11 +45,13 @@ def read(file: SourceFile, _: bytes) -> Iterator[Item]:
         yield Problem("data.empty", "the file holds no rows", file.name, "give a file with rows")
 
 
-def _check_groups(table: Any, meter: Meter) -> None:
-    """Count what is to come out of a parquet file. Raises ValueError where what it says of itself doesn't agree."""
+def _check_counts(table: Any) -> None:
+    """Raise ValueError where a parquet file that was read has columns of more values than rows, which were left out then.
+
+    Before it is read such numbers can't be asked for: pyarrow ends the whole process where they are damaged.
+    """
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
-        meter.add(group.total_byte_size)
         for column in range(group.num_columns):
             flat = table.schema.column(column).max_repetition_level == 0
             if flat and group.column(column).num_values != group.num_rows:
