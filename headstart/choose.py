@@ -22,7 +22,7 @@ PACK_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 # As in the papers that objectives/preference.py names; hinge, robust and kto as DPO's.
 BETAS = {"dpo_norm": 5.0, "simpo": 2.0}
 OWN_LIKELIHOOD = ("orpo", "cpo")  # of which it is a part
-SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")
+SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo", "reward")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def choose(config: Config, facts: Facts) -> Config:
         return value
 
     rows = facts.train_rows
-    labels = facts.task not in ("chat", "causal", "masked", "preference")
+    labels = facts.task not in ("chat", "causal", "masked", "preference", "reward")
     if facts.task == "embedding":
         size = decide("batch_size", min(EMBEDDING_ROWS, rows), "each text is told apart from all others of its step")
     else:
@@ -110,6 +110,8 @@ def choose_preference(config: Config, lone: int) -> Config:
         )
     if problems := _no_effect(config, objective, lone):
         raise UsageError(problems)
+    if objective == "reward":
+        return config.decide(found)
     usual = f"usual for {objective}"
     values: dict[str, tuple[Any, str]] = {
         "beta": (BETAS.get(objective, 0.1), usual),
@@ -130,6 +132,13 @@ def _no_effect(config: Config, objective: str, lone: int) -> list[Problem]:
     if objective == "robust" and not given.label_smoothing:
         what = "robust without a part of pairs that are the wrong way round is dpo"
         problems.append(Problem("config.no_effect", what, "preference.objective", "-s preference.label_smoothing=0.1"))
+    if objective == "reward":
+        lost = [name for name in ("beta", "likelihood") if getattr(given, name) is not None]
+        what = "has no effect: a reward model gives no likelihoods"
+        problems += [
+            Problem("config.no_effect", f"`preference.{name}` {what}", f"preference.{name}", "leave it out")
+            for name in lost
+        ]
     if given.label_smoothing and objective not in SMOOTHED:
         what = f"`preference.label_smoothing` has no effect: the objective is {objective}"
         cure = f"leave it out, or take {' or '.join(SMOOTHED)}"
@@ -153,7 +162,7 @@ def _label_epochs(rows: int) -> tuple[float, str]:
 
 
 def _epochs(rows: int, task: str) -> tuple[float, str]:
-    if task == "preference":  # more passes learn the pairs by heart
+    if task in ("preference", "reward"):  # more passes learn the pairs by heart
         return (2.0 if rows < 1_000 else 1.0), f"for {rows:,} rows of preferences"
     times = 1 if task in ("chat", "causal") else 2  # a head that begins at random takes longer
     return times * (3.0 if rows < 1_000 else 2.0 if rows < 5_000 else 1.0), f"for {rows:,} rows"

@@ -31,8 +31,10 @@ TASKS = {
     "embedding": "supervised",
     "images": "supervised",
     "preference": "preference",
+    "reward": "preference",
 }
-OBJECTIVES = ("dpo", "dpo_norm", "hinge", "ipo", "robust", "simpo", "orpo", "cpo", "kto")  # objectives/preference.py
+# objectives/preference.py; of `reward` a model comes out that scores answers, in place of one that writes them.
+OBJECTIVES = ("dpo", "dpo_norm", "hinge", "ipo", "robust", "simpo", "orpo", "cpo", "kto", "reward")
 
 
 def _split_commas(value: Any) -> Any:
@@ -163,7 +165,7 @@ class PreferenceSettings(Section):
 
     objective: Literal[("auto", *OBJECTIVES)] = Field(  # type: ignore[valid-type]
         "auto",
-        description="How answers are held against each other; auto is dpo, or kto for lone answers with a label.",
+        description="How answers are held against each other; auto is dpo, or kto for lone answers with a label; reward makes a reward model.",
     )
     beta: float | None = Field(None, gt=0, description="How strongly: the scale of rewards; of ipo the penalty.")
     label_smoothing: float = Field(

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 
 from headstart import machine
+from headstart.begin import (
+    COMPARED,
+    WRITES,
+    carry_template,
+    choose_method,
+    decide_adapter,
+    decide_reward,
+    is_reward_model,
+)
 from headstart.choose import EVALS_PER_RUN, Facts, choose, choose_preference
 from headstart.config import TASKS, Config, PreferenceSettings, Settings, setting
-from headstart.data.chats import find_chats, prepare_chats
+from headstart.data.chats import Chats, find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.feed import Feed, hashes_of
@@ -22,7 +31,7 @@ from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import mix
 from headstart.data.preferences import desirable_weight
-from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
+from headstart.data.prepare import Prepared, Sides, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
@@ -36,6 +45,7 @@ from headstart.engine.forward import (
     PackReader,
     PreferenceReader,
     Reader,
+    RewardReader,
     TokenReader,
 )
 from headstart.engine.plan import (
@@ -54,21 +64,24 @@ from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.guard import Guarded, load_guard
-from headstart.evaluate.measure import Measured, RowResult, answer_limit, measure
+from headstart.evaluate.measure import Measured, RowResult, answer_limit, best_only, choose_answered, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.files import read_json, seconds_per_byte
-from headstart.models.adapt import Adapted, Lora, adapt
+from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
+from headstart.models.labels import zero_head
 from headstart.models.load import (
     POOLINGS,
     find_base,
     is_encoder,
     load_config,
     load_look,
+    load_merged,
     load_model,
     load_tokenizer,
     make_room,
     model_length,
+    pad_aside,
     stop_ids,
 )
 from headstart.models.source import Source, find_model
@@ -81,8 +94,11 @@ DOCUMENT_TOKENS = 2048
 LEAST_PACK = 256  # smaller packs cost more than they save
 LEAST_LENGTH = 16
 IMAGE_MODEL = "efficientnet-lite0"
-WRITES = ("chat", "causal", "preference")  # tasks of models that write text; their adapters are kept as adapters
-SMALL_MODEL_BYTES = 250_000_000
+# Tasks of which it is told where their head is new.
+HEADS = {
+    "masked": "masked tokens: it begins at random, and much of what is gained is the head's",
+    "reward": "rewards: it begins at zero, so that before training each pair is a tie",
+}
 ROW_LOSSES = {
     "classification": class_losses,
     "multilabel": several_losses,
@@ -116,6 +132,28 @@ class Data:
             chosen = sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:rows])
             self._proofs[rows] = Segmented([whole.examples[i] for i in chosen], [whole.kept[i] for i in chosen])
         return self._proofs[rows]
+
+    @property
+    def base(self) -> Source | None:
+        """The model on which the one that is tuned stands, where that is an adapter."""
+        return find_base(self.source) if self.source.is_adapter else None
+
+    @property
+    def carries_on(self) -> bool:
+        """Tell whether the adapter that the model is trains further; else it is merged into its base, and all of that is new.
+
+        A further adapter on top of a merged one would stand on a model that lies nowhere.
+        """
+        settings = self.config.settings
+        return self.source.is_adapter and settings.method == "lora" and settings.task in WRITES
+
+    @property
+    def start(self) -> str:
+        """What the run begins with, in words, where that is an adapter."""
+        if self.base is None:
+            return ""
+        what = "trains further" if self.carries_on else "is merged into it first, and the result is a whole model"
+        return f"the adapter of {self.source.name} on {self.base.name} {what}"
 
     @property
     def beside(self) -> list[Segmented]:
@@ -159,6 +197,7 @@ class Job:
     estimate: Estimate
     engine_facts: str
     shape: Shape | None = None
+    new_head: bool = False
     grading: Grading = field(default_factory=Grading)
 
     @property
@@ -209,6 +248,7 @@ class Job:
         )
         return {
             "model": self.data.source.name,
+            "start": self.data.start,
             "parameters": sum(p.numel() for p in self.adapted.model.parameters()),
             "method": settings.method,
             "trainable": sum(p.numel() for p in self.engine.trainable.values()),
@@ -240,19 +280,19 @@ def _needs_reference(settings: Settings) -> bool:
 
 def _objective_words(settings: Settings) -> str:
     """Return how answers are held against each other; nothing where they aren't."""
-    if settings.task != "preference":
+    if settings.task not in COMPARED:
         return ""
     terms = settings.preference
     smoothed = f", {terms.label_smoothing:g} smoothed" if terms.label_smoothing else ""
+    if settings.task == "reward":
+        return f"reward: Bradley-Terry on the rewards of all pairs{smoothed}"
     return f"{terms.objective}, beta {terms.beta:g}{smoothed}, likelihood of the chosen answer {terms.likelihood:g}"
 
 
 def build_data(config: Config, today: datetime.date | None = None) -> Data:
     """Find the model's tokenizer and read, split and render the data. Raises DataError, ModelError."""
+    config, files, corpus, chats, sides = _read_rows(decide_reward(config))
     settings = config.settings
-    files, corpus = _find_corpus(settings)
-    chats = None if corpus else find_chats(settings.data, settings.kind, settings.task)
-    sides = None if corpus or chats else form_sides(settings.data, settings.kind, settings.task)
     decided: dict[str, tuple[Any, str]] = {}
     found = corpus or (chats.detection if chats else sides.train.detection)  # type: ignore[union-attr]
     if config.source("model") == "default" and found.format == "images":
@@ -265,7 +305,9 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         if getattr(settings, key) == "auto":
             decided[key] = (value, f"the rows are {why}")
     tokenizer = None if task == "images" else load_tokenizer(source)
-    renderer = build_renderer(source, tokenizer, task, settings.data.template, today)
+    decided |= carry_template(config, task)
+    template = decided.get("data.template", (settings.data.template,))[0]
+    renderer = build_renderer(source, tokenizer, task, template, today)
     limit = settings.data.max_length or row_length(task, source, tokenizer)
     split = task in ("causal", "masked")
     if settings.data.max_length is None:
@@ -274,16 +316,12 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
         decided["data.over_length"] = ("split" if split else "drop", f"the task is {task}")
     decided |= _choose_leaks(settings, task, streamed=bool(corpus or chats), corpus=bool(corpus))
     if settings.method is None:
-        random = settings.weights == "random"
-        decided["method"] = (
-            ("full", "an adapter on random weights learns nothing") if random else _choose_method(source, task)
-        )
-    config = config.decide(decided)
+        decided["method"] = choose_method(settings, source, task)
+    config = decide_adapter(config.decide(decided), source)
     config = _decide_preference(config, sides.train.formatted.examples if sides else ())
     settings = config.settings
     _check_settings(config)
     watch = settings.eval.every != 0
-    unpaired = settings.preference.objective == "kto"
     how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
     if corpus and isinstance(renderer, Encoder):
         prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
@@ -296,7 +334,7 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
             settings.data,
             renderer,
             limit,
-            unpaired=unpaired,
+            unpaired=settings.preference.objective == "kto",
             **how,
         )
     _check_files(config, prepared)
@@ -308,6 +346,26 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared, guard)
+
+
+def _read_rows(config: Config) -> tuple[Config, list[SourceFile], Detection | None, Chats | None, Sides | None]:
+    """Return the rows of a run: text or chats that go through in a stream, or else those that are held in memory.
+
+    Where they are preferences and the model gives rewards, that is what is learned further.
+    """
+    settings = config.settings
+    files, corpus = _find_corpus(settings)
+    chats = None if corpus else find_chats(settings.data, settings.kind, settings.task)
+    sides = None if corpus or chats else form_sides(settings.data, settings.kind, settings.task)
+    if (
+        sides
+        and sides.task == "preference"
+        and settings.preference.objective == "auto"
+        and is_reward_model(settings.model)
+    ):
+        why = "the model is a reward model"
+        return _read_rows(config.decide(dict.fromkeys(("task", "preference.objective"), ("reward", why))))
+    return config, files, corpus, chats, sides
 
 
 def _decide_preference(config: Config, records: Sequence[Record]) -> Config:
@@ -340,14 +398,15 @@ FOR_TASKS = {
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
     "data.text_pair": (*ROW_LOSSES, "embedding"),
-    "data.reasoning": ("chat", "preference"),
+    "data.reasoning": ("chat", *COMPARED),
     "data.train_on": ("chat",),
-    "data.template": ("chat", "preference"),
+    "data.template": ("chat", *COMPARED),
     "data.positions": ("causal",),
     "eval.choices": ("chat",),
     "eval.generate": ("chat", "preference"),
+    "eval.graders": tuple(task for task in TASKS if task != "reward"),
     "eval.guard": WRITES,
-    **{f"preference.{name}": ("preference",) for name in PreferenceSettings.model_fields},
+    **{f"preference.{name}": COMPARED for name in PreferenceSettings.model_fields},
 }
 
 
@@ -370,6 +429,9 @@ def _check_settings(config: Config) -> None:
     if settings.preference.objective == "kto" and settings.batch_size == 1:
         what = "gains are held against those of answers to other prompts of the step, of which there should be several"
         raise UsageError(Problem("config.bad_value", what, "batch_size", "leave it out, or take 8"))
+    if settings.task == "reward" and settings.data.template == "plain":
+        what = "a reward model reads a conversation as a chat template writes it"
+        raise UsageError(Problem("config.bad_value", what, "data.template", "-s data.template=chatml"))
     if settings.weights == "random" and settings.method == "lora":
         cure = "--method full, or leave out -s weights=random"
         raise UsageError(Problem("config.no_effect", "an adapter on random weights learns nothing", "weights", cure))
@@ -471,21 +533,17 @@ def build_renderer(
     """Return what turns rows of a task into tokens: a Renderer for what is to be continued or answered."""
     if task == "images":
         return load_look(source)
-    if task not in WRITES:
+    if task not in (*WRITES, "reward"):
         return Encoder(tokenizer)
-    return Renderer(tokenizer, stop_ids(source, tokenizer), "plain" if task == "causal" else template, today)
+    template = "plain" if task == "causal" else template
+    return Renderer(tokenizer, stop_ids(source, tokenizer), template, today, whole=task == "reward")
 
 
 def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     """Load the model, decide what was left open, and measure what the run will need.
 
-    `tell` is called with what can't be had as asked. Raises ModelError (an adapter is no whole model, say), and
-    ResourceError where the run can't fit.
+    `tell` is called with what can't be had as asked. Raises ModelError, and ResourceError where the run can't fit.
     """
-    if data.source.is_adapter:
-        base = find_base(data.source).name
-        cure = f"tune the model that it stands on: -m {base}"
-        raise ModelError(Problem("model.kind", "the model is an adapter, not a whole model", data.source.name, cure))
     device = machine.pick_device()
     config = _decide_machine(data.config, device)
     torch.set_num_threads(config.settings.engine.threads or 1)
@@ -496,24 +554,38 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     task, labels = config.settings.task, data.prepared.labels
     random = config.settings.weights == "random"
     torch.manual_seed(config.settings.seed)  # the head for labels begins at random
-    loaded = load_model(data.source, device, dtype, task, labels, random=random)
+    if data.source.is_adapter and not data.carries_on:
+        loaded = load_merged(data.source, device, dtype, task, labels)
+    else:
+        loaded = load_model(data.source, device, dtype, task, labels, random=random, trains=data.carries_on)
     if task in ROW_LOSSES and data.tokenizer is not None and loaded.model.config.pad_token_id is None:
         pad = data.tokenizer.pad_token_id
         loaded.model.config.pad_token_id = data.tokenizer.eos_token_id if pad is None else pad
-    if task == "masked" and loaded.fresh and tell:
-        tell("the model has no head for masked tokens: it begins at random, and much of what is gained is the head's")
+    if task == "reward":
+        parts = (data.prepared.train, data.prepared.watch, data.prepared.proof)
+        ends = {int(segment.ids[-1]) for part in parts for row in part.examples for segment in row.segments}
+        pad_aside(loaded.model, data.tokenizer, ends)
+    new_head = task in HEADS and bool(loaded.fresh or random)
+    if new_head and tell:
+        tell(f"the model has no head for {HEADS[task]}")
     if data.tokenizer is not None:
         make_room(loaded.model, data.tokenizer)
         _check_vocabulary(data, loaded.model)
-    adapted = adapt(
-        loaded.model,
-        Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, _new_tokens(data)) if lora else None,
-        config.settings.seed,
-        loaded.fresh,
-        task="CAUSAL_LM" if task in WRITES else None,
+    adapted = (
+        carry_on(loaded.adapted)
+        if data.carries_on
+        else adapt(
+            loaded.model,
+            Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, _new_tokens(data)) if lora else None,
+            config.settings.seed,
+            loaded.fresh,
+            task="CAUSAL_LM" if task in WRITES else None,
+        )
     )
-    terms = build_terms(config.settings, data.prepared.train.kept if task == "preference" else ())
+    terms = build_terms(config.settings, data.prepared.train.kept if task in COMPARED else ())
     reader = build_reader(adapted.model, task, data.renderer, bfloat16=bfloat16, terms=terms)
+    if new_head and task == "reward":
+        zero_head(adapted.model)  # not before it is known which token the head reads
     if random and isinstance(reader, ImageReader):
         reader.settle_norms(data.prepared.train.examples)
     if not reader.packs and tell:
@@ -530,12 +602,12 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
         _objective(settings, labels, terms),
         weight_decay=settings.optim.weight_decay,
         clip=settings.optim.clip,
-        joint=task == "embedding" or terms.objective == "kto" or (task == "preference" and not reader.packs),
+        joint=task == "embedding" or terms.objective == "kto" or (task in COMPARED and not reader.packs),
     )
     fitted = _fit_memory(config, data, engine)
     estimate = _estimate(data, engine, fitted, shape)
     facts = _describe_engine(settings, sped, kept)
-    return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape)
+    return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape, new_head)
 
 
 def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:
@@ -574,6 +646,8 @@ def build_reader(
             return LabelReader(model, ROW_LOSSES[task], bfloat16=bfloat16)
         if task in ("masked", "tagging"):
             return TokenReader(model, bfloat16=bfloat16)
+        if task == "reward":
+            return RewardReader(model, preference_losses(terms or Terms("reward")), bfloat16=bfloat16)
         if task == "preference":
             return PreferenceReader(model, preference_losses(terms or Terms()), bfloat16=bfloat16)
         return (EmbeddingReader if task == "embedding" else PackReader)(model, bfloat16=bfloat16)
@@ -605,22 +679,13 @@ def beside(source: Source, renderer: Encoder | Look, reader: Reader) -> dict[str
 def _objective(settings: Settings, labels: Labels | None, terms: Terms) -> Objective:
     if settings.task == "embedding":
         return embedding_loss
-    if settings.task == "preference":
+    if settings.task in COMPARED:
         return preference_objective(terms)
     if settings.task not in ROW_LOSSES:
         return nll
     weighted = labels is not None and settings.data.class_weights == "balanced"
     weights = torch.tensor(labels.class_weights()) if labels and weighted else None
     return summed(ROW_LOSSES[settings.task], weights)
-
-
-def _choose_method(source: Source, task: str) -> tuple[str, str]:
-    size = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    if task not in WRITES and size < SMALL_MODEL_BYTES:
-        return "full", "a small model trains whole in the time of an adapter"
-    if task == "images":
-        return "full", "an adapter has no place in convolutions"
-    return "lora", "an adapter: less memory, nearly the same gain"
 
 
 def _new_tokens(data: Data) -> list[int]:
@@ -871,9 +936,12 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
 
 
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:
-    """Return the rows whose answers are written out."""
-    rows: Sequence[Example] = data.proof(settings.eval.rows).examples
-    return rows[: settings.eval.generate or 0]
+    """Return the rows whose answers are written out; of preferences each with its best answer alone."""
+    rows = data.proof(settings.eval.rows)
+    if settings.task != "preference":
+        return list(rows.examples[: settings.eval.generate or 0])
+    chosen = choose_answered(rows.kept, settings.eval.generate or 0)
+    return [best_only(rows.examples[n], rows.kept[n]) for n in chosen]
 
 
 def _answering(data: Data, settings: Settings) -> tuple[list[int], list[int]]:

@@ -1,9 +1,10 @@
-"""Label rows, words or images of a file with a tuned classifier, in a stream."""
+"""Label rows, words or images of a file with a tuned classifier, or score its answers, in a stream."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ from headstart.data.columns import (
     take_tagged,
     take_text,
 )
+from headstart.data.formats import format_rows, named_columns
 from headstart.data.labels import Labels
+from headstart.data.preferences import RESPONSES, SCORES
 from headstart.data.prepare import Coding, segment
 from headstart.data.private import redact
 from headstart.data.read import Note, Row, find_files, read_parts
-from headstart.data.records import Labelled, Record
+from headstart.data.records import Conversation, Labelled, Preference, Record
 from headstart.data.segments import ROWS_AT_ONCE, Example
-from headstart.engine.forward import TokenReader
+from headstart.engine.forward import RewardReader, TokenReader
 from headstart.errors import DataError, Problem
 from headstart.evaluate.entities import entities, has_entities
 from headstart.evaluate.measure import OnProgress, spread_tags
 from headstart.evaluate.metrics import tell
-from headstart.evaluate.score import output_rows, tag_rows
+from headstart.evaluate.score import output_rows, score_answers, tag_rows
 from headstart.files import new_file
 from headstart.job import build_reader, build_renderer, row_length
 from headstart.models.load import load_tokenizer, need_labels
@@ -53,7 +56,8 @@ def predict(
     """Label every row of `data` and write it to `out` as a line of JSON with what the model tells; return the rows.
 
     Added are `prediction` and, of one class, `probability` and `probabilities`; of several `predictions` and
-    `probabilities`; of numbers `prediction` (of several numbers an object); of words `tags` and, under BIO, `entities`.
+    `probabilities`; of numbers `prediction` (of several numbers an object); of words `tags` and, under BIO, `entities`; of
+    a row's answer its `reward`, of several answers `rewards`, in their order.
     Rows go through in parts, so memory doesn't grow with the file. Which columns are read comes from the run that the
     model is the result of, where `settings` don't say otherwise; longer texts are cut to what the model can read, and
     such rows say `"cut": true`.
@@ -89,6 +93,10 @@ def predict(
                 continue
             segmented = segment(records, reading, renderer, length, Coding(task, labels), whole=True)
             problems += segmented.problems
+            problems += [
+                Problem("row.too_long", f"{tokens:,} tokens, and the model reads {length:,}", str(where), "shorten it")
+                for where, tokens in segmented.dropped
+            ]
             if problems:
                 continue
             for row, found in zip(rows, _tell(reader, segmented.examples, records, labels), strict=True):
@@ -107,6 +115,8 @@ def _take(
     rows: Sequence[Row], task: str, reading: DataSettings, problems: list[Problem]
 ) -> tuple[list[Record], DataSettings]:
     """Return rows as records without labels, and which columns they were read from: the same for the whole file."""
+    if task == "reward":
+        return _take_answers(rows, reading, problems), reading
     fields = {name: None for row in rows for name in row.fields}
     text, pair = reading.text, reading.text_pair
     if task == "images":
@@ -137,6 +147,32 @@ def _take(
     return records, reading.model_copy(update={"text": text, "text_pair": pair})
 
 
+def _take_answers(rows: Sequence[Row], reading: DataSettings, problems: list[Problem]) -> list[Record]:
+    """Return rows as prompts with the answers in them, each to be scored; what is said of how good they are doesn't count."""
+    several = next((name for name in RESPONSES if any(isinstance(row.fields.get(name), list) for row in rows)), None)
+    if several:
+        rows = [
+            row._replace(fields={**row.fields, "ranks": [*range(len(row.fields.get(several) or ()))]}) for row in rows
+        ]
+        rows = [row._replace(fields={k: v for k, v in row.fields.items() if k not in SCORES}) for row in rows]
+    how: dict[str, Any] = {name: getattr(reading, name) for name in ("format", "reasoning", "redact")}
+    how |= {"merge": "merge_turns" in reading.fix, "fold": "fold_system" in reading.fix}
+    found = format_rows(rows, named=named_columns(reading), judged=False, **how)
+    problems += found.problems
+    records: list[Record] = []
+    for record in found.examples:
+        if isinstance(record, Conversation):
+            *asked, last = record.messages
+            answers = (replace(last, trained=True),)
+            records.append(Preference(record.where, tuple(asked), answers, (0.0,), record.tools))
+        elif isinstance(record, Preference):
+            records.append(record)
+        else:
+            what = f"the rows are {found.detection.format}, and hold no answer to score"
+            raise DataError(Problem("format.kind", what, str(record.where), "give messages, or prompt + completion"))
+    return records
+
+
 def _tell(
     reader: Any, examples: Sequence[Example], records: Sequence[Record], labels: Labels
 ) -> Iterator[dict[str, Any]]:
@@ -154,6 +190,11 @@ def _tell(
                     for e in entities(tags)
                 ]
             yield found
+        return
+    if isinstance(reader, RewardReader):
+        for rewards in score_answers(reader, examples, PACK_TOKENS):
+            given = [round(float(reward), DIGITS) for reward in rewards]
+            yield {"reward": given[0]} if len(given) == 1 else {"rewards": given}
         return
     outputs = output_rows(reader, examples, PACK_TOKENS)
     for example, told in zip(examples, tell(outputs, labels), strict=True):

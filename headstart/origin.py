@@ -65,7 +65,8 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "alike": prepared.parts.alike,
         "cut": sum(part.cut for part in parts.values()),
         "notes": [note for formed in prepared.formed for note in formed.notes],
-        "model": {**data.source.to_json(), "sha256": _weights_hash(data.source)},
+        "model": _describe_model(data.source),
+        "base": _describe_model(data.base) if data.base else None,
     }
 
 
@@ -77,6 +78,10 @@ def _describe_file(file: SourceFile) -> dict[str, Any]:
         "sha256": sha256(file.path),
         "revision": file.revision,
     }
+
+
+def _describe_model(source: Source) -> dict[str, Any]:
+    return {**source.to_json(), "sha256": _weights_hash(source)}
 
 
 def _weights_hash(source: Source) -> str:
@@ -141,15 +146,16 @@ def find_other_sources(record: Mapping[str, Any], data: Data) -> list[Change]:
 
     That files are as they were is known by now.
     """
-    was = {file["path"] for file in record["files"]}
+    known = {file["path"] for file in record["files"]}
     found = {str(file.path.resolve()) for formed in data.prepared.formed for file in formed.files}
     changes = [
         _change("data", "data.changed", "the file is new" if path in found else "the file is not read any more", path)
-        for path in sorted(was ^ found)
+        for path in sorted(known ^ found)
     ]
-    model = (_weights_hash(data.source), data.source.revision)
-    if (record["model"]["sha256"], record["model"]["revision"]) != model:
-        changes.append(_change("model", "data.changed", "the model is not what it was", record["model"]["name"]))
+    for was, source in ((record["model"], data.source), (record.get("base"), data.base)):
+        now = _describe_model(source) if source else None
+        if was and (now is None or (was["sha256"], was["revision"]) != (now["sha256"], now["revision"])):
+            changes.append(_change("model", "data.changed", "the model is not what it was", was["name"]))
     return _not_allowed(record, changes)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from headstart.data.encode import Encoder
-from headstart.data.records import Labelled, Picture
+from headstart.data.records import Labelled, Picture, Preference
 from headstart.display import Display, safe
 from headstart.evaluate.flips import Flips
 from headstart.evaluate.measure import LABELS
@@ -112,6 +112,8 @@ def _aim(example: Example, data: Data) -> str:
     record = next((r for r in data.prepared.train.kept if r.where == example.where), None)
     if isinstance(record, Labelled | Picture):
         return f"label {as_text(record.label if isinstance(record.label, tuple) else [record.label])}"
+    if isinstance(record, Preference) and not example.target_count:
+        return f"{len(record.answers)} answers to score"
     return f"{example.target_count:,} trained"
 
 

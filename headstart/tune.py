@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from headstart import machine
+from headstart.begin import WRITES
 from headstart.config import Config, Override, as_names, build_config
 from headstart.data.labels import Labels
 from headstart.data.segments import Example, lengths_of
@@ -35,7 +36,7 @@ from headstart.evaluate.reference import find_references, reference_key, with_re
 from headstart.evaluate.score import output_rows, score_answers, score_rows
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
-from headstart.job import WRITES, Job, beside, build_data, build_job
+from headstart.job import Job, beside, build_data, build_job
 from headstart.models.fast import slow_down
 from headstart.models.save import save_result, saved_scale
 from headstart.origin import (
@@ -359,7 +360,9 @@ class _Session:
         record = read_json(self.folder.data_file)
         of = settings.model_dump(mode="json", include={"method", "weights", "lora", "engine", "seed"})
         of["engine"].pop("tokens_per_pack")  # a run may cut its packs down
-        key = reference_key(rows, [record["model"], of, record["versions"], reader.device.type])
+        key = reference_key(
+            rows, [record["model"], *filter(None, [record.get("base")]), of, record["versions"], reader.device.type]
+        )
         found = iter(
             with_references(
                 rows, find_references(key, self.folder.reference_file, compute, settings.engine.tokens_per_pack or 0)
@@ -472,7 +475,7 @@ class _Session:
             data.tokenizer,
             data.stop_ids,
             path,
-            data.source,
+            data.base or data.source,
             labels=self._labels(),
             beside=beside(data.source, data.renderer, self.job.engine.reader),
         )
@@ -551,8 +554,10 @@ class _Session:
             "kind": settings.kind,
             "task": settings.task,
             "model": self.job.data.source.to_json(),
+            "base": data.base.to_json() if (data := self.job.data).base else None,
             "method": settings.method,
             "weights": settings.weights,
+            "new_head": self.job.new_head,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
             "stop_ids": list(self.job.data.stop_ids),
             "labels": list(labels.names if (labels := self.job.data.prepared.labels) else self.job.choices),

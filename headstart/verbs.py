@@ -420,6 +420,9 @@ def _measure_robust(reading: _Reading, clean: Measured, model: _Model) -> Robust
 
 def _build_grading(graders: Sequence[str | Path], config: Config, reading: _Reading) -> Grading:
     settings = config.settings.data
+    if graders and reading.task == "reward":
+        what = "a reward model writes no answers that could be graded"
+        raise UsageError(Problem("usage.flag", what, "--grader", "leave it out, or name a model that writes text"))
     files = [str(file) for file in graders]
     return build_grading(files, settings.train, settings, reading.rows.kept)
 
@@ -453,6 +456,8 @@ def reading_config(model: str, data: Names, settings: Mapping[str, Any] | None) 
         known = {
             f"data.{name}": getattr(of_run.settings.data, name) for name in READING if of_run.given(f"data.{name}")
         }
+        if of_run.settings.data.template == "plain":  # given, or carried over from the run that it began with
+            known["data.template"] = "plain"
         if of_run.settings.eval.choices == "off":
             known["eval.choices"] = "off"
         if (task := _task_of_run(model)) == "embedding":

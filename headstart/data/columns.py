@@ -25,6 +25,10 @@ PAIR_COLUMNS = (
     ("text_a", "text_b"),
     ("sentence_A", "sentence_B"),
     ("text", "text_pair"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("query", "response"),
 )
 RELATED_COLUMNS = (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "document"))
 NEGATIVE = "negative"

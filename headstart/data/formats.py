@@ -47,7 +47,7 @@ from headstart.data.columns import (
     take_text,
     template_columns,
 )
-from headstart.data.preferences import Sides, as_preference, as_turns, is_preference, take_sides
+from headstart.data.preferences import LABEL, Sides, are_votes, as_preference, as_turns, is_preference, take_sides
 from headstart.data.private import redact
 from headstart.data.read import Row, Where
 from headstart.data.records import Conversation, Document, Message, Preference, Record
@@ -81,6 +81,7 @@ TURN_KEYS = {"role", "content", "weight", "tool_calls", "function_call", "tool_c
 }
 TEXT_ONLY = {"text", "id", "source", "meta", "metadata", "title", "url", "timestamp", "date", "added", "created"}
 CHAT_KEYS = ("messages", "conversations", "conversation")
+VOTE = "a prompt, an answer and whether it is wanted (a class or score to tell instead: --kind supervised)"
 SHOWN = 200  # characters of a row in a message
 
 
@@ -137,6 +138,7 @@ def format_rows(
     *,
     format: str = "auto",
     named: Named | None = None,
+    kind: str = "auto",
     task: str = "auto",
     train_on: str = "all",
     reasoning: str = "keep",
@@ -144,17 +146,21 @@ def format_rows(
     redact: bool = False,
     merge: bool = False,
     fold: bool = False,
+    judged: bool = True,
 ) -> Formatted:
     """Detect the format of `rows` and turn each into a record; a row that can't be is a problem.
 
     `task` is what the rows are to be used for, where that is known. With `train_on` `last`, only the last answer of a
     conversation is trained; `reasoning` tells what becomes of thoughts before an answer: keep, drop or untrained. With
     `redact`, personal data and secrets are replaced, and counted in what is returned. `merge` joins neighbouring turns of
-    one role, `fold` puts system turns in front of the user's next.
+    one role, `fold` puts system turns in front of the user's next. Without `judged`, answers need not be told apart: they are
+    yet to be scored.
 
     Raises DataError where no format fits, where several are mixed, or where a column that was named isn't there.
     """
-    formatting = Formatting(rows, format, named or Named(), task, train_on, reasoning, group_by, redact, merge, fold)
+    formatting = Formatting(
+        rows, format, named or Named(), task, train_on, reasoning, group_by, redact, merge, fold, judged, kind
+    )
     formatted = Formatted(formatting.detection)
     formatting.take(rows, formatted)
     formatted.notes = formatting.notes()
@@ -179,14 +185,16 @@ class Formatting:
         redact: bool = False,
         merge: bool = False,
         fold: bool = False,
+        judged: bool = True,
+        kind: str = "auto",
     ) -> None:
         if group_by is not None:
             need_columns(rows, [group_by], "data.group_by")
         self._group_by = group_by
         self._redact = redact
         self._named = named
-        self._tally = _Tally(reasoning, merge, fold)
-        self.detection, self._take = _find_format(rows, format, named, task, self._tally, train_on)
+        self._tally = _Tally(reasoning, merge, fold, judged)
+        self.detection, self._take = _find_format(rows, format, named, (kind, task), self._tally, train_on)
 
     def take(self, rows: Sequence[Row], formatted: Formatted) -> None:
         """Add what becomes of rows: records, and problems of those of which nothing does."""
@@ -234,19 +242,22 @@ _Take = Callable[[Row], Record]
 
 
 def _find_format(
-    rows: Sequence[Row], format: str, named: Named, task: str, tally: _Tally, train_on: str
+    rows: Sequence[Row], format: str, named: Named, aim: tuple[str, str], tally: _Tally, train_on: str
 ) -> tuple[Detection, _Take]:
-    """Return the format of rows, and what makes a record of one."""
+    """Return the format of rows, and what makes a record of one; `aim` are the kind and the task that they are for, or auto."""
+    kind, task = aim
     if named.rejected is not None:
-        return _compared(rows, named, tally)
+        return _compared(rows, named, task, tally)
     if named.prompt is not None or named.completion is not None or format == "columns":
         convert, detection = _columns(rows, named.prompt, named.completion)
         return detection, lambda row: _to_conversation(row, convert, tally, train_on)
-    name, sure = _detect(rows, _implied(named, task) if format == "auto" else format)
+    name, sure = _detect(rows, _implied(named, task) if format == "auto" else format, kind)
     if name == "preference":
         reads, fits = _FITS[name]
-        detection = Detection(name, sum(fits(row.fields) for row in rows), len(rows), sure, reads, name)
-        return detection, lambda row: _to_preference(row, take_sides(row), tally)
+        reads = VOTE if any(LABEL in row.fields and "chosen" not in row.fields for row in rows) else reads
+        task = name if task == "auto" else task
+        detection = Detection(name, sum(fits(row.fields) for row in rows), len(rows), sure, reads, task)
+        return detection, lambda row: _to_preference(row, take_sides(row, margins=task == "reward"), tally)
     given = named.text is not None or bool(named.label)
     if name in _CONVERT:
         reads, fits = _FITS[name]
@@ -270,8 +281,8 @@ def _named(name: str, rows: Sequence[Row], columns: Sequence[str], task: str = "
 
 def _implied(named: Named, task: str) -> str:
     """Return the format that follows from what the user said, or auto."""
-    if task in ("tagging", "images", "preference"):
-        return {"tagging": "tags"}.get(task, task)
+    if task in ("tagging", "images", "preference", "reward"):
+        return {"tagging": "tags", "reward": "preference"}.get(task, task)
     if task == "embedding" and named.text_pair and not named.label:
         return "related"
     if named.label:
@@ -279,14 +290,24 @@ def _implied(named: Named, task: str) -> str:
     return "text" if named.text is not None else "auto"
 
 
-def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
-    """Return the one format that rows have, and how sure that is."""
+def _detect(rows: Sequence[Row], format: str, kind: str = "auto") -> tuple[str, str]:
+    """Return the one format that rows have, of those for the kind that the user named, and how sure that is.
+
+    A prompt, an answer and a label are a vote on the answer where most labels are a yes or a no; else the label is what is
+    to be told of both.
+    """
     if format != "auto":
         return format, "given"
+    fits = _fits_of(kind)
+    if "preference" in fits and kind == "auto" and not are_votes(row.fields for row in rows):
+        fits = {
+            "labels": lambda f: find_labelled(f) is not None,
+            **{k: v for k, v in fits.items() if k != "preference"},
+        }
     counts: Counter[str] = Counter()
     first: dict[str, Row] = {}
     for row in rows:
-        name = _format_of(row)
+        name = next((name for name, fit in fits.items() if fit(row.fields)), "") or _format_of(row)
         counts[name] += 1
         first.setdefault(name, row)
     found = [name for name in counts if name]
@@ -302,6 +323,13 @@ def _detect(rows: Sequence[Row], format: str) -> tuple[str, str]:
         "text": set(fields) <= TEXT_ONLY,
     }.get(name, True)
     return name, "certain" if sure else "likely"
+
+
+def _fits_of(kind: str) -> dict[str, Callable[[Mapping[str, Any]], bool]]:
+    """Return what tells whether a row is of a format, for each of those that are for a kind."""
+    chats = ("messages", "sharegpt", "alpaca", "prompt_completion")
+    kinds = {"preference": "preference", "text": "unsupervised", **dict.fromkeys(chats, "instruction")}
+    return {n: fits for n, (_, fits) in _FITS.items() if kind in ("auto", kinds.get(n, "supervised"))}
 
 
 def _format_of(row: Row) -> str:
@@ -500,7 +528,7 @@ def _columns(rows: Sequence[Row], prompt: str | None, completion: str | None) ->
 # --- preferences ---
 
 
-def _compared(rows: Sequence[Row], named: Named, tally: _Tally) -> tuple[Detection, _Take]:
+def _compared(rows: Sequence[Row], named: Named, task: str, tally: _Tally) -> tuple[Detection, _Take]:
     """Return the format of rows whose two answers the user names."""
     if named.completion is None:
         cure = "-s data.completion=COLUMN: the better answer"
@@ -508,10 +536,13 @@ def _compared(rows: Sequence[Row], named: Named, tally: _Tally) -> tuple[Detecti
     columns = [c for text in (named.prompt, named.completion, named.rejected) if text for c in template_columns(text)]
     need_columns(rows, columns, "data.completion, data.rejected")
 
-    def take(row: Row) -> Record:
-        return _to_preference(row, take_sides(row, named.prompt, named.completion, named.rejected), tally)
+    task = "preference" if task == "auto" else task
 
-    return _named("preference", rows, columns, "preference"), take
+    def take(row: Row) -> Record:
+        sides = take_sides(row, named.prompt, named.completion, named.rejected, margins=task == "reward")
+        return _to_preference(row, sides, tally)
+
+    return _named("preference", rows, columns, task), take
 
 
 def _to_preference(row: Row, sides: Sides, tally: _Tally) -> Preference:
@@ -534,14 +565,14 @@ def _to_preference(row: Row, sides: Sides, tally: _Tally) -> Preference:
     tools = _tools(sides.tools, row.where)
     if problems:
         raise RowError(*problems)
-    found = as_preference(row.where, prompt, answers, sides.scores, tools)
+    found = as_preference(row.where, prompt, answers, sides.scores, tools, judged=tally.judged)
     for conversation in found.conversations:
         if wrong := _check_turns(conversation.messages, row.where) or _check_calls(
             conversation.messages, tools, row.where
         ):
             raise RowError(*wrong)
     tally.used |= sides.used
-    return found
+    return replace(found, margin=sides.margin)
 
 
 # --- the turns of a row ---
@@ -554,6 +585,7 @@ class _Tally:
     reasoning: str = "keep"
     merge: bool = False
     fold: bool = False
+    judged: bool = True
     folded: int = 0
     merged: int = 0
     thoughts: int = 0

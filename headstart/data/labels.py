@@ -68,6 +68,9 @@ class Labels:
         return Labels(**known)
 
 
+REWARD = Labels("reward", ("reward",))  # what a reward model tells of an answer
+
+
 def classes_of(record: Record) -> Sequence[str]:
     """Return the classes that a row has: one, several, or those of its tags."""
     if isinstance(record, Tagged):

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.columns import RowError, fill, is_flag, take_number, template_columns
+from headstart.data.columns import RowError, fill, take_number, template_columns
 from headstart.data.feed import content_hash
 from headstart.data.read import Row, Where
 from headstart.data.records import Conversation, Message, Preference
@@ -34,8 +35,11 @@ SCORES, RANKS = ("scores", "ratings", "score", "overall_score", "rating"), ("ran
 TEXTS = ("response", "content", "text", "completion", "answer")
 COMPLETIONS = ("completion", "response", "answer", "output")
 LABEL = "label"
+# What a label says that is a vote: wanted, or not. Numbers count as what they are worth, 1.0 as 1.
+VOTES = {"true": True, "yes": True, "good": True, "1": True, "false": False, "no": False, "bad": False, "0": False}
+MARGIN = "margin"  # by how much the chosen answer is better, as reward models may be told (TRL's name for it)
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
-# From so many pairs on, it is told in which part of them the longer (or shorter) answer wins.
+# From so many pairs on, it is told in which part of them the longer (or shorter) answer wins, and from which part on it hurts.
 BIAS_PAIRS, BIAS_FRAC = 20, 0.7
 EVEN = (1.0, 4 / 3)  # how many wanted answers may stand against an unwanted one (Ethayarajh et al., 2024, section 4.3)
 
@@ -54,6 +58,7 @@ class Sides:
     prompt_field: str = ""
     system: Any = None
     tools: Any = None
+    margin: float = 0.0
 
 
 # --- where prompt and answers stand ---
@@ -77,10 +82,23 @@ def _layout(fields: Mapping[str, Any]) -> str:
 
 
 def _could_be_wanted(fields: Mapping[str, Any]) -> bool:
-    """Tell whether a label beside an answer is about it: no name of a class."""
+    """Tell whether a label beside an answer could be about it: no name of a class."""
     label = fields.get(LABEL, "class")
-    known = ("", "yes", "no", "good", "bad", "nan", "inf", "none", "null")
-    return not isinstance(label, str) or is_flag(label) or label.strip().lower() in known
+    known = ("", "nan", "inf", "none", "null")
+    return not isinstance(label, str) or read_vote(label) is not None or label.strip().lower() in known
+
+
+def read_vote(value: Any) -> bool | None:
+    """Return what a label says of an answer: wanted, or not; None where that isn't clear."""
+    said = str(value).strip().lower()
+    return VOTES.get(said.removesuffix(".0") if said in ("1.0", "0.0") else said)
+
+
+def are_votes(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Tell whether the labels of rows with an answer are votes on it: most are; else they are classes or numbers to tell."""
+    labels = [fields.get(LABEL) for fields in rows if _layout(fields) == "unpaired"]
+    told = [label for label in labels if label is not None and str(label).strip()]
+    return 2 * sum(read_vote(label) is not None for label in told) > len(told) or not told
 
 
 def _first(names: Iterable[str], fields: Mapping[str, Any]) -> str:
@@ -91,23 +109,38 @@ def _prompt_of(fields: Mapping[str, Any]) -> str:
     return _first(PROMPTS, fields)
 
 
-def take_sides(row: Row, prompt: str | None = None, chosen: str | None = None, rejected: str | None = None) -> Sides:
+def take_sides(
+    row: Row,
+    prompt: str | None = None,
+    chosen: str | None = None,
+    rejected: str | None = None,
+    *,
+    margins: bool = False,
+) -> Sides:
     """Return what a row asks and its answers; columns, or templates over columns, where they are named.
 
-    Raises RowError where a side is missing, or a score or label is none.
+    With `margins` the column `margin` is read where there is one. Raises RowError where a side is missing, or a score, label
+    or margin is none.
     """
+    sides = _needed(row, _take(row, prompt, chosen, rejected))
+    if not margins or MARGIN not in row.fields or len(sides.answers) != 2:
+        return sides
+    number = take_number(row.fields[MARGIN], row.where.field(MARGIN))
+    if number < 0:
+        what = f"the margin is {number:g}: then the rejected answer would be the better one"
+        raise RowError(Problem("row.pair", what, row.where.field(MARGIN), "0 or more; or swap the sides"))
+    return replace(sides, margin=number, used=sides.used | {MARGIN})
+
+
+def _take(row: Row, prompt: str | None, chosen: str | None, rejected: str | None) -> Sides:
     if chosen is not None and rejected is not None:
         asked = prompt or _first((name for name in PROMPTS if name not in (chosen, rejected)), row.fields)
         columns = [name for text in (asked, chosen, rejected) if text for name in template_columns(text)]
         fields = [text if "{" not in text else name for text, name in ((chosen, "completion"), (rejected, "rejected"))]
         sides = [(field, _named(row, text)) for field, text in zip(fields, (chosen, rejected), strict=True)]
         value = _named(row, asked) if asked else None
-        return _needed(
-            row, Sides(value, sides, (1.0, 0.0), frozenset(columns), asked if "{" not in asked else "prompt")
-        )
-    return _needed(
-        row, {"openai": _openai, "ranked": _ranked, "unpaired": _unpaired}.get(_layout(row.fields), _pair)(row)
-    )
+        return Sides(value, sides, (1.0, 0.0), frozenset(columns), asked if "{" not in asked else "prompt")
+    return {"openai": _openai, "ranked": _ranked, "unpaired": _unpaired}.get(_layout(row.fields), _pair)(row)
 
 
 def _named(row: Row, template: str) -> Any:
@@ -155,13 +188,14 @@ def _openai(row: Row) -> Sides:
 
 def _unpaired(row: Row) -> Sides:
     label, place = row.fields.get(LABEL), row.where.field(LABEL)
-    if label is None or not is_flag(label):
+    vote = read_vote(label)
+    if vote is None:
         shown = "no label" if label is None or label == "" else f"{label!r:.40} where true or false is expected"
-        cure = "true (wanted) or false; or -s data.format=prompt_completion, if it isn't about the answer"
+        cure = "true (wanted) or false; if it isn't about the answer: --kind instruction leaves it, --kind supervised tells it"
         raise RowError(Problem("row.label", shown, place, cure))
     name = _first(COMPLETIONS, row.fields)
     prompt = next(n for n in PROMPTS if n in row.fields and n != name)
-    return _sides(row, prompt, [(name, row.fields.get(name))], (float(str(label).lower() in ("1", "true")),), LABEL)
+    return _sides(row, prompt, [(name, row.fields.get(name))], (float(vote),), LABEL)
 
 
 def _ranked(row: Row) -> Sides:
@@ -210,10 +244,13 @@ def as_preference(
     sides: Sequence[tuple[str, Sequence[Message]]],
     scores: Sequence[float],
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    judged: bool = True,
 ) -> Preference:
     """Return a prompt with its answers. Each side ends with its answer, and may begin with the prompt.
 
-    Raises RowError where a side ends with no answer, or with several, where prompts differ, or where no answer is better.
+    Raises RowError where a side ends with no answer, or with several, where prompts differ, or where no answer is better;
+    not `judged` they are yet to be told apart.
     """
     asked = None if prompt is None else list(prompt)
     answers = []
@@ -236,7 +273,8 @@ def as_preference(
         cure = "give the prompt in a column (`prompt`), or as turns in both sides"
         raise RowError(Problem("row.pair", what, str(where), cure))
     preference = Preference(where, tuple(found), tuple(answers), tuple(scores), tuple(tools))
-    _check_better(preference, sides)
+    if judged:
+        _check_better(preference, sides)
     # Rows of one prompt are on one side of the split, else its answers would be known.
     return replace(preference, group=preference.asked.content)
 
@@ -294,20 +332,54 @@ def _count_wanted(rows: Sequence[Preference]) -> tuple[int, int]:
 def preference_notes(rows: Sequence[Preference], *, unpaired: bool = False) -> list[str]:
     """Return what people should know of preferences: how often the longer answer wins, and how many answers are wanted."""
     notes = []
+    if told := [row.margin for row in rows if row.margin]:
+        what = f"{len(told):,} rows say by how much the chosen answer is better (`{MARGIN}`, up to {max(told):g})"
+        notes.append(f"{what}: its reward is to lead by that")
     if unpaired or any(len(row.answers) == 1 for row in rows):
         wanted, unwanted = _count_wanted(rows)
         note = f"{wanted:,} answers to train on are wanted, {unwanted:,} are not"
         weight = f"; a wanted one weighs {desirable_weight(rows):.3g}" if desirable_weight(rows) != 1 else ""
         notes.append(note + (weight if wanted and unwanted else ": what the other sort looks like is never seen"))
+    if opposed := find_opposed(rows):
+        (row, first), *_ = opposed
+        what = f"{len(opposed):,} rows prefer an answer to one that an earlier row to the same prompt prefers to it"
+        notes.append(f"{what}: first {row.where}, against {first.where}")
+    return notes + _length_notes(rows)
+
+
+def _length_notes(rows: Sequence[Preference]) -> list[str]:
+    """Say how often the longer answer wins, with its interval (Wilson, 1927)."""
+    from scipy.stats import binomtest
+
     found = [pair for row in rows for pair in _lengths(row)]
     differ = [(better, worse) for better, worse in found if better != worse]
+    if len(differ) < BIAS_PAIRS:
+        return []
     longer = sum(better > worse for better, worse in differ)
-    if len(differ) >= BIAS_PAIRS and max(longer, len(differ) - longer) >= BIAS_FRAC * len(differ):
-        which, count = ("longer", longer) if 2 * longer > len(differ) else ("shorter", len(differ) - longer)
-        note = f"the {which} answer wins in {count:,} of {len(differ):,} pairs ({count / len(differ):.0%}): length may be what is learned"
-        swapped = "; are the sides swapped?" if which == "shorter" and count == len(differ) else ""
-        notes.append(note + swapped)
-    return notes
+    which, count = ("longer", longer) if 2 * longer >= len(differ) else ("shorter", len(differ) - longer)
+    bounds = binomtest(count, len(differ)).proportion_ci(0.95, "wilson")
+    share = f"{count / len(differ):.0%}, 95% interval {bounds.low:.0%} to {bounds.high:.0%}"
+    note = f"the {which} answer wins in {count:,} of {len(differ):,} pairs ({share})"
+    if count >= BIAS_FRAC * len(differ):
+        note += ": length may be what is learned"
+    return [note + "; are the sides swapped?" * (which == "shorter" and count == len(differ))]
+
+
+def find_opposed(rows: Sequence[Preference]) -> list[tuple[Preference, Preference]]:
+    """Return rows that prefer A to B, each with the first one of the same prompt that prefers B to A."""
+    known: dict[tuple[str, str, str], Preference] = {}
+    found = []
+    for row in rows:
+        asked = row.asked.content
+        said = [json.dumps([a.content.strip(), a.reasoning, list(a.tool_calls)], default=str) for a in row.answers]
+        ranked = sorted(zip(row.scores, said, strict=True), reverse=True)
+        pairs = [(a, b) for n, (s, a) in enumerate(ranked) for t, b in ranked[n + 1 :] if s > t]
+        other = next((known[asked, b, a] for a, b in pairs if (asked, b, a) in known), None)
+        if other is not None:
+            found.append((row, other))
+        for a, b in pairs:
+            known.setdefault((asked, a, b), row)
+    return found
 
 
 def _lengths(row: Preference) -> list[tuple[int, int]]:
@@ -329,7 +401,8 @@ def segment_preferences(
 ) -> Segmented:
     """Render and encode prompts with their answers: a segment an answer, of which the answer is trained.
 
-    `label` is [segments, 2]: the score and what the reference gives the answer, NaN until that is known. Where an
+    `label` is [segments, 2]: the score and what the reference gives the answer, NaN until that is known; where a row has
+    a margin, that of the better answer. Where an
     answer is over `max_length` tokens with its prompt, the row is dropped whole, or the prompt is cut for all of them.
     With `unpaired` scores are 1 (wanted) or -1, and behind the answers stands, with no score, the answer to another prompt.
 
@@ -366,13 +439,16 @@ def _add(
         result.dropped.append((row.where, max(o.length for o in outcomes)))
     else:
         segments = tuple(o.example.segments[-1] for o in outcomes if o.example)
-        result.examples.append(Example(row.where, segments, lost, label_of(row.scores)))
+        result.examples.append(Example(row.where, segments, lost, label_of(row.scores, row.margin)))
         result.kept.append(row)
 
 
-def label_of(scores: Sequence[float]) -> NDArray[np.float64]:
-    """Return answers by their scores, with references that aren't known yet, [answers, 2]."""
-    return np.array([(score, np.nan) for score in scores], np.float64)
+def label_of(scores: Sequence[float], margin: float = 0.0) -> NDArray[np.float64]:
+    """Return answers by their scores, with references that aren't known yet, or the margin of the best, [answers, 2]."""
+    label = np.array([(score, np.nan) for score in scores], np.float64)
+    if margin:
+        label[label[:, 0].argmax(), 1] = margin
+    return label
 
 
 def _unpair(result: Segmented, renderer: Renderer, max_length: int) -> None:

@@ -15,7 +15,15 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import Keys, choose_held_out, hashes_of, split_sides, split_watch
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.images import Look, segment_pictures
-from headstart.data.labels import Labels, find_choices, find_labels, label_notes, segment_labelled, segment_tagged
+from headstart.data.labels import (
+    REWARD,
+    Labels,
+    find_choices,
+    find_labels,
+    label_notes,
+    segment_labelled,
+    segment_tagged,
+)
 from headstart.data.masking import Masking, find_masking, segment_masked
 from headstart.data.near import Distinct, find_near_leaks, shingle
 from headstart.data.preferences import parted, preference_notes, segment_preferences
@@ -35,7 +43,7 @@ FITTING = {
     "tags": ("tagging",),
     "related": ("embedding",),
     "images": ("images",),
-    "preference": ("preference",),
+    "preference": ("preference", "reward"),
     **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "columns"), ("chat",)),
 }
 FEW_ROWS = 10
@@ -164,6 +172,7 @@ def form_rows(names: Sequence[str], settings: DataSettings, kind: str = "auto", 
             rows,
             format=settings.format,
             named=named_columns(settings),
+            kind=kind,
             task=task,
             train_on=settings.train_on,
             reasoning=settings.reasoning,
@@ -354,7 +363,8 @@ def prepare(
     problems = [problem for part in sides.formed for problem in part.formatted.problems]
     if not train.formatted.examples or (evaluation and not evaluation.formatted.examples):
         raise DataError(problems)
-    if task == "preference" and settings.group_by is None:
+    compared = task in ("preference", "reward")
+    if compared and settings.group_by is None:
         train.formatted.examples = list(parted(_of(Preference, train.formatted.examples)))
     try:
         parts = split_parts(train, evaluation, settings, watch=watch)
@@ -370,7 +380,9 @@ def prepare(
     masking = None
     if task == "masked" and isinstance(renderer, Encoder):
         masking = find_masking(renderer, seed, whole_words=settings.whole_words)
-    if task == "preference":
+    if task == "reward":
+        labels = REWARD
+    if compared:
         train.notes += preference_notes(_of(Preference, parts.train), unpaired=unpaired)
     coding = Coding(task, labels, masking, parts.train, unpaired)
     to_train, to_watch, to_prove = (
@@ -447,7 +459,7 @@ def segment(  # noqa: PLR0911 (a line for each task)
         raise TypeError("conversations and documents to continue are rendered by a Renderer")
     if task == "causal":
         return segment_documents(_of(Document, records), renderer, positions=settings.positions, whole=whole, **limits)
-    if task == "preference":
+    if task in ("preference", "reward"):
         return segment_preferences(_of(Preference, records), renderer, unpaired=coding.unpaired, **limits)
     return segment_rows(_of(Conversation, records), renderer, **limits)
 

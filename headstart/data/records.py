@@ -153,7 +153,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt and answers to it, each with a score: the higher, the better. A lone answer is wanted (1) or not (0)."""
+    """A prompt and answers to it, each with a score: the higher, the better. A lone answer is wanted (1) or not (0).
+
+    `margin` is by how much a reward model is to tell the two apart at least.
+    """
 
     where: Where
     prompt: tuple[Message, ...]
@@ -161,6 +164,7 @@ class Preference:
     scores: tuple[float, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     group: str | None = None
+    margin: float = 0.0
 
     @property
     def content(self) -> str:

@@ -39,6 +39,7 @@ class Renderer(Encoder):
     `tokenizer` is a transformers tokenizer with a fast backend, `stop_ids` the tokens that end an answer,
     `template` is `model` (its own chat template), one by name, which the tokenizer is then given, or `plain` (the answer
     follows the prompt directly). `today` is the date for templates that write one, fixed so that a run is the same on any day.
+    With `whole`, conversations are read to the last token that the template writes, and nothing of them is trained.
 
     Raises ModelError where the tokenizer or the template can't be used.
     """
@@ -49,12 +50,15 @@ class Renderer(Encoder):
         stop_ids: Sequence[int],
         template: str = "model",
         today: datetime.date | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         if template in TEMPLATES:
             give_template(tokenizer, template)
         super().__init__(tokenizer)
         self._today = today or datetime.date.today()
         self._plain = template == "plain"
+        self._whole = whole
         if not self._plain and not tokenizer.chat_template:
             cure = (
                 "tune its chat model, give it a template by name (-s data.template=chatml), or say that the answer follows "
@@ -75,13 +79,20 @@ class Renderer(Encoder):
     def identity(self) -> list[Any]:
         """All that the ids depend on, the template included, and the date if it writes one."""
         template = "plain" if self._plain else str(self.tokenizer.chat_template)
-        return [*super().identity, template, self._today.isoformat() if "strftime_now" in template else ""]
+        return [
+            *super().identity,
+            *["whole"] * self._whole,
+            template,
+            self._today.isoformat() if "strftime_now" in template else "",
+        ]
 
     # --- the three uses ---
 
     def training(self, conversation: Conversation) -> list[list[Run]] | Problem:
         """Return the sequences of a conversation: one, or one an answer where the template rewrites earlier turns."""
         try:
+            if self._whole:
+                return [self._read(conversation)]
             if self._plain:
                 return self._plain_training(conversation)
             return self._chat_training(conversation)
@@ -119,6 +130,19 @@ class Renderer(Encoder):
             return [self._runs(marked, text, spans) for text, spans in sequences]
         return shape.fill(conversation.messages)
 
+    def _read(self, conversation: Conversation) -> list[Run]:
+        """Return all of a conversation, to be read and not learned: what transformers' `apply_chat_template` gives."""
+        marked, text = self._mark(self._with_thoughts(conversation.messages), conversation.tools)
+        return self._runs(marked, text, [])
+
+    def _mark(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[_Marked, str]:
+        """Return marks for what messages and tools hold, and the text in which these are written."""
+        marked = _Marked(messages, tools, self._control_text)
+        text = self._render(marked.messages, marked.tools)
+        self._match_plain(marked, text, messages, tools)
+        self._check_written(marked, text, messages, tools)
+        return marked, text
+
     def _learn_shape(self, key: ShapeKey) -> Shape | None:
         """Return how conversations of a shape are written; None where each has to be looked at by itself."""
         told = [
@@ -142,11 +166,8 @@ class Renderer(Encoder):
 
     def _sequences(self, conversation: Conversation) -> tuple[_Marked, list[tuple[str, list[tuple[int, int]]]]]:
         """Return a conversation's marks, and its marked texts with the places that are trained in each."""
-        messages, tools = self._with_thoughts(conversation.messages), conversation.tools
-        marked = _Marked(messages, tools, self._control_text)
-        whole = self._render(marked.messages, marked.tools)
-        self._match_plain(marked, whole, messages, tools)
-        self._check_written(marked, whole, messages, tools)
+        messages = self._with_thoughts(conversation.messages)
+        marked, whole = self._mark(messages, conversation.tools)
         spans = []
         for index, message in enumerate(messages):
             if message.trained:

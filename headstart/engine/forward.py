@@ -172,7 +172,7 @@ class PreferenceReader(PackReader):
 
     def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
         """Lay out rows as this model can read them, each whole."""
-        return build_packs(examples, tokens_per_pack, one_row=not self.packs, whole_rows=self.packs)
+        return _whole_rows(examples, tokens_per_pack, packs=self.packs)
 
     def outputs(self, pack: Pack) -> Tensor:
         """Return the log-probability of each answer."""
@@ -181,10 +181,8 @@ class PreferenceReader(PackReader):
         return logprobs.new_zeros(len(pack.begins)).index_add(0, owners, logprobs * weights)
 
     def targets(self, pack: Pack) -> Tensor:
-        """Return for each answer its row, score, reference and tokens, [S, 4], on the host: `objectives/preference.py`."""
-        score, reference = np.asarray(pack.labels, np.float64).T
-        tokens = np.bincount(pack.target_segments, pack.weights, len(pack.begins))
-        return torch.from_numpy(np.stack([pack.segment_rows, score, reference, tokens], 1))
+        """Return what is known of each answer, [S, 4], on the host: `objectives/preference.py`."""
+        return _known_of_answers(pack)
 
     def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:  # noqa: ARG002 (the others read it)
         """Not known of a pack: what an answer is held against may be the answers of all others."""
@@ -196,6 +194,18 @@ class PreferenceReader(PackReader):
         reader = PackReader(self.model, bfloat16=self._bfloat16)
         reader.kernel = self.kernel
         return reader
+
+
+def _whole_rows(examples: Sequence[Example], tokens_per_pack: int, *, packs: bool) -> list[Pack]:
+    """Lay out rows, each in one pack; where the model can't read packs, each of their segments alone."""
+    return build_packs(examples, tokens_per_pack, one_row=not packs, whole_rows=packs)
+
+
+def _known_of_answers(pack: Pack) -> Tensor:
+    """Return for each answer its row, score, reference and tokens, [S, 4]."""
+    score, reference = np.asarray(pack.labels, np.float64).T
+    tokens = np.bincount(pack.target_segments, pack.weights, len(pack.begins))
+    return torch.from_numpy(np.stack([pack.segment_rows, score, reference, tokens], 1))
 
 
 class TokenReader(PackReader):
@@ -263,6 +273,38 @@ class LabelReader(RowReader):
             else:
                 logits = row_logits(self.model, self.tensors(pack.ids)[0], self.types(pack))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class RewardReader(LabelReader):
+    """A reward model (`...ForSequenceClassification` with one label): outputs are the rewards of a pack's answers, [S].
+
+    As in `PreferenceReader` all answers of a row lie in one pack, or go through alone. Raises ValueError where the model
+    looks both ways: then a prompt is read otherwise with each answer.
+    """
+
+    def __init__(self, model: Any, losses: RowLosses, *, bfloat16: bool = False) -> None:
+        super().__init__(model, losses, bfloat16=bfloat16)
+        if self.packing == "roots":
+            raise ValueError("a reward model stands on one that writes text, and this one looks both ways")
+
+    def build_packs(self, examples: Sequence[Example], tokens_per_pack: int) -> list[Pack]:
+        """Lay out rows as this model can read them, each whole."""
+        return _whole_rows(examples, tokens_per_pack, packs=self.packs)
+
+    def outputs(self, pack: Pack) -> Tensor:
+        """Return the reward of each answer."""
+        return super().outputs(pack)[:, 0]
+
+    def targets(self, pack: Pack) -> Tensor:
+        """Return what is known of each answer, [S, 4], on the host; in the reference's place stands the margin."""
+        return _known_of_answers(pack)
+
+    def row_losses(self, pack: Pack) -> tuple[Floats, Floats, Ints]:  # noqa: ARG002 (the others read it)
+        """Not known of a pack, which may hold one answer of several."""
+        raise TypeError("rewards are scored over all rows at once")
+
+
+Comparing = PreferenceReader | RewardReader  # readers of answers that are held against each other
 
 
 class ImageReader(RowReader):

@@ -11,7 +11,7 @@ from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import exact_match, won
 
-RIGHT_OR_WRONG = ("chat", "classification", "images", "multilabel", "tagging", "preference")
+RIGHT_OR_WRONG = ("chat", "classification", "images", "multilabel", "tagging", "preference", "reward")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def is_right(row: RowResult, task: str, grader: Grader | None = None) -> bool | 
     if grader:
         score = row.grades.get(grader.name)
         return None if score is None else score >= grader.least
-    if task == "preference":
+    if task in ("preference", "reward"):
         known = bool(row.found) and all(reference is not None for *_, reference in row.found)
         return won(row.truth, row.found) == 1.0 if known else None
     if task not in RIGHT_OR_WRONG or row.answer is None:

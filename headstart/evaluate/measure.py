@@ -15,7 +15,7 @@ from headstart.data.labels import OUTSIDE, Labels
 from headstart.data.records import Conversation, Document, Preference, Record, Related, Tagged
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
-from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RewardReader, RowReader, TokenReader
 from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
@@ -28,6 +28,7 @@ from headstart.evaluate.score import (
     compare_rows,
     output_rows,
     score_answers,
+    score_compared,
     score_outputs,
     score_rows,
     tag_rows,
@@ -46,6 +47,7 @@ PRIMARY = {
     "embedding": ("spearman", "recall_at_1"),
     "images": ("accuracy",),
     "preference": ("preference_accuracy", "likelier", "wanted_auroc"),
+    "reward": ("reward_accuracy", "reward_auroc"),
 }
 PER_TOKEN = ("nll", "perplexity")
 LABELS = {
@@ -73,6 +75,9 @@ LABELS = {
     "likelier": "chosen is likelier, per token",
     "wanted_auroc": "wanted likelier than not (AUROC)",
     "margin": "chosen over rejected, nats",
+    "reward_accuracy": "the better answer has the higher reward",
+    "reward_auroc": "wanted have higher rewards than not (AUROC)",
+    "reward_margin": "reward of the better less the worse",
     "chosen_logprob": "log-probability of chosen",
     "rejected_logprob": "log-probability of rejected",
     "nll": "loss per predicted token",
@@ -97,8 +102,8 @@ class RowResult:
     Of a document, `bytes` are those of the text that was predicted. Of a labelled row `truth` and `found` are what is
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
     `reference` the same as text, and `probability` that of the answer. Of preferences `truth` are the scores of the
-    answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known); the
-    other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of.
+    answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known), or its
+    reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -201,10 +206,14 @@ def measure(  # noqa: PLR0911 (a line for each task)
         rows = [record for record in records if isinstance(record, Preference)]
         compared = score_answers(reader, examples, tokens_per_pack, told("scoring"))
         chosen = choose_answered(rows, answers) if chosen is None else chosen
-        pairs = [(rows[n].conversations[rows[n].best], _best_only(examples[n], rows[n])) for n in chosen]
+        pairs = [(rows[n].conversations[rows[n].best], best_only(examples[n], rows[n])) for n in chosen]
         answered = _answer(reader, renderer, pairs, told("answering"), tokens_at_once)
         new = dict(zip(chosen, answered, strict=True))
         return Measured(_of_preferences(rows, examples, compared, references, new, renderer), task)
+    if task == "reward" and isinstance(reader, RewardReader):
+        rows = [record for record in records if isinstance(record, Preference)]
+        rewards = score_answers(reader, examples, tokens_per_pack, told("scoring"))
+        return Measured(_of_rewards(rows, rewards, score_compared(reader, examples, rewards)), task)
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
     if documents and isinstance(renderer, Encoder):
@@ -255,7 +264,7 @@ def own_reference(measured: Measured) -> Measured:
     return Measured(rows, measured.task)
 
 
-def _best_only(example: Example, row: Preference) -> Example:
+def best_only(example: Example, row: Preference) -> Example:
     """Return a row with its best answer alone."""
     return replace(example, segments=(example.segments[row.best],), label=-1)
 
@@ -268,7 +277,7 @@ def _of_preferences(
     new: Mapping[int, Answer],
     renderer: Renderer,
 ) -> list[RowResult]:
-    best = [_best_only(example, row) for example, row in zip(examples, rows, strict=True)]
+    best = [best_only(example, row) for example, row in zip(examples, rows, strict=True)]
     own = np.array([logprobs[row.best] for row, logprobs in zip(rows, compared, strict=True)])
     scores = RowScores(-own, np.array([float(example.target_count) for example in best]))
     answered = _of_answers([row.conversations[row.best] for row in rows], best, scores, new, renderer)
@@ -279,6 +288,26 @@ def _of_preferences(
         # Behind a row's own answers there may be one to another prompt (kto), which is none of its own.
         found = [[float(compared[number][k]), tokens[k], known[k]] for k in range(len(row.answers))]
         results.append(replace(result, truth=list(row.scores), found=found))
+    return results
+
+
+def _of_rewards(rows: Sequence[Preference], rewards: Sequence[Floats], losses: RowScores) -> list[RowResult]:
+    results = []
+    for row, found, loss in zip(rows, rewards, losses.nll, strict=True):
+        ranked = sorted(range(len(found)), key=lambda n, row=row: -row.scores[n])  # type: ignore[misc]
+        results.append(
+            RowResult(
+                where=str(row.where),
+                nll=float(loss),
+                targets=float(len(found) > 1),  # an answer that stands alone has no loss
+                asked=row.asked.messages[-1].content[:EXCERPT],
+                reference=row.answers[row.best].content[:EXCERPT],
+                answer="rewards, of the better answer first: " + ", ".join(f"{found[n]:+.3f}" for n in ranked),
+                stopped=True,
+                truth=list(row.scores),
+                found=[[float(reward), 1, 0.0] for reward in found],
+            )
+        )
     return results
 
 

@@ -44,6 +44,8 @@ def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:  # noqa: 
         return _related_metrics(rows)
     if task == "preference":
         return _preference_metrics(rows)
+    if task == "reward":
+        return _reward_metrics(rows)
     return _text_metrics(rows)
 
 
@@ -135,15 +137,14 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
             np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
         )
     rates = [f[:, 0] / f[:, 1] for f in found]
-    if not lone.any():
-        metrics["likelier"] = _pass_or_mean(
-            np.array([_won(r, p, s) for r, p, s in zip(rates, pairs, scores, strict=True)])
-        )
-        margins = [f[p[:, 0], 0] - f[p[:, 1], 0] for f, p in zip(found, pairs, strict=True)]
+    several, votes = np.flatnonzero(~lone), np.flatnonzero(lone)
+    if len(several):
+        metrics["likelier"] = _pass_or_mean(np.array([_won(rates[n], pairs[n], scores[n]) for n in several]))
+        margins = [found[n][pairs[n][:, 0], 0] - found[n][pairs[n][:, 1], 0] for n in several]
         metrics["margin"] = _mean(np.array([margin.mean() for margin in margins]))
-    elif lone.all() and len({s[0] for s in scores}) == 2:
-        wanted = np.array([float(s[0] > 0.5) for s in scores])
-        metrics["wanted_auroc"] = Rank(wanted, np.array([rate[0] for rate in rates]), "auroc")
+    if len({scores[n][0] > 0.5 for n in votes}) == 2:
+        wanted = np.array([float(scores[n][0] > 0.5) for n in votes])
+        metrics["wanted_auroc"] = Rank(wanted, np.array([rates[n][0] for n in votes]), "auroc")
     best = [s >= (0.5 if len(s) == 1 else s.max()) for s in scores]
     for name, chosen in (("chosen_logprob", best), ("rejected_logprob", [~b for b in best])):
         counts = np.array([float(c.sum()) for c in chosen])
@@ -155,6 +156,24 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
             metrics[name] = Ratio(some, np.ones(len(some)), lower_is_better=worse, decides=False)
     answered = [row for row in rows if row.answer is not None]
     return {**metrics, **(_answer_metrics(answered) if answered else {})}
+
+
+def _reward_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
+    """Return how rewards put answers in order, whose scores are `truth`: `found` begins with the reward of each."""
+    scores = [np.array(row.truth, float) for row in rows]
+    rewards = [np.array([reward for reward, *_ in row.found]) for row in rows]
+    metrics: dict[str, Metric] = {}
+    several = [(r, s, np.argwhere(s[:, None] > s[None])) for r, s in zip(rewards, scores, strict=True) if len(s) > 1]
+    if several:
+        metrics["reward_accuracy"] = _pass_or_mean(np.array([_won(r, p, s) for r, s, p in several]))
+        leads = np.array([(r[p[:, 0]] - r[p[:, 1]]).mean() for r, _, p in several])
+        metrics["reward_margin"] = Ratio(leads, np.ones(len(leads)), decides=False)  # rewards have no unit
+        metrics |= _loss("cross_entropy", [row for row in rows if len(row.truth) > 1])
+    votes = [(s[0] > 0.5, r[0]) for r, s in zip(rewards, scores, strict=True) if len(s) == 1]
+    if len({wanted for wanted, _ in votes}) == 2:
+        wanted, found = np.array(votes, float).T
+        metrics["reward_auroc"] = Rank(wanted, found, "auroc")
+    return metrics
 
 
 def won(truth: Sequence[float], found: Sequence[Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.data.segments import Example
-from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import Comparing, EmbeddingReader, Reader, RowReader, TokenReader
 from headstart.faults import reach
 from headstart.objectives.embeddings import SCALE
 
@@ -46,7 +46,7 @@ def score_rows(
     if isinstance(reader, EmbeddingReader):
         losses = compare_rows(reader, examples, tokens_per_pack, on_pack).losses
         return RowScores(losses, np.ones(len(losses)))
-    if isinstance(reader, PreferenceReader):
+    if isinstance(reader, Comparing):
         return _score_preferences(reader, examples, tokens_per_pack, on_pack)
     nll = np.zeros(len(examples))
     targets = np.zeros(len(examples))
@@ -65,12 +65,12 @@ def score_rows(
 
 
 def score_answers(
-    reader: PreferenceReader,
+    reader: Comparing,
     examples: Sequence[Example],
     tokens_per_pack: int,
     on_pack: Callable[[int, int], None] | None = None,
 ) -> list[Floats]:
-    """Return for each row the log-probability of each of its answers (its segments)."""
+    """Return for each row the log-probability of each of its answers (its segments), or its reward."""
     found = [np.zeros(len(example.segments)) for example in examples]
     for start in range(0, len(examples), ROWS_SHARED):
         block = examples[start : start + ROWS_SHARED]
@@ -86,13 +86,18 @@ def score_answers(
 
 
 def _score_preferences(
-    reader: PreferenceReader,
+    reader: Comparing,
     examples: Sequence[Example],
     tokens_per_pack: int,
     on_pack: Callable[[int, int], None] | None,
 ) -> RowScores:
     """Score rows whose references are known by the objective, over all of them at once."""
-    outputs = np.concatenate(score_answers(reader, examples, tokens_per_pack, on_pack))
+    return score_compared(reader, examples, score_answers(reader, examples, tokens_per_pack, on_pack))
+
+
+def score_compared(reader: Comparing, examples: Sequence[Example], compared: Sequence[Floats]) -> RowScores:
+    """Score rows by the objective, given what `score_answers` gave for each."""
+    outputs = np.concatenate(compared)
     losses, weights = reader.losses(torch.from_numpy(outputs), torch.from_numpy(known_of(examples)))
     return RowScores(losses.numpy(), weights.numpy())
 

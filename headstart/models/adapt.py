@@ -101,6 +101,12 @@ def adapt(
     return Adapted(wrapped.get_base_model(), wrapped, modules)
 
 
+def carry_on(adapted: Any) -> Adapted:
+    """Make the adapter of a PEFT model, loaded to be trained, train further: it begins with what it has learned."""
+    model = adapted.get_base_model()
+    return Adapted(model, adapted, sum("lora_A" in name for name, _ in model.named_parameters()))
+
+
 def _embedding(model: Any) -> Any:
     try:
         return model.get_input_embeddings().weight

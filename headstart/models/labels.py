@@ -43,6 +43,15 @@ def row_logits(model: Any, ids: Tensor, types: Tensor | None = None) -> Tensor:
     return logits
 
 
+def zero_head(model: Any) -> None:
+    """Have a model's head begin at zero: then it tells nothing before it has learned something, where chance would tell anything."""
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in body:
+                parameter.zero_()
+
+
 def body_packing(model: Any) -> str:
     """Return how the layers of a model can read packs: `forest`, `roots` or `none`."""
     return "forest" if can_pack(model) else "roots" if can_pack(model, share=False) else "none"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ AUTO = {
     "images": "AutoModelForImageClassification",
     "embedding": "AutoModel",
     "preference": "AutoModelForCausalLM",
+    "reward": "AutoModelForSequenceClassification",
 }
 PROBLEM_TYPES = {
     "single_label_classification": "classification",
@@ -97,8 +99,10 @@ def load_model(
     labels: Labels | None = None,
     *,
     random: bool = False,
+    trains: bool = False,
 ) -> Loaded:
-    """Load a model for a task, with a head for `labels`, and the adapter on it where the folder is one.
+    """Load a model for a task, with a head for `labels`, and the adapter on it where the folder is one; with `trains`, that
+    can be trained further.
 
     With `random` only its shape is taken, and its weights begin at random. Raises ModelError where the folder holds
     another kind of model, or one that needs code of its own.
@@ -147,10 +151,36 @@ def load_model(
         make_room(model, load_tokenizer(source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's own, as in `adapt`
-            adapted = PeftModel.from_pretrained(model, source.path)
+            adapted = PeftModel.from_pretrained(model, source.path, is_trainable=trains)
         model = adapted.get_base_model()
     model.eval()
     return Loaded(model, adapted, source, base, frozenset(fresh))
+
+
+def load_merged(
+    source: Source, device: str, dtype: torch.dtype = torch.float32, task: str = "causal", labels: Labels | None = None
+) -> Loaded:
+    """Load a model of text with its adapter merged into it, as a whole model for any task. Raises ModelError."""
+    found = load_model(source, "cpu", torch.float32, "causal")
+    merged = found.adapted.merge_and_unload()
+    if AUTO[task] == AUTO["causal"]:
+        return replace(found, model=merged.to(device, dtype), adapted=merged)
+    with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+        merged.save_pretrained(folder)
+        del merged
+        loaded = load_model(Source(source.name, Path(folder), "folder"), device, dtype, task, labels)
+    return replace(loaded, source=source, base=found.base)
+
+
+def read_adapter(source: Source) -> dict[str, Any]:
+    """Return what a LoRA adapter says of itself. Raises ModelError where it is of another sort: nothing is known of that."""
+    config: dict[str, Any] = read_json(source.path / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        what = f"the adapter is of the sort {config.get('peft_type')}, and only LoRA can be tuned further"
+        raise ModelError(
+            Problem("model.kind", what, source.name, f"tune what it stands on: -m {find_base(source).name}")
+        )
+    return config
 
 
 def _own_pooling(source: Source) -> str | None:
@@ -266,6 +296,21 @@ def make_room(model: Any, tokenizer: Any) -> None:
                 id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m
             }.values():
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
+
+
+def pad_aside(model: Any, tokenizer: Any, ends: Collection[int]) -> None:
+    """Have a classifier and its tokenizer pad with a token in which no row ends.
+
+    The head reads the last token that isn't padding: were it the padding's, transformers would read the one before it.
+    Raises ModelError where every special token is an end.
+    """
+    ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    pad = next((id_ for id_ in ids if id_ is not None and id_ not in ends), None)
+    if pad is None:
+        cure = "give its tokenizer a pad_token of its own"
+        raise ModelError(Problem("model.tokenizer", "no token is left to pad with: rows end in it", "", cure))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
 
 
 def find_base(source: Source) -> Source:

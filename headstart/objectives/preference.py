@@ -16,7 +16,7 @@ from headstart.objectives.labels import RowLosses
 from headstart.objectives.tokens import Total
 
 ROW, SCORE, REFERENCE, TOKENS = range(4)  # columns of what is known of each answer
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
+REFERENCE_FREE = ("simpo", "orpo", "cpo", "reward")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ def cpo(pairs: Pairs, terms: Terms) -> Tensor:
     return _sigmoid(terms.beta * (pairs.chosen - pairs.rejected), terms.label_smoothing)
 
 
+def reward(pairs: Pairs, terms: Terms) -> Tensor:
+    """Return -log sigmoid(r_chosen - r_rejected - margin): Bradley and Terry's model of who wins, 1952.
+
+    So reward models are learned (Christiano et al., 2017, arXiv:1706.03741; of k answers all pairs: Ouyang et al., 2022,
+    arXiv:2203.02155, eq. 1; by how much one is better as a margin: Touvron et al., 2023, arXiv:2307.09288, eq. 2). Rewards
+    stand in the place of log-probabilities, and the margin in that of the chosen answer's reference.
+    """
+    return _sigmoid(pairs.lead, terms.label_smoothing)
+
+
 PAIRWISE: dict[str, Callable[[Pairs, Terms], Tensor]] = {
     "dpo": dpo,
     "dpo_norm": dpo_norm,
@@ -137,6 +147,7 @@ PAIRWISE: dict[str, Callable[[Pairs, Terms], Tensor]] = {
     "simpo": simpo,
     "orpo": orpo,
     "cpo": cpo,
+    "reward": reward,
 }
 
 
@@ -255,17 +266,18 @@ def _kto_by_row(answers: Answers, terms: Terms) -> Tensor:
 def preference_objective(terms: Terms) -> Callable[[Tensor, Tensor], Total]:
     """Return the objective: the sum of the losses of rows, their number, and what becomes of chosen and rejected answers."""
     losses = preference_losses(terms)
-    free = terms.objective in REFERENCE_FREE
+    free, told = terms.objective in REFERENCE_FREE, "reward" if terms.objective == "reward" else "logprob"
 
     def objective(logprobs: Tensor, known: Tensor) -> Total:
         found, weights = losses(logprobs, known)
-        return Total(found.sum(), weights.sum(), tell(Answers.of(logprobs.detach(), known), free=free))
+        return Total(found.sum(), weights.sum(), tell(Answers.of(logprobs.detach(), known), free=free, told=told))
 
     return objective
 
 
-def tell(answers: Answers, *, free: bool = False) -> dict[str, Tensor]:
-    """Return what to watch, each a sum and a number: log-probabilities and gains of chosen and rejected answers, and accuracy.
+def tell(answers: Answers, *, free: bool = False, told: str = "logprob") -> dict[str, Tensor]:
+    """Return what to watch, each a sum and a number: log-probabilities (or what is `told` in their place) and gains of chosen
+    and rejected answers, and accuracy.
 
     That is how often the better answer gained more than the worse one, a tie counting half; of a lone answer, how often it
     gained if it is wanted, and lost if not. Without a reference (`free`), how often the better one is likelier per token.
@@ -284,7 +296,7 @@ def tell(answers: Answers, *, free: bool = False) -> dict[str, Tensor]:
     leads = torch.cat([answers.take(gains, better) - answers.take(gains, worse), sign * answers.take(gains, lone)])
     found = {"accuracy": (leads > 0).to(leads) + 0.5 * (leads == 0).to(leads)}
     for name, numbers in sorts.items():
-        found[f"{name}_logprob"] = answers.take(answers.logprobs, numbers)
+        found[f"{name}_{told}"] = answers.take(answers.logprobs, numbers)
         if not free:
             found[f"{name}_gain"] = answers.take(gains, numbers)
     return {name: torch.stack([v.sum(), v.new_tensor(float(len(v)))]) for name, v in found.items()}

@@ -45,6 +45,17 @@ found = model(**tokenizer("...", return_tensors="pt")).logits[0]
 {rest}print(found.tolist())
 ```
 """
+REWARD = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({model}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({model})
+{rest}print(model(**inputs).logits[0, 0].item())  # of two answers to one prompt the better one has more
+```
+"""
+JUDGED = """messages = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+"""
 EMBEDDING = """```python
 from sentence_transformers import SentenceTransformer
 
@@ -82,6 +93,7 @@ SHAPES = {
     "masked": PIPELINE,
     "images": IMAGES,
     "embedding": EMBEDDING,
+    "reward": REWARD,
 }
 PIPELINES = {"tagging": "token-classification", "masked": "fill-mask", "images": "image-classification"}
 MORE = {"tagging": ', aggregation_strategy="simple"', "multilabel": ", top_k=None"}
@@ -98,8 +110,8 @@ UNITS = "found = found * found.new_tensor({spread}) + found.new_tensor({mean})  
 
 def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     """Return the card as Markdown with the hub's metadata on top."""
-    model = result["model"]
-    head = ["---", *_metadata(model, result), "---"]
+    model, under = result["model"], result["base"] or result["model"]
+    head = ["---", *_metadata(under, result), "---"]
     scores = [
         f"| {_text(name)} | {before} | {after} | {difference} |"
         for name, before, after, difference, _ in score_table(result)
@@ -108,11 +120,13 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     shape = SHAPES.get(result["task"], LORA if result["method"] == "lora" else FULL)
     if result["task"] == "regression":
         rest = UNITS.format(**result["scale"]) if result["scale"] else ""
+    if result["task"] == "reward":
+        rest = JUDGED
     code = ", trust_remote_code=True" if result["task"] == "images" else ""
     snippet = shape.format(
         model=_literal(str(folder / "model")),
-        base=_literal(model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"]),
-        revision=f", revision={_literal(model['revision'])}" if model["revision"] else "",
+        base=_literal(under["name"].partition("@")[0] if under["kind"] == "hub" else under["path"]),
+        revision=f", revision={_literal(under['revision'])}" if under["revision"] else "",
         dtype=result["dtype"],
         rest=rest,
         room=ROOM if template in TEMPLATES else "",
@@ -127,6 +141,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             f"# {_text(folder.name)}",
             "",
             f"{_text(base)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
+            *(["", f"It began with an adapter: {_text(result['plan']['start'])}."] if result["base"] else []),
             "",
             f"**{_text(sentence(result))}.**",
             "",

@@ -135,6 +135,13 @@ def _scores(result: Mapping[str, Any]) -> str:
             "<p>Preference accuracy is how often the chosen answer gained more likelihood than the rejected one (a tie counts "
             "half, so the untouched model has 0.5). Log-probabilities are of whole answers; neither side's own decides the verdict.</p>"
         )
+    if result["task"] == "reward":
+        begun = (
+            "a new head, which begins at zero, so that each pair is a tie"
+            if result["new_head"]
+            else "the reward model as it was"
+        )
+        note += f"<p>Before is {begun}. A tie counts half. Rewards have no zero and no unit: only their differences tell.</p>"
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
     return table(["", "before", "after", "difference", ""], rows) + note + missed + _guard(result)
 
@@ -219,12 +226,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     watch = Series("loss on the watched rows", watched, "watch", dots=True)
     rates = Series("learning rate", [(r["step"], r["lr"]) for r in steps], "lr")
     gains = [
-        Series(
-            f"what {side} answers gained, nats",
-            [(r["step"], r[f"{side}_gain"]) for r in steps if f"{side}_gain" in r],
-            style,
-        )
+        Series(told, [(r["step"], r[f"{side}_{of}"]) for r in steps if f"{side}_{of}" in r], style)
         for side, style in (("chosen", "train"), ("rejected", "watch"))
+        for of, told in (("gain", f"what {side} answers gained, nats"), ("reward", f"reward of {side} answers"))
+        if any(f"{side}_{of}" in r for r in steps)
     ]
     return (
         line_chart("Loss by step", [train, watch], "step")
@@ -274,6 +279,7 @@ def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     pin = model["revision"] or model["sha256"]
     return [
         ("model", f"{model['name']} ({model['kind']}{', ' + pin if pin else ''})"),
+        *([("begun with", result["plan"]["start"])] if result["plan"]["start"] else []),
         ("processor", f"{environment['processor']}, {environment['cores']} cores, {environment['device']}"),
         ("memory", in_bytes(environment["memory_bytes"])),
         ("platform", environment["platform"]),

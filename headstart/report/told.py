@@ -16,6 +16,10 @@ from headstart.report.tables import cell, table
 
 CLASSES, CONFUSED, DRAWN = 30, 15, 20  # shown at most
 POINTS = 1_000
+LEADS = {  # of answers that are held against each other: what heads their table, and the column of the better one
+    "preference": ("Pairs that gained least", "the better answer gained, nats"),
+    "reward": ("Pairs in the least right order", "reward of the better answer"),
+}
 
 
 def told_sections(before: Measured, after: Measured) -> list[tuple[str, str]]:
@@ -34,8 +38,9 @@ def told_sections(before: Measured, after: Measured) -> list[tuple[str, str]]:
         return [("Entities" if _has_entities(after) else "Tags", _classes(_of_tags(before), _of_tags(after)))]
     if after.task == "regression":
         return [("Told against right", _numbers(after))]
-    if after.task == "preference":
-        return [("Pairs that gained least", _leads(after))]
+    if after.task in LEADS:
+        title, what = LEADS[after.task]
+        return [(title, _leads(after, what))]
     return []
 
 
@@ -140,8 +145,11 @@ def _bins(rows: Sequence[RowResult]) -> list[Bin]:
     return found
 
 
-def _leads(after: Measured) -> str:
-    """Return the rows in which the chosen answer gained least over the others; of lone answers, those that went the wrong way."""
+def _leads(after: Measured, what: str) -> str:
+    """Return the rows in which the chosen answer gained least over the others; of lone answers, those that went the wrong way.
+
+    A reward stands where a gain does. `what` heads its column.
+    """
     rows = []
     for row in after.own:
         gains = [logprob - reference for logprob, _, reference in row.found]
@@ -151,7 +159,7 @@ def _leads(after: Measured) -> str:
         shown = f"{sum(others) / len(others):+.2f}" if others else "wanted" if row.truth[best] > 0.5 else "not wanted"
         rows.append((lead, [row.where, f"{gains[best]:+.2f}", shown, f"{lead:+.2f}"]))
     ordered = [[cell(text) for text in texts] for _, texts in sorted(rows, key=lambda row: row[0])[:CONFUSED]]
-    head = ["row", "the better answer gained, nats", "the others", "its lead"]
+    head = ["row", what, "the others", "its lead"]
     return table(head, ordered)
 
 

@@ -36,6 +36,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     """Say the verdict with the figure that it rests on; where the guard made it, with what was lost too."""
     metric = result["difference"]["metric"]
     rows = f"on {result['rows']['proof']:,} rows that it never saw"
+    rows += ", before with a new head that gives 0 to all" * bool(result.get("new_head"))
     lost = guard_words(result["guard"]) if _guard_verdict(result) == "lost" else ""
     said = f"{VERDICTS[result['verdict']]}: {score_words(result, metric, rows)}"
     return "; ".join(filter(None, (said, lost, needed_words(result))))
@@ -186,6 +187,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     packs = f"{plan['packs']:,} packs of at most {plan['tokens_per_pack']:,}, no padding"
     return [
         ("model", f"{plan['model']}, {plan['parameters'] / 1e6:,.0f}M parameters"),
+        *([("begins with", plan["start"])] if plan.get("start") else []),
         ("method", f"{plan['method']}, {plan['trainable'] / 1e6:,.2f}M parameters trained{plan['modules']}"),
         (
             "rows",

@@ -808,7 +808,7 @@ CASES = [
         Case(47, f"vote {name}", "R", among({**pair(50), "label": value}, good=voted), "row.label", ":2:label", said)
         for name, value, said in (
             ("null", None, "no label"),
-            ("yes", "yes", "'yes'"),
+            ("nan", "nan", "'nan'"),
             ("2", 2, "2 where true or false"),
         )
     ),

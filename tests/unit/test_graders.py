@@ -216,6 +216,7 @@ def test_places_are_filled_once_and_what_is_filled_in_is_text() -> None:
         ({"type": "python", "source": "def rate(sample, item): return 1"}, "no function grade"),
         ({"type": "multi", "graders": {"a": {"type": "exact_match", **PAIR}}, "calculate_output": "a + b"}, "names ['b']"),
         ({"type": "multi", "graders": {"a": {"type": "exact_match"}}, "calculate_output": "a"}, "a:input"),
+        ({"type": "reward_model", "model": "m", "input": [{"role": "user", "content": "q"}] * 2}, "ends with the answer"),
         ({"type": "label_model", "model": "m", "input": [{"role": "user", "content": "x"}], "labels": ["a", "b"], "passing_labels": ["c"]}, "['c']"),
         ({"type": "score_model", "model": "m", "input": [{"role": "user", "content": "x"}], "api_key_env": "KEY"}, "no effect"),
         ({"type": "score_model", "model": "m", "input": [{"role": "user", "content": "x"}], "endpoint": "https://k@h/v1"}, "an address"),
@@ -234,7 +235,7 @@ def test_the_examples_are_graders() -> None:
     root = Path(__file__).parents[2]
     shown = re.findall(r"```json\n(.*?)```", (root / "docs" / "graders.md").read_text(encoding="utf-8"), re.DOTALL)
     least = [build_grader(json.loads(form)).least for form in shown]
-    assert least == [0.5, 3]  # of a model's score the middle of its range
+    assert least == [0.5, 3, 0.5]  # of a model's score the middle of its range
     case = Case("a:1", {}, "q", "one two three", "one two four")
     found = [grade(grader, [case])[0].score for grader in read_graders([root / "examples" / "graders.json"])]
     # Of 12 and 13 characters 9 are common in order, "one two " and "r"; two words of three, one pair of two.

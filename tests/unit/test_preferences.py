@@ -12,7 +12,7 @@ import torch
 from headstart.choose import choose_preference
 from headstart.config import Override, build_config
 from headstart.data.formats import Formatted, Named, format_rows
-from headstart.data.preferences import desirable_weight, parted, preference_notes, segment_preferences
+from headstart.data.preferences import desirable_weight, find_opposed, parted, preference_notes, segment_preferences
 from headstart.data.quality import look_through
 from headstart.data.read import Row, Where
 from headstart.data.records import Message, Preference
@@ -103,11 +103,45 @@ def test_several_answers_have_scores_or_ranks() -> None:
     assert taken(form({"instruction": "Hi?", "completions": rated}))[1:] == (["a", "b"], (2.0, 4.5))
 
 
-@pytest.mark.parametrize("label", [True, 1, "1", "true", "True"])
+@pytest.mark.parametrize("label", [True, 1, "1", "true", "True", 1.0, "1.0", "yes", " Yes", "good"])
 def test_lone_answers_are_wanted_or_not(label: Any) -> None:
     formatted = form({"prompt": "Hi?", "completion": "Hello.", "label": label})
     assert taken(formatted) == ([("user", "Hi?")], ["Hello."], (1.0,))
     assert formatted.examples[0].wanted == [True]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("label", [0.0, "0.0", "no", "bad", "false"])
+def test_what_says_no_is_not_wanted(label: Any) -> None:
+    assert taken(form({"prompt": "Hi?", "completion": "Hello.", "label": label}))[2] == (0.0,)
+
+
+def test_whether_a_label_is_a_vote_follows_from_most_labels_or_the_kind() -> None:
+    """A question with its answer and a number may be a row to tell that number of."""
+    row = {"question": "Hi?", "answer": "Hello."}
+    votes, classes, numbers = (
+        [{**row, "label": value} for value in some] for some in ((1, 0, 2), (0, 1, 2, 3), (0.5, 1, 0.2))
+    )
+    assert (form(*votes).detection.task, form(*votes).problems[0].where) == ("preference", "f:3:label")
+    assert "--kind supervised" in str(form(*votes).detection)
+    for some, task in ((classes, "classification"), (numbers, "regression")):
+        formatted = form(*some)
+        assert (formatted.detection.task, formatted.detection.certainty, formatted.problems) == (task, "likely", [])
+        assert formatted.examples[0].texts == ["Hi?", "Hello."]
+    for kind, task in (("supervised", "classification"), ("instruction", "chat"), ("preference", "preference")):
+        formatted = form(*votes[:2], kind=kind)
+        assert (formatted.detection.task, formatted.problems) == (task, [])
+
+
+def test_a_margin_is_read_for_reward_models_alone() -> None:
+    row = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "What?", "margin": 1.5}
+    found = form(row, task="reward")
+    assert (found.detection.task, found.notes, found.examples[0].margin) == ("reward", [], 1.5)  # type: ignore[union-attr]
+    assert form(row).notes == ["columns not used: margin"]
+    assert form(row).examples[0].margin == 0  # type: ignore[union-attr]
+    bad = form({**row, "margin": -1}, {**row, "margin": "wide"}, task="reward").problems
+    assert [(p.code, p.where) for p in bad] == [("row.pair", "f:1:margin"), ("row.label", "f:2:margin")]
+    (example,) = segment_preferences(found.examples, renderer("chatml"), max_length=99).examples  # type: ignore[arg-type]
+    assert np.asarray(example.label)[0].tolist() == [1.0, 1.5]
 
 
 def test_a_class_beside_an_answer_makes_no_preference_and_columns_can_be_named() -> None:
@@ -176,6 +210,16 @@ def test_rows_of_one_prompt_stay_together_and_turned_round_pairs_are_named() -> 
     assert "duplicate" not in found
 
 
+def test_rows_that_prefer_the_opposite_of_an_earlier_one_are_told() -> None:
+    """Also where more answers stand beside the two, and not where another prompt is asked."""
+    ranked = preference("b", "c", "a", scores=(3.0, 2.0, 1.0), line=4)
+    some = [preference("a", "b"), preference("a", "b", line=2), preference("b", "a", asked="Who?", line=3), ranked]
+    assert [(str(row.where), str(first.where)) for row, first in find_opposed(some)] == [("f:4", "f:1")]
+    assert preference_notes(some) == [
+        "1 rows prefer an answer to one that an earlier row to the same prompt prefers to it: first f:4, against f:1"
+    ]
+
+
 def test_rows_that_all_ask_the_same_can_be_split() -> None:
     same = [preference(f"yes {n}", f"no {n}", line=n) for n in range(3)]
     assert [row.group for row in parted(same)] == [None] * 3
@@ -184,12 +228,16 @@ def test_rows_that_all_ask_the_same_can_be_split() -> None:
 
 
 def test_length_bias_is_told() -> None:
-    long = [preference("a long answer", "short", line=n) for n in range(17)]
-    short = [preference("short", "a long answer", line=n) for n in range(20)]
+    long = [preference("a long answer", "short", asked=f"{n}?", line=n) for n in range(17)]
+    short = [preference("short", "a long answer", asked=f"{n} then?", line=n) for n in range(20)]
     (note,) = preference_notes([*long, *short[:3]])
-    assert note.startswith("the longer answer wins in 17 of 20 pairs (85%)")
+    # Wilson: (0.85 + z^2 / 40) / (1 + z^2 / 20) = 0.794, and 1.96 * sqrt(0.85 * 0.15 / 20 + z^2 / 1600) / 1.192 = 0.154 on either side
+    assert note.startswith("the longer answer wins in 17 of 20 pairs (85%, 95% interval 64% to 95%): length may be")
     assert preference_notes(short)[0].endswith("are the sides swapped?")
-    assert preference_notes([*long[:10], *short[:10]]) == []
+    (even,) = preference_notes([*long[:10], *short[:10]])
+    assert "50%" in even
+    assert "learned" not in even
+    assert preference_notes(long) == []  # too few to tell
     lone = [preference("a", scores=(1.0,))] * 3
     assert "never seen" in preference_notes(lone, unpaired=True)[0]
     assert desirable_weight([*lone, preference("b", scores=(0.0,))]) == pytest.approx(1 / 3)
@@ -282,6 +330,9 @@ def log_odds(p: float) -> float:
         ),
         ("simpo", {"beta": 2.0, "margin": 1.0}, softplus(1.5)),
         ("cpo", {"beta": 0.1}, softplus(-0.4)),
+        # Rewards -10 and -14 in the place of log-probabilities, margins -12 and -13 in that of references.
+        ("reward", {}, softplus(-3.0)),
+        ("reward", {"label_smoothing": 0.1}, 0.9 * softplus(-3.0) + 0.1 * softplus(3.0)),
         ("orpo", {"beta": 0.1}, 0.1 * softplus(log_odds(math.exp(-1.75)) - log_odds(math.exp(-2.0)))),
     ],
 )
@@ -376,9 +427,31 @@ def test_accuracy_is_who_gained_more_and_likelier_needs_no_reference() -> None:
     assert values([unknown])["likelier"] == 1.0
     decides = {name: metric.decides for name, metric in task_metrics("preference", [gained]).items()}
     assert [name for name, does in decides.items() if not does] == ["chosen_logprob", "rejected_logprob"]
+    # Pairs and votes beside each other are told each by itself.
+    voted = [Scored([1.0], [(-2.0, 2, None)]), Scored([0.0], [(-6.0, 2, None)])]
+    assert {"likelier": 1.0, "wanted_auroc": 1.0}.items() <= values([unknown, *voted]).items()
     lone = [Scored([1.0], [(-2.0, 2, -3.0)]), Scored([0.0], [(-6.0, 2, -5.0)]), Scored([0.0], [(-1.0, 2, -2.0)])]
     assert values(lone)["preference_accuracy"] == pytest.approx(2 / 3)
     assert values(lone)["wanted_auroc"] == 0.5  # above one unwanted answer, below the other
+
+
+def test_a_reward_model_is_right_where_the_better_answer_has_more() -> None:
+    rows = [
+        Scored([1.0, 0.0], [(2.0, 1, 0.0), (0.5, 1, 0.0)]),
+        Scored([1.0, 3.0, 2.0], [(0.0, 1, 0.0), (1.0, 1, 0.0), (4.0, 1, 0.0)]),
+        Scored([0.0, 1.0], [(1.0, 1, 0.0), (1.0, 1, 0.0)]),
+    ]
+    for row, loss in zip(rows, (0.2, 0.9, 0.7), strict=True):
+        row.nll, row.targets = loss, 1.0  # type: ignore[attr-defined]
+    metrics = task_metrics("reward", rows)
+    found = {name: float(metric.over(np.arange(len(metric))[None])[0]) for name, metric in metrics.items()}
+    leads = [1.5, (1.0 - 3.0 + 4.0) / 3, 0.0]  # of the second row: 1 over 0, 1 over 4, 4 over 0
+    assert found == {
+        "reward_accuracy": pytest.approx((1 + 2 / 3 + 0.5) / 3),
+        "reward_margin": pytest.approx(sum(leads) / 3),
+        "cross_entropy": pytest.approx(0.6),
+    }
+    assert not metrics["reward_margin"].decides
 
 
 # --- settings ---
@@ -394,8 +467,10 @@ def test_what_is_left_out_follows_from_rows_and_objective() -> None:
     assert chosen(lone=3).objective == "kto"
     assert (chosen(objective="orpo").likelihood, chosen(objective="simpo").beta) == (1.0, 2.0)
     assert chosen(likelihood=0).likelihood == 0
+    assert (chosen(objective="reward").beta, chosen(objective="reward").likelihood) == (None, None)
     for wrong, said in (
         ({"lone": 3, "objective": "dpo"}, "only one"),
+        ({"objective": "reward", "beta": 0.3}, "has no effect"),
         ({"objective": "robust"}, "is dpo"),
         ({"objective": "ipo", "label_smoothing": 0.1}, "has no effect"),
     ):

@@ -21,6 +21,7 @@ ORDER = [
     ("verbs", "tune"),
     ("origin",),
     ("job", "stop", "stall", "track"),
+    ("begin",),
     ("run",),
     ("report",),
     ("choose",),

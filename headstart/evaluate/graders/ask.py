@@ -1,4 +1,4 @@
-"""Models that grade: at an OpenAI-compatible endpoint that the grader names, or on this machine. Chats in, texts out."""
+"""Models that grade: at an OpenAI-compatible endpoint that the grader names, or on this machine. Chats in, texts or rewards out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,17 +21,20 @@ import numpy as np
 
 from headstart import machine
 from headstart.data.encode import Encoder
+from headstart.data.preferences import label_of
 from headstart.data.read import Where
-from headstart.data.records import Message, Related
+from headstart.data.records import Conversation, Message, Related
 from headstart.data.related import segment_related
 from headstart.data.render import Renderer
-from headstart.engine.forward import EmbeddingReader
+from headstart.data.segments import encode_rows
+from headstart.engine.forward import EmbeddingReader, RewardReader
 from headstart.errors import ModelError, Problem
 from headstart.evaluate.generate import generate
-from headstart.evaluate.graders.forms import ModelGrader
-from headstart.evaluate.score import Floats, embed_rows
-from headstart.models.load import load_model, load_tokenizer, model_length, stop_ids
+from headstart.evaluate.graders.forms import ModelGrader, RewardModel
+from headstart.evaluate.score import Floats, embed_rows, score_answers
+from headstart.models.load import find_labels, load_model, load_tokenizer, model_length, stop_ids
 from headstart.models.source import find_model
+from headstart.objectives.preference import Terms, preference_losses
 
 Chat = Sequence[Mapping[str, str]]
 AT_ONCE = 4  # questions to an endpoint
@@ -156,11 +160,7 @@ def _embedding_model(name: str) -> tuple[EmbeddingReader, Encoder, int]:
 def _ask_here(grader: ModelGrader, chats: Sequence[Chat]) -> list[str]:
     """Return what a local model answers, greedily."""
     model, renderer = _chat_model(grader.model)
-    role = {"developer": "system"}
-    prompts = [
-        renderer.prompt([Message(role.get(turn["role"], turn["role"]), turn["content"]) for turn in chat])
-        for chat in chats
-    ]
+    prompts = [renderer.prompt(_messages(chat)) for chat in chats]
     length = model_length(model.config)
     for prompt in prompts:
         if len(prompt) >= length:
@@ -169,6 +169,49 @@ def _ask_here(grader: ModelGrader, chats: Sequence[Chat]) -> list[str]:
     limit = grader.sampling_params.max_completions_tokens or TOKENS
     answers = generate(model, prompts, renderer.stop_ids, [limit] * len(prompts), length)
     return [renderer.answer_text(answer.ids) for answer in answers]
+
+
+def _messages(chat: Chat) -> list[Message]:
+    role = {"developer": "system"}
+    return [Message(role.get(turn["role"], turn["role"]), turn["content"]) for turn in chat]
+
+
+def check_reward_model(grader: RewardModel) -> None:
+    """Raise ModelError where the model that a grader names gives no rewards."""
+    labels = find_labels(find_model(grader.model))
+    if labels is None or labels.task not in ("reward", "regression") or len(labels.names) != 1:
+        cure = "make one: headstart tune PAIRS -s preference.objective=reward"
+        raise ModelError(Problem("model.kind", f"{grader.name} names no reward model", grader.model, cure))
+
+
+@lru_cache(maxsize=1)
+def _reward_model(name: str) -> tuple[RewardReader, Renderer]:
+    source = find_model(name)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, machine.pick_device(), task="reward", labels=find_labels(source)).model
+    renderer = Renderer(tokenizer, stop_ids(source, tokenizer), whole=True)
+    return RewardReader(model, preference_losses(Terms("reward"))), renderer
+
+
+def give_rewards(grader: RewardModel, chats: Sequence[Chat]) -> list[float | str]:
+    """Return the reward of the last turn of each chat, or why it has none: too long for the model, say."""
+    reader, renderer = _reward_model(grader.model)
+    length = model_length(reader.model.config)
+    rows = []
+    for number, chat in enumerate(chats):
+        *asked, answer = _messages(chat)
+        rows.append(Conversation(Where("grader", number), (*asked, replace(answer, trained=True))))
+    outcomes = [outcome for part in encode_rows([rows], renderer, max_length=length) for outcome in part]
+    examples = [replace(o.example, label=label_of([0.0])) for o in outcomes if o.example]
+    rewards = iter(score_answers(reader, examples, PACK_TOKENS))
+    return [
+        float(next(rewards)[0])
+        if o.example
+        else o.problem.what
+        if o.problem
+        else f"{o.length:,} tokens, and {grader.model} can place {length:,}"
+        for o in outcomes
+    ]
 
 
 def cosines(name: str, pairs: Sequence[tuple[str, str]]) -> Floats:

@@ -1,4 +1,4 @@
-"""Grader files -> graders: the forms of OpenAI's graders, and three of our own (json_schema, exact_match, numeric).
+"""Grader files -> graders: the forms of OpenAI's graders, and four of our own (json_schema, exact_match, numeric, reward_model).
 
 A file holds one grader or a list of them, as JSON. Strings are templates (`fill.py`).
 """
@@ -231,6 +231,45 @@ class LabelModel(ModelGrader):
         return self
 
 
+class RewardModel(Grader):
+    """The reward that a reward model on this machine gives the answer: higher is better, without zero or unit.
+
+    With `against`, how likely it is to be preferred to that answer, 0 to 1 (Bradley and Terry, 1952). `input` are the turns
+    that are read, of which the last is the answer.
+    """
+
+    type: Literal["reward_model"]
+    model: str
+    input: tuple[Turn, ...] = (
+        Turn(role="user", content="{{row.asked}}"),
+        Turn(role="assistant", content="{{sample.output_text}}"),
+    )
+    against: Template | None = None
+
+    @property
+    def least(self) -> float:
+        """The score from which a row has passed: against another answer an even chance, else 0, where none is given."""
+        return self.pass_threshold if self.has_bound else 0.0
+
+    @property
+    def has_bound(self) -> bool:
+        """Tell whether it is known from where on a score is a good one."""
+        return self.against is not None or "pass_threshold" in self.model_fields_set
+
+    @property
+    def templates(self) -> list[str]:
+        """The texts of the turns, and of the answer that it is held against."""
+        return [*(turn.text for turn in self.input), *([] if self.against is None else [self.against])]
+
+    @model_validator(mode="after")
+    def _ends_with_an_answer(self) -> RewardModel:
+        if len(self.input) < 2 or self.input[-1].role != "assistant":
+            raise ValueError(
+                "`input` ends with the answer, a turn of the assistant, and what it answers stands before it"
+            )
+        return self
+
+
 class Multi(Grader):
     """A formula over the scores of other graders, by the names that `graders` gives them."""
 
@@ -275,6 +314,7 @@ TYPES: Mapping[str, type[Grader]] = {
     "python": Python,
     "score_model": ScoreModel,
     "label_model": LabelModel,
+    "reward_model": RewardModel,
     "multi": Multi,
 }
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headstart.data.strict import parse_json
 from headstart.errors import DataError, Problem, UsageError
-from headstart.evaluate.graders.ask import ask, check_endpoint, cosines
+from headstart.evaluate.graders.ask import ask, check_endpoint, check_reward_model, cosines, give_rewards
 from headstart.evaluate.graders.fill import Case, fill, missing
 from headstart.evaluate.graders.forms import (
     ExactMatch,
@@ -22,12 +24,14 @@ from headstart.evaluate.graders.forms import (
     Multi,
     Numeric,
     Python,
+    RewardModel,
     ScoreModel,
     StringCheck,
     TextSimilarity,
 )
 from headstart.evaluate.graders.sandbox import grade_in_sandbox
 from headstart.evaluate.graders.texts import CHECKS, SIMILARITIES, last_number, need, normalise
+from headstart.evaluate.score import sigmoid
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 SHOWN = 80  # characters of what a model said that are shown
@@ -59,6 +63,8 @@ def check_graders(graders: Sequence[Grader], cases: Sequence[Case]) -> None:
     for grader in (part for whole in graders for part in parts_of(whole)):
         if isinstance(grader, ModelGrader) and grader.endpoint:
             check_endpoint(grader)
+        if isinstance(grader, RewardModel):
+            check_reward_model(grader)
         if isinstance(grader, JsonSchema):
             _validator(grader)
         for case in cases:
@@ -228,6 +234,27 @@ def _read_label(said: str, grader: LabelModel) -> Grade:
     return Grade(float(met[0] in grader.passing_labels))
 
 
+def _reward(grader: RewardModel, cases: Sequence[Case], _: Tell) -> list[Grade]:
+    chats = [[{"role": turn.role, "content": fill(turn.text, case)} for turn in grader.input] for case in cases]
+    found = give_rewards(grader, chats)
+    if grader.against is None:
+        return [Grade(None, given) if isinstance(given, str) else Grade(given) for given in found]
+    against = grader.against
+    others = [
+        [*chat[:-1], {**chat[-1], "content": fill(against, case)}] for chat, case in zip(chats, cases, strict=True)
+    ]
+    return [_preferred(*pair) for pair in zip(found, give_rewards(grader, others), strict=True)]
+
+
+def _preferred(own: float | str, other: float | str) -> Grade:
+    """Return how likely an answer is to be preferred to another, given both rewards, or why one has none."""
+    if isinstance(own, str):
+        return Grade(None, own)
+    if isinstance(other, str):
+        return Grade(None, f"the answer that it is held against: {other}")
+    return Grade(float(sigmoid(np.array(own - other))))
+
+
 def _schema(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "object", "properties": {"result": result}, "required": ["result"], "additionalProperties": False}
 
@@ -266,5 +293,6 @@ _GRADE: Mapping[type[Grader], Callable[[Any, Sequence[Case], Tell], list[Grade]]
     Python: _run_python,
     ScoreModel: _score_by_model,
     LabelModel: _label_by_model,
+    RewardModel: _reward,
     Multi: _combine,
 }

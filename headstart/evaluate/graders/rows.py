@@ -12,7 +12,7 @@ from headstart.data.read import Row, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Record
 from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.graders.fill import Case
-from headstart.evaluate.graders.forms import Grader, read_graders
+from headstart.evaluate.graders.forms import Grader, RewardModel, read_graders
 from headstart.evaluate.graders.grade import Grade, check_graders, grade
 from headstart.evaluate.measure import LABELS, Measured, RowResult, split_last
 from headstart.evaluate.metrics import as_text
@@ -99,8 +99,12 @@ def find_unfit(
 ) -> set[str]:
     """Return where the rows stand whose own answer a grader scores below `least`, or below what it takes as passed.
 
-    So are rows that can't be graded, which is told.
+    So are rows that can't be graded, which is told. Raises UsageError where it isn't known from where on a score is good.
     """
+    for grader in grading.graders if least is None else ():
+        if isinstance(grader, RewardModel) and not grader.has_bound:
+            what = f"{grader.name} gives rewards, which have no zero: from where on is one good?"
+            raise UsageError(Problem("usage.flag", what, "--min", "--min X, or a pass_threshold in the grader"))
     rows = [RowResult(str(r.where), 0.0, 1.0, *own, answer=own[1]) for r in records for own in [own_answer(r)]]
     graded = grading.grade(Measured(rows, "chat"), tell)
     for line in ungraded_lines(ungraded({"": graded})):
