@@ -65,7 +65,7 @@ def _encoding(value: Any) -> Any:
     return name
 
 
-Fix = Literal["merge_turns", "fold_system"]
+Fix = Literal["merge_turns", "fold_system", "redact"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
@@ -118,7 +118,7 @@ class DataSettings(Section):
     )
     fix: Annotated[tuple[Fix, ...], BeforeValidator(_split_commas)] = Field(
         (),
-        description="merge_turns: neighbouring turns of one role become one; fold_system: what a system turn says goes in front of the user's next.",
+        description="merge_turns: neighbouring turns of one role become one; fold_system: what a system turn says goes in front of the user's next; redact: [EMAIL] and the like are learned in place of personal data and secrets.",
     )
     control_tokens: Literal["text", "refuse"] = Field(
         "text", description="Control tokens that are spelled in the data: read as text, or refused."
@@ -126,8 +126,10 @@ class DataSettings(Section):
     template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
         "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."
     )
-    redact: bool = Field(False, description="Learn [EMAIL] and the like in place of personal data and secrets.")
     mix: Names = Field((), description="Other data sets mixed in, each PATH=WEIGHT: 0.2 is 20 rows beside each 100.")
+    rows: Count | None = Field(
+        None, description="The most rows to train on, by their hashes, so that fewer are always part of more."
+    )
     held_out: float | None = Field(
         None, gt=0, description="Rows kept from training: a part below 1, else a number of rows."
     )
@@ -172,6 +174,11 @@ class PreferenceSettings(Section):
     likelihood: float | None = Field(
         None, ge=0, description="What the chosen answer's own loss per token weighs beside; 0 is nothing."
     )
+
+    @property
+    def redact(self) -> bool:
+        """Tell whether personal data and secrets are replaced."""
+        return "redact" in self.fix
 
 
 class OptimSettings(Section):
