@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from headstart.errors import Problem, UsageError
 
 DEFAULT_MODEL = "smollm2-135m"
+AUTO = "auto"
 # What can be learned, and which kind of fine-tuning that is.
 TASKS = {
     "chat": "instruction",
@@ -33,6 +35,18 @@ TASKS = {
     "preference": "preference",
 }
 OBJECTIVES = ("dpo", "dpo_norm", "hinge", "ipo", "robust", "simpo", "orpo", "cpo", "kto")  # objectives/preference.py
+
+
+def _rate(value: Any) -> Any:
+    if value is None or value == AUTO:
+        return value
+    try:
+        rate = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("it should be a number, or auto") from None
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError("it should be a finite number greater than 0, or auto")
+    return rate
 
 
 def _split_commas(value: Any) -> Any:
@@ -69,6 +83,11 @@ Fix = Literal["merge_turns", "fold_system", "redact"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
+# One validator, so that a bad value is one problem and not one for each form.
+Rate = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_rate, json_schema_input_type=Annotated[float, Field(gt=0)] | Literal["auto"] | None),
+]
 CountOrOff = Annotated[int, Field(ge=0)]
 
 
@@ -184,7 +203,7 @@ class PreferenceSettings(Section):
 class OptimSettings(Section):
     """AdamW and its learning rate."""
 
-    lr: float | None = Field(None, gt=0, description="Peak learning rate.")
+    lr: Rate = Field(None, description="Peak learning rate; auto tries several for a tenth of the run, and chooses.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How it falls after the warm-up, to zero at the last step."
     )

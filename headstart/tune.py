@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from headstart import machine
-from headstart.config import Config, Override, as_names, build_config
+from headstart.config import AUTO, Config, Override, as_names, build_config
 from headstart.data.labels import Labels
 from headstart.data.segments import Example, lengths_of
 from headstart.display import Display, in_bytes, in_time
@@ -47,6 +47,7 @@ from headstart.origin import (
     pins,
     refuse,
 )
+from headstart.rate import choose_rate
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
@@ -103,6 +104,8 @@ def start(config: Config, display: Display) -> Run:
         if out:
             RunFolder.check_free(Path(out))
         job = _set_up(config, today, display)
+        if config.settings.optim.lr == AUTO:
+            choose_rate(job, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
         folder = RunFolder.create(path)
         with _disk_faults_told(folder), folder.locked():
@@ -492,7 +495,7 @@ class _Session:
         steps = self.job.layout.steps
         warmup = settings.optim.warmup or 0.0
         schedule = Schedule(
-            settings.optim.lr or 0.0,
+            float(settings.optim.lr or 0.0),
             steps,
             round(warmup * steps) if warmup < 1 else int(warmup),
             settings.optim.schedule,

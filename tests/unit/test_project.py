@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor", "label", "verify"),
+    ("demo", "chat", "show", "doctor", "label", "verify", "trials"),
     ("verbs", "tune"),
-    ("origin",),
+    ("origin", "rate"),
     ("job", "stop", "stall"),
     ("run",),
     ("report",),
