@@ -31,7 +31,7 @@ ORDER = [
     ("data",),
     ("display",),
     ("config",),
-    ("machine", "files"),
+    ("machine", "files", "energy"),
     ("errors", "faults"),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
