@@ -169,6 +169,11 @@ class DataSettings(Section):
     )
     max_bad_rows: CountOrOff = Field(0, description="Rows that may be left out because they can't be used.")
 
+    @property
+    def redact(self) -> bool:
+        """Tell whether personal data and secrets are replaced."""
+        return "redact" in self.fix
+
 
 class LoraSettings(Section):
     """The adapter of `method: lora`."""
@@ -193,11 +198,6 @@ class PreferenceSettings(Section):
     likelihood: float | None = Field(
         None, ge=0, description="What the chosen answer's own loss per token weighs beside; 0 is nothing."
     )
-
-    @property
-    def redact(self) -> bool:
-        """Tell whether personal data and secrets are replaced."""
-        return "redact" in self.fix
 
 
 class OptimSettings(Section):
@@ -355,21 +355,21 @@ class Config:
         return f"{indent}{key.rpartition('.')[2]}: {text}  # {source}"
 
 
-def build_config(file: Path | None = None, overrides: Iterable[Override] = ()) -> Config:
-    """Lay a config file and then overrides over the defaults. A null is as if the key weren't there.
+def build_config(file: Path | None = None, overrides: Iterable[Override] = (), under: Config | None = None) -> Config:
+    """Lay a config file and then overrides over the defaults, or what lies `under`. A null is as if the key weren't there.
 
     Raises UsageError with every problem at once: unknown keys (with the nearest known one), bad values, settings
     that would have no effect.
     """
-    config = _lay_over(file, overrides)
+    config = _lay_over(file, overrides, under)
     if problems := _without_effect(config):
         raise UsageError(problems)
     return config
 
 
-def _lay_over(file: Path | None, overrides: Iterable[Override]) -> Config:
-    tree: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+def _lay_over(file: Path | None, overrides: Iterable[Override], under: Config | None = None) -> Config:
+    tree: dict[str, Any] = under.settings.model_dump() if under else {}
+    sources: dict[str, str] = dict(under.sources) if under else {}
     given = [item for item in (*_read_yaml(file), *overrides) if item.value is not None]
     known = known_keys()
     problems = [_unknown_key(item, known) for item in given if item.key not in known]
