@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from headstart.errors import HeadstartError
     from headstart.label import predict
     from headstart.run import Run
+    from headstart.trials.curve import curve
+    from headstart.trials.sweep import sweep
     from headstart.tune import tune
     from headstart.verbs import check, compare, evaluate, load, plan
 
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "predict", "tune"]
+__all__ = ["HeadstartError", "Run", "check", "compare", "curve", "evaluate", "load", "plan", "predict", "sweep", "tune"]
 
 _HOMES = {
     "HeadstartError": "headstart.errors",
     "Run": "headstart.run",
     "tune": "headstart.tune",
     "predict": "headstart.label",
+    "curve": "headstart.trials.curve",
+    "sweep": "headstart.trials.sweep",
     **dict.fromkeys(("check", "compare", "evaluate", "load", "plan"), "headstart.verbs"),
 }
 

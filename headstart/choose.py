@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from headstart.config import Config
+from headstart.config import AUTO, Config
 from headstart.engine.plan import FORWARD_COST
 from headstart.errors import Problem, UsageError
 
@@ -50,7 +50,7 @@ def choose(config: Config, facts: Facts) -> Config:
     def decide(key: str, value: Any, why: str) -> Any:
         section, _, name = key.rpartition(".")
         current = getattr(getattr(settings, section) if section else settings, name)
-        if current is not None:
+        if current not in (None, AUTO):
             return current
         found[key] = (value, why)
         return value

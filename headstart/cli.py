@@ -73,6 +73,8 @@ def tune(
     epochs: Epochs = None,
     eval_data: EvalData = None,
     track: Track = None,
+    lr: Annotated[str | None, typer.Option("--lr", help="Peak learning rate; auto tries several and chooses.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Run it with so many seeds, to see how much is luck.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune on DATA and prove the gain."""
@@ -88,9 +90,79 @@ def tune(
             "out": out,
             "epochs": epochs,
             "data.eval": eval_data,
+            "optim.lr": lr,
         }
+        if seeds is not None:
+            from headstart.trials.seeds import say_seeds, tune_seeds
+
+            if track:
+                raise UsageError(Problem("usage.flag", "--track follows one run", "--seeds", "leave one of them out"))
+            found = tune_seeds(read_config(config, sets, flags), seeds, display)
+            say_seeds(display, found)
+            return found.to_json()
         run = start(read_config(config, sets, flags), display, _names(track))
         return {"run": str(run.path), **run.result}
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def curve(
+    data: Data,
+    rows: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="On how many rows; else 10, 30, ..., all.")
+    ] = None,
+    scratch: Annotated[bool, typer.Option("--from-scratch", help="From random weights, too.")] = False,
+    model: Model = None,
+    kind: Kind = None,
+    method: Method = None,
+    out: Out = None,
+    config: File = None,
+    sets: Sets = None,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Draw how good a model gets with how many rows of DATA."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.trials.curve import curve_config, say_curve
+
+        flags = _flags(data, model, kind, method, out, epochs, eval_data)
+        counts = _whole_numbers(rows) if rows else None
+        found = curve_config(read_config(config, sets, flags), counts, display, from_scratch=scratch)
+        say_curve(display, found)
+        return found.to_json()
+
+    carry_out(work, as_json)
+
+
+@app.command()
+def sweep(
+    data: Data,
+    over: Annotated[list[str], typer.Option(metavar="KEY=A,B,C", help="A setting and what to try, or LOW..HIGH.")],
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials, drawn where there could be more.")] = None,
+    budget: Annotated[float | None, typer.Option(help="The most training in all, in full runs.")] = None,
+    model: Model = None,
+    kind: Kind = None,
+    method: Method = None,
+    out: Out = None,
+    config: File = None,
+    sets: Sets = None,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Try settings, train the best on, and prove the last."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.trials.halving import parse_over
+        from headstart.trials.sweep import say_swept, sweep_config
+
+        flags = _flags(data, model, kind, method, out, epochs, eval_data)
+        found = sweep_config(read_config(config, sets, flags), parse_over(over), trials, budget, display)
+        say_swept(display, found)
+        return found.to_json()
 
     carry_out(work, as_json)
 
@@ -308,14 +380,27 @@ def predict(
 
 @app.command()
 def compare(
-    names: Annotated[list[str], typer.Argument(help="Two models or more, and the data.", metavar="A B [C...] DATA...")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Two models or more, and the data; or a run.", metavar="A B [C...] DATA... | RUN"),
+    ],
     answers: Answers = 32,
     grader: Graders = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A page to write: compare.html.")] = None,
     sets: Sets = None,
+    scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train RUN's network from random weights, beside it; -o is a folder.")
+    ] = False,
+    price: Annotated[float | None, typer.Option(min=0, help="With --from-scratch: what an hour costs.")] = None,
+    reach: Annotated[
+        list[float] | None, typer.Option(help="With --from-scratch: a loss to look for; repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score models on the same DATA, each in pairs with A."""
+    if scratch:
+        carry_out(lambda display: _compare_scratch(display, names, grader, out, price, reach, sets), as_json)
+        return
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.files import write_atomic
@@ -324,6 +409,9 @@ def compare(
         from headstart.verbs import compare as compare_models
         from headstart.verbs import split_names
 
+        if price is not None or reach:
+            cure = "headstart compare --from-scratch RUN --price 0.40"
+            raise UsageError(Problem("usage.flag", "--price and --reach go with --from-scratch", "compare", cure))
         if out is not None and (out.suffix != ".html" or out.is_dir()):
             raise UsageError(Problem("usage.flag", f"{out} is no name for a page", "--out", "-o compare.html"))
         (a, b, *more), data = split_names(names)
@@ -344,6 +432,27 @@ def compare(
         return found.to_json()
 
     carry_out(work, as_json)
+
+
+def _compare_scratch(
+    display: Display,
+    names: list[str],
+    grader: list[str] | None,
+    out: Path | None,
+    price: float | None,
+    reach: list[float] | None,
+    sets: list[str] | None,
+) -> dict[str, Any]:
+    from headstart.trials.scratch import compare_scratch, say_scratch
+
+    if len(names) != 1 or grader:
+        what = f"{len(names)} names{' and graders' * bool(grader)}: one run is compared with its network from random weights"
+        raise UsageError(Problem("usage.flag", what, "--from-scratch", "headstart compare --from-scratch RUN"))
+    place = None if out is None else str(out)
+    settings = read_sets(sets)
+    found = compare_scratch(names[0], display, out=place, price=price, reach=reach or (), settings=settings)
+    say_scratch(display, found)
+    return found.to_json()
 
 
 @app.command()
@@ -492,6 +601,28 @@ def read_config(file: Path | None, sets: list[str] | None, flags: dict[str, Any]
 
     overrides = [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
     return build_config(file, [*overrides, *_parse_sets(sets)])
+
+
+def _flags(
+    data: list[str],
+    model: str | None,
+    kind: str | None,
+    method: str | None,
+    out: str | None,
+    epochs: float | None,
+    eval_data: list[str] | None,
+) -> dict[str, Any]:
+    """Return the flags that make a run, by their settings."""
+    named = {"model": model, "kind": kind, "method": method, "out": out, "epochs": epochs}
+    return {"data.train": data, **named, "data.eval": eval_data}
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Read numbers with commas between them. Raises UsageError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(Problem("usage.flag", f"no numbers in {text!r}", "--rows", "--rows 10,30,100")) from None
 
 
 def _names(given: list[str] | None) -> list[str]:

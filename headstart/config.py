@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from headstart.errors import Problem, UsageError
 
 DEFAULT_MODEL = "smollm2-135m"
+AUTO = "auto"
 # What can be learned, and which kind of fine-tuning that is.
 TASKS = {
     "chat": "instruction",
@@ -35,6 +37,18 @@ TASKS = {
 }
 # objectives/preference.py; of `reward` a model comes out that scores answers, in place of one that writes them.
 OBJECTIVES = ("dpo", "dpo_norm", "hinge", "ipo", "robust", "simpo", "orpo", "cpo", "kto", "reward")
+
+
+def _rate(value: Any) -> Any:
+    if value is None or value == AUTO:
+        return value
+    try:
+        rate = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("it should be a number, or auto") from None
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError("it should be a finite number greater than 0, or auto")
+    return rate
 
 
 def _split_commas(value: Any) -> Any:
@@ -67,10 +81,15 @@ def _encoding(value: Any) -> Any:
     return name
 
 
-Fix = Literal["merge_turns", "fold_system"]
+Fix = Literal["merge_turns", "fold_system", "redact"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 NamesOrSwitch = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names_or_switch)]
 Count = Annotated[int, Field(ge=1)]
+# One validator, so that a bad value is one problem and not one for each form.
+Rate = Annotated[
+    float | Literal["auto"] | None,
+    PlainValidator(_rate, json_schema_input_type=Annotated[float, Field(gt=0)] | Literal["auto"] | None),
+]
 CountOrOff = Annotated[int, Field(ge=0)]
 
 
@@ -120,7 +139,7 @@ class DataSettings(Section):
     )
     fix: Annotated[tuple[Fix, ...], BeforeValidator(_split_commas)] = Field(
         (),
-        description="merge_turns: neighbouring turns of one role become one; fold_system: what a system turn says goes in front of the user's next.",
+        description="merge_turns: neighbouring turns of one role become one; fold_system: what a system turn says goes in front of the user's next; redact: [EMAIL] and the like are learned in place of personal data and secrets.",
     )
     control_tokens: Literal["text", "refuse"] = Field(
         "text", description="Control tokens that are spelled in the data: read as text, or refused."
@@ -128,8 +147,10 @@ class DataSettings(Section):
     template: Literal["model", "plain", "chatml", "llama3", "gemma", "mistral", "alpaca"] = Field(
         "model", description="The model's own chat template, one by name, or plain: the answer follows the prompt."
     )
-    redact: bool = Field(False, description="Learn [EMAIL] and the like in place of personal data and secrets.")
     mix: Names = Field((), description="Other data sets mixed in, each PATH=WEIGHT: 0.2 is 20 rows beside each 100.")
+    rows: Count | None = Field(
+        None, description="The most rows to train on, by their hashes, so that fewer are always part of more."
+    )
     held_out: float | None = Field(
         None, gt=0, description="Rows kept from training: a part below 1, else a number of rows."
     )
@@ -149,6 +170,11 @@ class DataSettings(Section):
         "restart", description="Where the positions of a further piece of a document begin: at 0, or where it was cut."
     )
     max_bad_rows: CountOrOff = Field(0, description="Rows that may be left out because they can't be used.")
+
+    @property
+    def redact(self) -> bool:
+        """Tell whether personal data and secrets are replaced."""
+        return "redact" in self.fix
 
 
 class LoraSettings(Section):
@@ -179,7 +205,7 @@ class PreferenceSettings(Section):
 class OptimSettings(Section):
     """AdamW and its learning rate."""
 
-    lr: float | None = Field(None, gt=0, description="Peak learning rate.")
+    lr: Rate = Field(None, description="Peak learning rate; auto tries several for a tenth of the run, and chooses.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How it falls after the warm-up, to zero at the last step."
     )
@@ -331,21 +357,21 @@ class Config:
         return f"{indent}{key.rpartition('.')[2]}: {text}  # {source}"
 
 
-def build_config(file: Path | None = None, overrides: Iterable[Override] = ()) -> Config:
-    """Lay a config file and then overrides over the defaults. A null is as if the key weren't there.
+def build_config(file: Path | None = None, overrides: Iterable[Override] = (), under: Config | None = None) -> Config:
+    """Lay a config file and then overrides over the defaults, or what lies `under`. A null is as if the key weren't there.
 
     Raises UsageError with every problem at once: unknown keys (with the nearest known one), bad values, settings
     that would have no effect.
     """
-    config = _lay_over(file, overrides)
+    config = _lay_over(file, overrides, under)
     if problems := _without_effect(config):
         raise UsageError(problems)
     return config
 
 
-def _lay_over(file: Path | None, overrides: Iterable[Override]) -> Config:
-    tree: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+def _lay_over(file: Path | None, overrides: Iterable[Override], under: Config | None = None) -> Config:
+    tree: dict[str, Any] = under.settings.model_dump() if under else {}
+    sources: dict[str, str] = dict(under.sources) if under else {}
     given = [item for item in (*_read_yaml(file), *overrides) if item.value is not None]
     known = known_keys()
     problems = [_unknown_key(item, known) for item in given if item.key not in known]

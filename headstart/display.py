@@ -28,9 +28,21 @@ def safe(text: str) -> str:
 
 
 class Display:
-    """Lines, and one bar at a time. Styles are rich's; without a terminal nothing but the words is printed."""
+    """Lines, and one bar at a time. Styles are rich's; without a terminal nothing but the words is printed.
 
-    def __init__(self, file: IO[str] | None = None, *, live: bool | None = None) -> None:
+    With `whole` it is that of a part of something: the whole's shows its progress and its warnings, under its `name`, and
+    everything else that it says stands in its log.
+    """
+
+    def __init__(
+        self,
+        file: IO[str] | None = None,
+        *,
+        live: bool | None = None,
+        whole: Display | None = None,
+        name: str = "",
+    ) -> None:
+        self._whole, self._name = whole, name
         self.console = Console(file=file, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal if live is None else live
         self._log: Lines | None = None
@@ -51,7 +63,7 @@ class Display:
     def line(self, text: str = "", style: str = "") -> None:
         """Say a line. `text` is data: it is never read as markup."""
         self.shown_at = time.monotonic()
-        for part in safe(text).split("\n"):
+        for part in safe(text).split("\n") if self._whole is None else ():
             self.console.print(f"[{style}]{escape(part)}[/]" if style else escape(part))
         self._write(text)
 
@@ -73,6 +85,8 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Say something that needs a look."""
+        if self._whole is not None:
+            self._whole.warn(f"{self._name}: {text}")
         self.line(f"  ! {text}", "yellow")
 
     def markup(self, text: str) -> None:
@@ -88,6 +102,9 @@ class Display:
     def progress(self, label: str, done: int, total: int, detail: str = "") -> None:
         """Show how far a phase is: a bar in a terminal, else a line now and then and at the end."""
         self.shown_at = time.monotonic()
+        if self._whole is not None:
+            self._whole.progress(f"{self._name}: {label}", done, total, detail)
+            return
         if self._live:
             self._move_bar(safe(label), done, total, safe(detail))
             return

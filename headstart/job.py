@@ -391,9 +391,8 @@ def _choose_leaks(settings: Settings, task: str, *, streamed: bool, corpus: bool
 
 # Settings that are for some tasks alone.
 FOR_TASKS = {
-    "data.fix": ("chat",),
     **dict.fromkeys(
-        ("data.leaks", "data.redact", "data.control_tokens"), tuple(task for task in TASKS if task != "images")
+        ("data.leaks", "data.fix", "data.control_tokens"), tuple(task for task in TASKS if task != "images")
     ),
     "data.class_weights": ("classification", "images"),
     "data.whole_words": ("masked",),
@@ -418,6 +417,8 @@ def _check_settings(config: Config) -> None:
     settings = config.settings
     lost = [key for key, tasks in FOR_TASKS.items() if config.given(key) and settings.task not in tasks]
     lost = [key for key in lost if setting(settings, key) not in (setting(Settings(), key), *NOTHING)]
+    if settings.task != "chat" and set(settings.data.fix) - {"redact"} and "data.fix" not in lost:
+        lost.append("data.fix")  # of turns, which only conversations have
     if lost:
         what = f"the task is {settings.task}"
         raise UsageError(
@@ -451,6 +452,9 @@ def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None
         return [], None
     files = find_files(settings.data.train, settings.data.encoding)
     found = peek(files, settings.data, settings.task) if is_large(files) else None
+    if settings.data.rows and found and found.format == "text":
+        what = "`data.rows` has no effect: text of this size goes through in a stream"
+        raise UsageError(Problem("config.no_effect", what, "data.rows", "leave it out, or -s steps=N"))
     return files, found if found and found.format == "text" else None
 
 

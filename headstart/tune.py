@@ -19,10 +19,11 @@ import torch
 
 from headstart import machine
 from headstart.begin import WRITES
-from headstart.config import Config, Override, as_names, build_config
+from headstart.config import AUTO, Config, Override, as_names, build_config
 from headstart.data.labels import Labels
 from headstart.data.segments import Example, lengths_of
 from headstart.display import Display, in_bytes, in_time
+from headstart.energy import EnergyMeter
 from headstart.engine.checkpoint import Checkpoints
 from headstart.engine.forward import PreferenceReader, RowReader
 from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
@@ -48,6 +49,7 @@ from headstart.origin import (
     pins,
     refuse,
 )
+from headstart.rate import choose_rate
 from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share
@@ -96,8 +98,11 @@ def tune(
     return start(build_config(Path(config) if config else None, overrides), display or Display(), as_names(track))
 
 
-def start(config: Config, display: Display, track: Sequence[str] = ()) -> Run:
-    """Begin a run with these settings and carry it to its end, followed by trackers."""
+def start(config: Config, display: Display, track: Sequence[str] = (), *, prove: bool = True) -> Run:
+    """Begin a run with these settings and carry it to its end, followed by trackers.
+
+    Without `prove` it ends when it is trained: no row of the proof is scored until `resume` carries it on.
+    """
     track = check_trackers(track)
     if not config.settings.data.train:
         raise DataError(Problem("data.missing", "no data was named", "data.train", "headstart tune FILE"))
@@ -107,6 +112,8 @@ def start(config: Config, display: Display, track: Sequence[str] = ()) -> Run:
         if out:
             RunFolder.check_free(Path(out))
         job = _set_up(config, today, display)
+        if config.settings.optim.lr == AUTO:
+            choose_rate(job, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
         folder = RunFolder.create(path)
         with _disk_faults_told(folder), folder.locked():
@@ -115,11 +122,15 @@ def start(config: Config, display: Display, track: Sequence[str] = ()) -> Run:
             write_json(folder.data_file, describe(job.data, job.config, today))
             folder.write_config(job.config)  # last: with it the run has begun
             with tracked(folder, track, display):
-                return _Session(job, folder, display, stop).carry_out()
+                return _Session(job, folder, display, stop).carry_out(prove=prove)
 
 
-def resume(path: Path, display: Display, allow: Collection[str] = (), track: Sequence[str] = ()) -> Run:
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint, followed by the trackers it had and more.
+def resume(
+    path: Path, display: Display, allow: Collection[str] = (), track: Sequence[str] = (), *, prove: bool = True
+) -> Run:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint; without `prove` until it is trained.
+
+    The trackers that followed it do so again, and those in `track`.
 
     What isn't as it was when the run began is refused, unless `allow` names its kind: data, model, settings, versions.
     It is then recorded, and told in the report. Raises RunError where there is no such run, or where its settings or
@@ -148,7 +159,7 @@ def resume(path: Path, display: Display, allow: Collection[str] = (), track: Seq
             for line in told:
                 display.warn(f"{line}: allowed, so it goes on, and not bit for bit")
         with tracked(folder, track, display):
-            return _Session(job, folder, display, stop).carry_out()
+            return _Session(job, folder, display, stop).carry_out(prove=prove)
 
 
 def _check_graders(folder: RunFolder, job: Job) -> None:
@@ -193,15 +204,18 @@ class _Session:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.job.config.settings.save.keep, run)
         self.feed = self.job.new_feed()
         self.display.log_to(self.folder.log_file)
+        self.meter = EnergyMeter()
 
-    def carry_out(self) -> Run:
-        """Take the run from where it stands to its end."""
+    def carry_out(self, *, prove: bool) -> Run:
+        """Take the run from where it stands to its end; without `prove` to that of training."""
         machine.begin_peak(self.job.engine.reader.device.type)  # of what was planned, without the planning itself
         self._rehearse_save()
-        before = self._evaluate("before")
+        before = self._evaluate("before") if prove else None
         self._refer()
         with self._last_good_told():
             self._train()
+        if before is None:
+            return Run(self.folder.path)
         self._use_best()
         after = self._evaluate("after", before)
         slow_down(self.job.adapted.model)  # what is copied to be merged is then of plain layers
@@ -214,6 +228,8 @@ class _Session:
 
     def on_step(self, record: StepRecord) -> None:
         """Write the step down and show it."""
+        if (used := self.meter.take()) is not None:
+            self.progress.energy_j = (self.progress.energy_j or 0.0) + used
         rate = self.progress.row_tokens_seen / self.progress.train_s
         peak = machine.device_peak_bytes(self.job.engine.reader.device.type)
         values = {key: value for key, value in asdict(record).items() if key not in ("rows", "told")}
@@ -498,10 +514,11 @@ class _Session:
         if self.progress.end:
             return
         self.display.title("training")
+        self.meter.take()  # what was used before is not training's
         steps = self.job.layout.steps
         warmup = settings.optim.warmup or 0.0
         schedule = Schedule(
-            settings.optim.lr or 0.0,
+            float(settings.optim.lr or 0.0),
             steps,
             round(warmup * steps) if warmup < 1 else int(warmup),
             settings.optim.schedule,
@@ -530,7 +547,10 @@ class _Session:
         for problem in damaged:
             self.display.warn(str(problem))
         self.job.engine.load_state(found.tensors, found.values)
+        spent = self.progress  # in this session, before what it goes on with was read
         self.progress = Progress(**found.values["progress"])
+        self.progress.eval_s += spent.eval_s
+        self.progress.reference_s += spent.reference_s
         self.feed.seen = self.progress.seen
         self.folder.forget_after(found.step)
         self.display.line(f"  going on from step {found.step}")
@@ -629,7 +649,7 @@ def _check_proof(folder: RunFolder, job: Job) -> None:
 @contextlib.contextmanager
 def _stoppable(display: Display) -> Iterator[StopRequest]:
     def told() -> None:
-        display.line("  stopping as soon as this step is saved; Ctrl-C again stops now")
+        display.warn("stopping as soon as this step is saved; Ctrl-C again stops now")
 
     with StopRequest(told) as stop, display, StallWatch(display):
         yield stop

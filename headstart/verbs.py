@@ -62,7 +62,6 @@ READING = (
     "whole_words",
     "train_on",
     "reasoning",
-    "redact",
     "template",
     "over_length",
     "max_length",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -20,7 +20,17 @@ from headstart.config import DataSettings
 from headstart.data.feed import Keys, content_hash, digest_of
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
-from headstart.data.prepare import FITTING, Formed, Parts, Prepared, Split, need_rows, split, without_near_leaks
+from headstart.data.prepare import (
+    FITTING,
+    Formed,
+    Parts,
+    Prepared,
+    Split,
+    first_rows,
+    need_rows,
+    split,
+    without_near_leaks,
+)
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read, read_parts
 from headstart.data.records import Conversation, Message, Record
@@ -88,6 +98,8 @@ def prepare_chats(
             found = without_near_leaks(found, train.records, None if evaluation is None else others.records)
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
+    choices = train.choices(found.train)
+    found = replace(found, train=first_rows(found.train, train.keys.digests, settings.rows))
     parts = (train.segmented(found.train), others.segmented(found.watch), others.segmented(found.proof))
     if settings.over_length == "error":
         for part in parts:
@@ -99,7 +111,7 @@ def prepare_chats(
         _parts(train, others, found),
         *parts,
         problems,
-        choices=train.choices(found.train),
+        choices=choices,
     )
 
 

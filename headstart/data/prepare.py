@@ -33,7 +33,7 @@ from headstart.data.records import Conversation, Document, Labelled, Picture, Pr
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
 from headstart.data.segments import Segmented, segment_rows
-from headstart.errors import DataError, Problem
+from headstart.errors import DataError, Problem, UsageError
 
 LABELLED = ("classification", "multilabel", "regression", "tagging", "images")
 # Which tasks the rows of a format can be used for.
@@ -335,6 +335,19 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
     )
 
 
+def first_rows(train: NDArray[np.int64], digests: NDArray[np.uint64], rows: int | None) -> NDArray[np.int64]:
+    """Return `rows` of the rows to train on, by number: those of the least hashes, so that fewer are always part of more.
+
+    Raises UsageError where there are fewer.
+    """
+    if rows is None:
+        return train
+    if rows > len(train):
+        what = f"`data.rows` is {rows:,}, and there are {len(train):,} rows to train on"
+        raise UsageError(Problem("config.bad_value", what, "data.rows", f"-s data.rows={len(train)}, or leave it out"))
+    return train[np.sort(np.argsort(digests[train], kind="stable")[:rows])]
+
+
 def split_held(held: Sequence[Record], *, watch: bool) -> tuple[list[Record], list[Record]]:
     """Split held-out rows into those that are watched and those for the proof."""
     watched = _watched(Keys.of(held).digests, watch=watch)
@@ -370,12 +383,15 @@ def prepare(
         parts = split_parts(train, evaluation, settings, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
         raise DataError([*problems, *error.problems]) from None
+    every = parts.train  # what the classes are, and which answers stand again and again, doesn't follow from data.rows
+    digests = np.array([int(digest, 16) for digest in hashes_of(every)], np.uint64)
+    parts.train = [every[row] for row in first_rows(np.arange(len(every)), digests, settings.rows).tolist()]
     if len(parts.train) < FEW_ROWS:
         few = f"{len(parts.train)} rows to train on are few: most likely they are learned by heart"
         train.notes.append(few)
     labels = None
     if task in LABELLED:
-        labels = find_labels(parts.train, task, settings.label)
+        labels = find_labels(every, task, settings.label)
         train.notes += label_notes(parts.train, [*parts.watch, *parts.proof], labels)
     masking = None
     if task == "masked" and isinstance(renderer, Encoder):
@@ -394,7 +410,7 @@ def prepare(
     need_rows(segmented, problems, max_length)
     documents = [record for record in parts.train if isinstance(record, Document)]
     fit = measure_fit(documents, renderer) if documents and isinstance(renderer, Encoder) else None
-    choices = find_choices(parts.train) if task == "chat" else ()
+    choices = find_choices(every) if task == "chat" else ()
     return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking, choices)
 
 

@@ -224,10 +224,14 @@ class Engine:
             self._update(Sums(counted=1.0), 0.0)
             taken = time.perf_counter() - begun
         self.discard()
+        self.forget_moments()
+        return taken
+
+    def forget_moments(self) -> None:
+        """Set the optimizer's moments to what they are before the first step."""
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        return taken
 
     def prepare_optimizer(self) -> None:
         """Make the moments of every parameter that has a gradient, as AdamW would in its first step.

@@ -47,7 +47,7 @@ class Progress:
     """Where a run stands; saved with every checkpoint. `best_value` is the lowest loss on the watched rows.
 
     Seconds are those of all sessions of a run; `data_s` to `optimizer_s` are parts of `train_s`. `operations` are those
-    that training needed. `tokens_per_pack` is what the packs were cut down to where memory ran out, and at `smaller_at`.
+    that training needed, `energy_j` the joules of the processor, where they are told. `tokens_per_pack` is what the packs were cut down to where memory ran out, and at `smaller_at`.
     `bad_steps` are those left out since their numbers were not finite, the last `bad_in_a_row` of them without another
     between; `recent` are the last losses, which tell a spike.
     """
@@ -66,6 +66,7 @@ class Progress:
     reference_s: float = 0.0
     eval_s: float = 0.0
     save_s: float = 0.0
+    energy_j: float | None = None
     tokens_per_pack: int | None = None
     smaller_at: list[int] = field(default_factory=list)
     best_step: int | None = None

@@ -15,44 +15,53 @@ CELLS_WITH_NUMBERS = 12
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: its name, its points (x, y), and the class that colours it. `dots` marks each point."""
+    """A line of a chart: its name, its points (x, y), and the class that colours it. `dots` marks each point.
+
+    `bounds` are a low and a high y for each point, of its interval.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: str
     dots: bool = False
+    bounds: Sequence[tuple[float, float]] = ()
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str, height: int = 220) -> str:
-    """Draw lines over a common x; empty where no series has a point."""
+def line_chart(
+    title: str, series: Sequence[Series], x_label: str, height: int = 220, marks: Sequence[float] = ()
+) -> str:
+    """Draw lines over a common x; empty where no series has a point. With `marks`, x goes by its logarithm and is told there."""
     points = [point for line in series for point in line.points if math.isfinite(point[1])]
     if not points:
         return ""
     left, right, top, bottom = 64, 12, 12, 34
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    scale = math.log if marks else float
+    xs = [scale(x) for x, _ in points]
+    ys = [y for _, y in points] + [bound for line in series for both in line.bounds for bound in both]
     y_ticks = nice_ticks(min(ys), max(ys))
     x_low, x_high = min(xs), max(*xs, min(xs) + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (x - x_low) / (x_high - x_low) * (WIDTH - left - right)
+        across = left + (scale(x) - x_low) / (x_high - x_low) * (WIDTH - left - right)
         down = top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
         return round(across, 1), round(down, 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
     for tick in y_ticks:
-        _, down = place(x_low, tick)
+        _, down = place(points[0][0], tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{down}" y2="{down}"/>')
         parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{tick:.4g}</text>')
-    for tick in nice_ticks(x_low, x_high):
-        if x_low <= tick <= x_high:
+    for tick in marks or nice_ticks(x_low, x_high):
+        if x_low <= scale(tick) <= x_high:
             across, _ = place(tick, y_low)
             parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="middle">{tick:.4g}</text>')
     parts.append(f'<text x="{WIDTH - right}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>')
     for line in series:
         parts += _draw(line, place)
     parts.append("</svg>")
-    names = "".join(f'<span class="{line.style}">{html.escape(line.name)}</span>' for line in series if line.points)
+    named = [line for line in series if line.points and line.name]
+    names = "".join(f'<span class="{line.style}">{html.escape(line.name)}</span>' for line in named)
     return f'<figure>{"".join(parts)}<figcaption class="legend">{names}</figcaption></figure>'
 
 
@@ -61,6 +70,9 @@ def _draw(line: Series, place: object) -> list[str]:
     placed = [place(x, y) for x, y in shown]  # type: ignore[operator]
     path = " ".join(f"{x},{y}" for x, y in placed)
     parts = [f'<polyline class="{line.style}" points="{path}"/>']
+    for (x, _), (low, high) in zip(line.points, line.bounds, strict=False):
+        (across, below), (_, above) = place(x, low), place(x, high)  # type: ignore[operator]
+        parts.append(f'<line class="bound {line.style}" x1="{across}" x2="{across}" y1="{below}" y2="{above}"/>')
     if line.dots:
         parts += [f'<circle class="{line.style}" cx="{x}" cy="{y}" r="3"/>' for x, y in placed]
     return parts

@@ -8,7 +8,7 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
-from headstart.report.words import flips_words, guard_words, score_words, sentence
+from headstart.report.words import flips_words, guard_words, named, score_words, sentence
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -57,7 +57,22 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _custom_fit(result: Mapping[str, Any]) -> Reason:
-    return Reason("Custom fit", "Is it better at the job?", f"{sentence(result)}; {flips_words(result['flips'])}")
+    study = result.get("studies", {}).get("seeds")
+    says = [sentence(result), flips_words(result["flips"]), seeds_words(study) if study else ""]
+    return Reason("Custom fit", "Is it better at the job?", "; ".join(filter(None, says)))
+
+
+def seeds_words(study: Mapping[str, Any]) -> str:
+    """Say what the same run comes to with other seeds, by the difference on the same rows of the proof."""
+    verdicts, spread = study["verdicts"], study["spread"]
+    better = sum(verdict == "better" for verdict in verdicts)
+    runs = len(verdicts) + study["failed"]
+    said = f"better with {better} of {runs} seeds" + f" ({study['failed']} failed)" * bool(study["failed"])
+    if spread is None:
+        return said
+    mean = f"{spread['mean']:+.3f} on average, standard deviation {spread['deviation']:.3f}"
+    bounds = f"95% interval over seeds {spread['low']:+.3f} to {spread['high']:+.3f}"
+    return f"{said}: {named(study['metric'])} {mean} ({bounds})"
 
 
 def _matching_data(result: Mapping[str, Any]) -> Reason:
@@ -73,18 +88,49 @@ def _time_and_money(result: Mapping[str, Any]) -> Reason:
     plan, tokens = result["plan"], result["tokens"]
     trained = f"{plan['trainable'] / 1e6:,.2f}M of {plan['parameters'] / 1e6:,.0f}M parameters trained, "
     says = f"{trained}{tokens['rows']:,} tokens in {in_time(result['speed']['train_s'])}"
-    how = "run it again with -s weights=random, which begins with nothing, and compare the two: that is what the head start saved"
+    study = result.get("studies", {}).get("from_scratch")
+    how = "" if study else "headstart compare --from-scratch RUN trains the same network from random weights beside it"
+    says = f"{says}; {scratch_words(study)}" if study else says
     return Reason("Time and money", "What did it cost, and what did the head start save?", says, how)
 
 
+def scratch_words(study: Mapping[str, Any]) -> str:
+    """Say how many tokens of training the head start saved, by the watched rows."""
+    best = study["reached"][0]
+    whole = f"from random weights the same network came to loss {best['loss']:.3f} on the watched rows"
+    if study["saved"] is None:
+        return f"{whole}, which the run never did: the head start saved nothing"
+    tokens = best["tuned"]["tokens"], best["random"]["tokens"]
+    return (
+        f"{whole} after {tokens[1]:,} tokens, with the head start after {tokens[0]:,}: {study['saved']:.1f} times fewer"
+    )
+
+
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:
-    asks = "Did it keep what it knew?"
+    asks = "Did it keep what it knew, and does it need fewer examples for it?"
+    curve = result.get("studies", {}).get("curve")
+    told = curve_words(curve) if curve else ""
     if not isinstance(result["guard"], str):
-        return Reason("Shared knowledge", asks, guard_words(result["guard"]))
+        more = "headstart curve DATA --from-scratch tells how many examples it saves"
+        return Reason(
+            "Shared knowledge", asks, "; ".join(filter(None, (guard_words(result["guard"]), told))), more * (not told)
+        )
     writes = result["task"] in ("chat", "causal", "preference")
     how = (
         "leave out -s eval.guard=off"
         if writes
         else "compare it with the model that it came from on data of other kinds"
     )
-    return Reason("Shared knowledge", asks, how=how)
+    return Reason("Shared knowledge", asks, told, how)
+
+
+def curve_words(curve: Mapping[str, Any]) -> str:
+    """Say with how many rows random weights come to what the head start gives with few; nothing where that wasn't tried."""
+    best = curve.get("reached")
+    if best is None:
+        return ""
+    with_rows, random_rows = best["tuned_rows"], best["random_rows"]
+    score = f"{named(curve['metric'])} {best['value']:.3f}"
+    if with_rows is None:
+        return f"with {random_rows:,} rows random weights came to {score}, which it never did: the head start saved no examples"
+    return f"{score} took {with_rows:,} rows with the head start, and {random_rows:,} from random weights"

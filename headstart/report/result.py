@@ -92,6 +92,7 @@ def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:
         "reference_s": progress.reference_s,
         "eval_s": progress.eval_s,
         "save_s": progress.save_s,
+        "energy_j": progress.energy_j if progress.energy_j is not None else NOT_MEASURED,
         "operations": progress.operations,
         "product_rate": plan["product_rate"],
         "product_rate_frac": rate_share(progress.operations, train_s, plan["product_rate"]),

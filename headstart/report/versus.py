@@ -25,7 +25,7 @@ def versus_page(found: Versus) -> str:
     notes = dict.fromkeys(note for model in found.models for note in model.notes)
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        *(_pair(pair) for pair in found.pairs),
+        *(pair_section(pair) for pair in found.pairs),
         section("Scores", _scores(found)),
         section("Settings of the runs that differ", _settings(names, found.settings)),
         section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)) if notes else "",
@@ -47,7 +47,8 @@ def flip_line(flips: Flips) -> str:
     )
 
 
-def _pair(pair: Pair) -> str:
+def pair_section(pair: Pair) -> str:
+    """Return what two models scored on the same rows, their differences, and what flipped."""
     changes = [
         Change(named(item.name), item.before.to_json(), item.after.to_json(), {1: True, -1: False}.get(item.direction))
         for item in pair.compared

@@ -102,10 +102,11 @@ def plain(prepared: Prepared) -> list[Any]:
         {"held_out": 12},
         {"group_by": "group"},
         {"leaks": "near"},
-        {"redact": True},
+        {"fix": ("redact",)},
         {"leaks": "near", "eval": ("others.jsonl",)},
         {"over_length": "cut"},
         {"train_on": "last", "reasoning": "drop"},
+        {"rows": 20},
         {"eval": ("others.jsonl",)},
     ],
 )

@@ -145,7 +145,7 @@ def test_dotted_keys_reach_their_values() -> None:
 
 def test_how_a_run_reads_rows_is_how_its_model_is_scored() -> None:
     """A new setting of data has to be one or the other: `eval`, `compare` and `predict` take over `READING` from a run."""
-    of_training = {"train", "eval", "mix", "held_out", "group_by", "leaks", "class_weights"}
+    of_training = {"train", "eval", "mix", "rows", "held_out", "group_by", "leaks", "class_weights"}
     assert of_training.isdisjoint(READING)
     assert of_training | set(READING) == set(DataSettings.model_fields)
 

@@ -58,7 +58,7 @@ def tokens(examples: Any) -> list[tuple[str, list[int], list[float], int]]:
         {"over_length": "cut"},
         {"group_by": "group"},
         {"text": "{text}!"},
-        {"redact": True},
+        {"fix": ("redact",)},
     ],
 )
 def test_a_stream_gives_the_rows_that_memory_gives(renderer: Renderer, file: Path, how: dict[str, Any]) -> None:

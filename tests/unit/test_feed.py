@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from headstart.config import DataSettings
 from headstart.data.feed import Feed, choose_held_out, content_hash, split_rows, split_watch
 from headstart.data.formats import Detection, Formatted
-from headstart.data.prepare import Formed, split_parts
+from headstart.data.prepare import Formed, first_rows, split_parts
 from headstart.data.records import Conversation
-from headstart.errors import DataError
+from headstart.errors import DataError, UsageError
 from tests.conftest import conversation
 
 
@@ -115,3 +116,15 @@ def test_too_few_rows_are_refused(count: int, held_out: float) -> None:
 def test_rows_that_are_watched_leave_more_for_the_proof() -> None:
     assert [split_watch(n) for n in (5, 15, 16, 100, 10_000)] == [0, 0, 8, 25, 64]
     assert [choose_held_out(n) for n in (100, 1_000, 5_000, 50_000)] == [0.2, 0.1, 0.05, 0.02]
+
+
+def test_fewer_rows_to_train_on_are_part_of_more_and_hold_out_the_same() -> None:
+    digests = np.random.default_rng(0).integers(0, 2**63, 50).astype(np.uint64)
+    train = np.arange(10, 50)
+    some = [first_rows(train, digests, rows).tolist() for rows in (5, 12, 40)]
+    assert [len(rows) for rows in some] == [5, 12, 40]
+    assert set(some[0]) < set(some[1]) < set(some[2]) == set(train.tolist())
+    assert max(digests[some[0]]) < min(digests[sorted(set(some[2]) - set(some[0]))])
+    assert all(rows == sorted(rows) for rows in some)
+    with pytest.raises(UsageError, match="there are 40 rows to train on"):
+        first_rows(train, digests, 41)

@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor", "label", "verify", "benchmark"),
+    ("demo", "chat", "show", "doctor", "label", "verify", "benchmark", "trials"),
     ("verbs", "tune"),
-    ("origin",),
+    ("origin", "rate"),
     ("job", "stop", "stall", "track"),
     ("begin",),
     ("run",),
@@ -32,7 +32,7 @@ ORDER = [
     ("data",),
     ("display",),
     ("config",),
-    ("machine", "files"),
+    ("machine", "files", "energy"),
     ("errors", "faults"),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
