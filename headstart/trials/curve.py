@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.begin import WRITES, build_data
+from headstart.begin import WRITES
 from headstart.config import Config, Override, as_names, build_config
 from headstart.display import Display
 from headstart.errors import DivergedError, Problem, UsageError
 from headstart.files import write_atomic, write_json
+from headstart.job import build_data
 from headstart.report.reasons import curve_words
 from headstart.report.trials import PRETRAINED, RANDOM, curve_page
 from headstart.report.words import VERDICTS, named
