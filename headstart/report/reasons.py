@@ -8,7 +8,8 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
-from headstart.report.words import flips_words, guard_words, score_words, sentence
+from headstart.evaluate.wins import BY_LIKENESS
+from headstart.report.words import flips_words, guard_words, score_words, sentence, wins_words
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -42,11 +43,7 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             else "headstart compare MODEL RUN DATA, with rows from elsewhere",
         ),
         "shared_knowledge": _shared_knowledge(result),
-        "happy_users": Reason(
-            "Happy users",
-            "Do people prefer it?",
-            how="let people choose between the answers in evaluation/before.json and after.json, without telling whose is whose",
-        ),
+        "happy_users": _happy_users(result),
         "up_to_date": Reason(
             "Up to date",
             "Does it know what is new, and still what is old?",
@@ -75,6 +72,20 @@ def _time_and_money(result: Mapping[str, Any]) -> Reason:
     says = f"{trained}{tokens['rows']:,} tokens in {in_time(result['speed']['train_s'])}"
     how = "run it again with -s weights=random, which begins with nothing, and compare the two: that is what the head start saved"
     return Reason("Time and money", "What did it cost, and what did the head start save?", says, how)
+
+
+def _happy_users(result: Mapping[str, Any]) -> Reason:
+    """Tell how often its answers win. By likeness that stands for people only where its reference is what people chose."""
+    wins = [] if isinstance(result["wins"], str) else result["wins"]
+    telling = [item for item in wins if item["by"] != BY_LIKENESS["chat"]]
+    how = f"let people choose without knowing whose answer is whose: headstart chat {result['model']['name']} RUN --compare"
+    writes = result["task"] in ("chat", "preference")
+    return Reason(
+        "Happy users",
+        "Do people prefer it?",
+        "; ".join(map(wins_words, telling)),
+        how if writes else "ask the people who work with what it tells",
+    )
 
 
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:
