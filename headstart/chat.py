@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,14 @@ class Chat:
         """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
         _check_text(text)
         self.messages.append(Message("user", text))
+        said = self.reply(self.messages, on_text)
+        self.messages.append(Message("assistant", said.text))
+        return said
+
+    def reply(self, messages: Sequence[Message], on_text: Callable[[str], None] | None = None) -> Said:
+        """Return the answer to a conversation that ends with a turn of the user; nothing of it is kept."""
         # Without a template a prompt is one text, so a new question begins anew.
-        prompt = self._renderer.prompt(self.messages[-1:] if self._plain else self.messages)
+        prompt = self._renderer.prompt(messages[-1:] if self._plain else messages)
         if len(prompt) >= self._length:
             what = f"the conversation has {len(prompt):,} tokens, and the model can place {self._length:,}"
             raise UsageError(Problem("usage.flag", what, "chat", "begin a new conversation"))
@@ -73,7 +79,6 @@ class Chat:
         said = Said(self._renderer.decode(ids), stopped)
         if on_text:
             on_text(said.text[len(shown) :] + "\n")
-        self.messages.append(Message("assistant", said.text))
         return said
 
     def _tokens(self, prompt: list[int]) -> Any:
