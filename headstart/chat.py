@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,13 @@ class Chat:
         """Ask, and return the answer; `on_text` is called with each piece of it as it comes."""
         _check_text(text)
         self.messages.append(Message("user", text))
-        prompt = self._renderer.prompt(self._turns())
+        said = self.reply(self.messages, on_text)
+        self.messages.append(Message("assistant", said.text))
+        return said
+
+    def reply(self, messages: Sequence[Message], on_text: Callable[[str], None] | None = None) -> Said:
+        """Return the answer to a conversation that ends with a turn of the user; nothing of it is kept."""
+        prompt = self._renderer.prompt(self._turns(messages))
         if len(prompt) >= self._length:
             what = f"the conversation has {len(prompt):,} tokens, and the model can place {self._length:,}"
             raise UsageError(Problem("usage.flag", what, "chat", "begin a new conversation"))
@@ -78,12 +84,11 @@ class Chat:
         said = Said(self._renderer.decode(ids), stopped)
         if on_text:
             on_text(said.text[len(shown) :] + "\n")
-        self.messages.append(Message("assistant", said.text))
         return said
 
-    def _turns(self) -> list[Message]:
+    def _turns(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the turns that the model is asked with, joined as they were where it was taught."""
-        turns = self.messages
+        turns = messages
         if self._plain:  # a prompt is one text, so a new question begins anew
             turns = [*(turn for turn in turns if turn.role == "system"), turns[-1]]
         return fold_system(turns) if self._folds else turns

@@ -485,24 +485,40 @@ def benchmark(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
+    names: Annotated[list[str], typer.Argument(help="A run, a folder, a built-in name or a hub id.", metavar="MODEL")],
     ask: Annotated[str | None, typer.Option(help="Ask this once and leave, instead of a conversation.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Two models answer; vote without knowing whose is whose.")
+    ] = False,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="With --compare: what is asked.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="With --compare: where votes go, to train on.")] = Path(
+        "votes.jsonl"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Talk to a model."""
+    """Talk to a model, or vote between two."""
 
     def work(display: Display) -> dict[str, Any]:
         from headstart.chat import Chat, talk
 
-        talker = Chat(model, system=system, max_tokens=max_tokens, temperature=temperature)
+        how = {"system": system, "max_tokens": max_tokens, "temperature": temperature}
+        live = not as_json and sys.stdin.isatty()
+        if compare:
+            from headstart.vote import hold_vote
+
+            return hold_vote(names, display, out, prompts, live=live, **how)
+        if len(names) != 1 or prompts:
+            what = f"{len(names)} models are named" if len(names) != 1 else "--prompts goes with --compare"
+            raise UsageError(Problem("usage.flag", what, "chat", "headstart chat MODEL, or chat A B --compare"))
+        talker = Chat(names[0], system=system, max_tokens=max_tokens, temperature=temperature)
         if ask is not None:
             show = None if as_json else display.stream
             answer = talker.answer(ask, show)
-            return {"model": model, "asked": ask, "answer": answer.text, "stopped": answer.stopped}
-        if as_json or not sys.stdin.isatty():
+            return {"model": names[0], "asked": ask, "answer": answer.text, "stopped": answer.stopped}
+        if not live:
             raise UsageError(Problem("usage.flag", "a conversation needs a terminal", "chat", "ask once: --ask TEXT"))
         talk(talker, display)
         return {}

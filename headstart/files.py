@@ -125,7 +125,7 @@ def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
     begun = time.perf_counter()
     try:
         Path(name).write_bytes(bytes(size))
-        _sync_file(Path(name))
+        sync_file(Path(name))
         sha256(Path(name))
         return (time.perf_counter() - begun) / size
     finally:
@@ -148,7 +148,7 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync_file(file)
+                sync_file(file)
                 file.chmod(0o666 & ~_umask())
         sync_folder(temporary)
         reach("folder.synced", path.name)
@@ -236,7 +236,8 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make what a file holds survive a power cut."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.guard import Guarded, load_guard
 from headstart.evaluate.measure import Measured, RowResult, answer_limit, best_only, choose_answered, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
+from headstart.evaluate.watch import Watch, build_watch
 from headstart.files import read_json, seconds_per_byte
 from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
@@ -234,6 +236,27 @@ class Job:
         reader = self.engine.reader
         reader = reader.beside if isinstance(reader, PreferenceReader) else reader
         return measure(reader, renderer, rows.kept, rows.examples, task=task, tokens_per_pack=tokens_per_pack).rows
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[PackReader]:
+        """Give the model as it was before training, for a while: without its adapter, or loaded once more."""
+        reader, settings = self.engine.reader, self.config.settings
+        if self.adapted.modules and isinstance(reader, PreferenceReader) and not self.data.source.is_adapter:
+            with self.adapted.saved.disable_adapter():
+                yield reader.beside
+            for parameter in self.engine.trainable.values():  # peft takes it from what is switched off
+                parameter.requires_grad_(True)
+            return
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is no part of the run
+            torch.manual_seed(settings.seed)
+            dtype, random = reader.model.dtype, settings.weights == "random"
+            model = load_model(self.data.source, reader.device.type, dtype, settings.task, random=random).model
+            make_room(model, self.data.tokenizer)
+            yield PackReader(model, bfloat16=settings.engine.precision == "bfloat16")
+
+    def build_watch(self) -> Watch | None:
+        """Return what is watched of preferences on the way; None where nothing is."""
+        return _build_watch(self.data, self.config.settings, self.engine.reader, self.layout)
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
@@ -909,7 +932,7 @@ def _estimate(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -
         memory_free_bytes=free,
         train_s=pace.train_s * layout.tokens + (pace.step_s + layout.data_s) * layout.steps,
         eval_s=pace.forward_s * _scored_tokens(data, settings, layout, engine.reader)
-        + _answering_s(data, engine, settings, pace.forward_s),
+        + _answering_s(data, engine, settings, layout, pace.forward_s),
         save_s=written * seconds_per_byte(Path(settings.out or ".")),
         disk_bytes=weights * ((settings.save.keep + 1) * STATES_PER_WEIGHT + 2),
         phases_bytes=fitted.memory.phases(),
@@ -939,6 +962,14 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
     return 2 * (proof * twice + sum(beside)) + watches * watch + referred
 
 
+def _build_watch(data: Data, settings: Settings, reader: Reader, layout: Layout) -> Watch | None:
+    rows, every, renderer = data.prepared.watch, settings.eval.every, data.renderer
+    if not (isinstance(reader, PreferenceReader) and isinstance(renderer, Renderer) and rows.examples and every):
+        return None
+    evaluations = -(-layout.steps // every)
+    return build_watch(reader, renderer, rows, settings.eval.generate or 0, settings.seed, evaluations, layout.tokens)
+
+
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:
     """Return the rows whose answers are written out; of preferences each with its best answer alone."""
     rows = data.proof(settings.eval.rows)
@@ -954,12 +985,14 @@ def _answering(data: Data, settings: Settings) -> tuple[list[int], list[int]]:
     return [row.token_count - row.target_count for row in rows], [answer_limit(row) for row in rows]
 
 
-def _answering_s(data: Data, engine: Engine, settings: Settings, forward_s: float) -> float:
-    """Return the seconds that answering takes, before and after."""
+def _answering_s(data: Data, engine: Engine, settings: Settings, layout: Layout, forward_s: float) -> float:
+    """Return the seconds that answering takes, before and after, and of preferences on the way."""
     if not settings.eval.generate or settings.eval.choices == "on":
         return 0.0
     prompts, limits = _answering(data, settings)
     wanted = [row.target_count for row in _answered(data, settings)]
     # Untouched, a model mostly goes on to the limit; tuned, it ends where the references do.
     pace = measure_pace(engine.reader)
-    return sum(pace.answering_s(prompts, ends, forward_s) for ends in (limits, wanted))
+    watch = _build_watch(data, settings, engine.reader, layout)
+    looks = watch.times * pace.answering_s(list(map(len, watch.prompts)), watch.limits, forward_s) if watch else 0.0
+    return looks + sum(pace.answering_s(prompts, ends, forward_s) for ends in (limits, wanted))

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from headstart.config import Config, read_resolved
 from headstart.errors import Problem, RunError
-from headstart.files import Lines, read_json, remove_temporaries, write_atomic, write_json
+from headstart.files import Lines, read_json, remove_temporaries, sync_file, write_atomic, write_json
 
 DEFAULT_FOLDER = Path("runs")
 WRITER = ".writer.json"
@@ -121,8 +121,7 @@ class RunFolder:
         """Make the metrics survive a power cut, those that the disk refused before included."""
         self.metrics.flush()
         if self.metrics_file.exists():
-            with self.metrics_file.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync_file(self.metrics_file)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the metrics; a line that a kill cut short is left out."""

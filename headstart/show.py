@@ -20,7 +20,7 @@ from headstart.files import read_json
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
 from headstart.report.versus import difference, flip_line
-from headstart.report.words import VERDICTS, clearness, data_lines, plan_facts
+from headstart.report.words import VERDICTS, clearness, data_lines, plan_facts, wins_words
 from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ def say_versus(display: Display, found: Versus) -> None:
         display.title(f"{pair.a} -> {pair.b}, on {found.rows:,} rows")
         for item in pair.compared:
             _say_compared(display, LABELS.get(item.name, item.name), item)
+        for wins in pair.wins:
+            display.line(f"  {wins_words(wins.to_json(), f'answers of {pair.b}', f'those of {pair.a}')}")
         if pair.flips:
             _say_flips(display, pair.flips)
     if found.settings:

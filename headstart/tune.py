@@ -26,7 +26,7 @@ from headstart.display import Display, in_bytes, in_time
 from headstart.energy import EnergyMeter
 from headstart.engine.checkpoint import Checkpoints
 from headstart.engine.forward import PreferenceReader, RowReader
-from headstart.engine.loop import LoopPlan, Progress, StepRecord, train
+from headstart.engine.loop import LoopPlan, Progress, StepRecord, Watched, train
 from headstart.engine.optim import Schedule
 from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError
 from headstart.evaluate.generate import tokens_kept
@@ -35,6 +35,7 @@ from headstart.evaluate.measure import Measured, measure, own_reference
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.reference import find_references, reference_key, with_references
 from headstart.evaluate.score import output_rows, score_answers, score_rows
+from headstart.evaluate.watch import Look, Watch, find_signs
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
 from headstart.job import Job, beside, build_data, build_job
@@ -52,8 +53,9 @@ from headstart.origin import (
 from headstart.rate import choose_rate
 from headstart.report.card import model_card
 from headstart.report.page import report_page
-from headstart.report.result import build_result, rate_share
-from headstart.report.words import data_lines, fallen, guard_lines, plan_facts, score_table, sentence
+from headstart.report.result import build_result, rate_share, watch_result
+from headstart.report.watched import look_words, sign_words, stop_words, told_words
+from headstart.report.words import data_lines, fallen, guard_lines, plan_facts, score_table, sentence, wins_words
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stall import StallWatch
 from headstart.stop import StopRequest
@@ -205,6 +207,7 @@ class _Session:
         self.feed = self.job.new_feed()
         self.display.log_to(self.folder.log_file)
         self.meter = EnergyMeter()
+        self._watch: Watch | None = None
 
     def carry_out(self, *, prove: bool) -> Run:
         """Take the run from where it stands to its end; without `prove` to that of training."""
@@ -244,7 +247,7 @@ class _Session:
             f"loss {record.loss:.3f}  lr {record.lr:.1e}  {rate:,.0f} tokens/s  {in_bytes(peak)}  {in_time(left)} left"
         )
         if record.told:
-            detail = f"accuracy {record.told['accuracy']:.2f}  {detail}"
+            detail = f"{told_words(record.told)}  {detail}"
         self.display.progress("training", record.step, self.job.layout.steps, detail)
 
     def use_smaller_packs(self, tokens_per_pack: int, said: str) -> None:
@@ -272,19 +275,57 @@ class _Session:
         self.display.warn(f"the weights are those of step {found.step} again")
         return found.step
 
-    def watch(self) -> float:
-        """Return the loss on the watched rows."""
+    def watch(self) -> Watched:
+        """Return the loss on the watched rows, and of preferences whether it surely goes wrong."""
         begun = time.perf_counter()
         reader, rows = self.job.engine.reader, self.job.data.prepared.watch.examples
-        scores = self._within_memory(rows, lambda tokens, _: score_rows(reader, rows, tokens))
+        look = None
+        if self._watch is None:
+            loss = self._within_memory(rows, lambda tokens, _: score_rows(reader, rows, tokens)).mean
+        else:
+            look = self._look(self._watch)
+            loss = look.loss
         self.progress.eval_s += time.perf_counter() - begun
-        if not math.isfinite(scores.mean):
-            return scores.mean  # the loop refuses it
+        if not math.isfinite(loss):
+            return Watched(loss)  # the loop refuses it
         best = self.progress.best_value
-        mark = "  the best so far" if best is None or scores.mean < best else ""
-        self._record({"step": self.progress.step, "watch_loss": scores.mean})
-        self.display.line(f"  step {self.progress.step}: loss {scores.mean:.4f} on the watched rows{mark}")
-        return scores.mean
+        mark = "  the best so far" if best is None or loss < best else ""
+        self._record({"step": self.progress.step, "watch_loss": loss, **(look.values if look else {})})
+        self.display.line(f"  step {self.progress.step}: loss {loss:.4f} on the watched rows{mark}")
+        return Watched(loss, self._tell_signs(look) if look else None)
+
+    def _look(self, watch: Watch) -> Look:
+        """Look at what becomes of the model: the watched rows, and now and then what it answers."""
+        loss, told = self._within_memory(watch.examples, lambda tokens, _: watch.score(tokens))
+        number = self.progress.step / (self.job.config.settings.eval.every or 1)
+        last = self.progress.step == self.job.layout.steps
+        if not watch.prompts or (number % watch.every and not last):
+            return Look(loss, told, {})
+        begun = time.perf_counter()
+        model, untouched = self.job.engine.reader.model, self.job.untouched
+        answers: dict[str, float] = {}
+        try:
+            answers = self._within_memory(
+                watch.examples,
+                lambda tokens, part: watch.answer(untouched, tokens, tokens_kept(model) // part if part > 1 else None),
+            )
+        except (MemoryError, RuntimeError) as error:  # to look is no reason to end
+            if (said := machine.out_of_memory(error)) is None:
+                raise
+            self.display.warn(f"step {self.progress.step}: no answers are looked at: out of memory ({said})")
+        self.progress.watch_s += time.perf_counter() - begun
+        return Look(loss, told, answers)
+
+    def _tell_signs(self, look: Look) -> str | None:
+        """Say what is a sign that it goes wrong, each once and once more where it is sure; return why that is so."""
+        step, signs = self.progress.step, find_signs(self.progress.untouched, look.values)
+        self.display.line(f"    {look_words(look.values)}")
+        for sign in signs:
+            if (sign.name, sign.sure) not in {(told["name"], told["sure"]) for told in self.progress.signs}:
+                self.progress.signs.append(sign.to_json(step))
+                self.display.warn(f"step {step}: {sign_words(sign.name, sign.said, sure=sign.sure)}")
+        sure = "; ".join(sign.said for sign in signs if sign.sure)
+        return sure or ("" if look.answers else None)
 
     def keep_best(self, progress: Progress) -> bool:
         """Keep the weights as they are; return whether that could be done."""
@@ -523,6 +564,7 @@ class _Session:
             round(warmup * steps) if warmup < 1 else int(warmup),
             settings.optim.schedule,
         )
+        self._begin_watch()
         plan = LoopPlan(
             schedule,
             settings.engine.tokens_per_pack or 1,
@@ -538,6 +580,25 @@ class _Session:
             raise self._stopped()
         if end == "patience":
             self.display.line(f"  stopped early: no better in {settings.eval.patience} evaluations")
+        if end == "wrong":
+            self.display.warn(f"stopped early: {stop_words(self.progress.signs)}")
+        if self.progress.watch_s:
+            self.display.line(f"  looking at answers on the way took {in_time(self.progress.watch_s)}")
+
+    def _begin_watch(self) -> None:
+        """Get ready to look at what becomes of preferences, and at what the untouched model does before the first step."""
+        watch = self.job.build_watch()
+        if watch is None:
+            return
+        if not self.progress.step:
+            begun = time.perf_counter()
+            look = self._look(watch)
+            self.progress.eval_s += time.perf_counter() - begun
+            more = {"chosen_tokens": watch.chosen_tokens, "prompts": float(len(watch.prompts))}
+            self.progress.untouched = {**look.values, **more}
+            self._record({"step": 0, **look.values})
+            self.display.line(f"  untouched: {look_words(look.values)}")
+        self._watch = watch
 
     def _load_checkpoint(self) -> None:
         if self.checkpoints.newest is None:
@@ -591,6 +652,7 @@ class _Session:
             before=before,
             after=after,
             device=self.job.engine.reader.device.type,
+            watch=watch_result(self.progress, self.folder.read_metrics()),
         )
         template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))
@@ -604,6 +666,8 @@ class _Session:
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         for name, first, second, difference, clear in guard_lines(result["guard"]):
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        for wins in [] if isinstance(result["wins"], str) else result["wins"]:
+            self.display.line(f"  {wins_words(wins)}")
         for told in fallen(result):
             self.display.warn(f"the chosen answers: {told}")
         self.display.line()

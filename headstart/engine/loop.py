@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,8 @@ from headstart.engine.optim import Schedule
 from headstart.engine.work import Shape
 from headstart.errors import DivergedError, Problem, ResourceError
 from headstart.faults import reach
+
+WRONG_IN_A_ROW = 2  # evaluations after which a run ends: one alone may be a bad patch that it comes out of
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class LoopPlan:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint. `best_value` is the lowest loss on the watched rows.
+    """Where a run stands; saved with every checkpoint. `best_value` is the lowest loss on the watched rows of a sound model.
 
     Seconds are those of all sessions of a run; `data_s` to `optimizer_s` are parts of `train_s`. `operations` are those
     that training needed, `energy_j` the joules of the processor, where they are told. `tokens_per_pack` is what the packs were cut down to where memory ran out, and at `smaller_at`.
     `bad_steps` are those left out since their numbers were not finite, the last `bad_in_a_row` of them without another
-    between; `recent` are the last losses, which tell a spike.
+    between; `recent` are the last losses, which tell a spike. `untouched` is what was watched before the first step, `signs`
+    are those that were told since, each once, and `wrong_evals` evaluations in a row were of a model that surely went wrong.
+    `watch_s`, a part of `eval_s`, is what it took to look at answers.
     """
 
     step: int = 0
@@ -76,6 +80,10 @@ class Progress:
     bad_in_a_row: int = 0
     spikes: list[int] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    watch_s: float = 0.0
+    untouched: dict[str, float] = field(default_factory=dict)
+    signs: list[dict[str, Any]] = field(default_factory=list)
+    wrong_evals: int = 0
     end: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +120,13 @@ class StepRecord:
     rows: Sequence[int] = field(repr=False, default=())
 
 
+class Watched(NamedTuple):
+    """The loss on the watched rows, and why the model surely goes wrong: empty where it doesn't, None where nobody looked."""
+
+    loss: float
+    wrong: str | None = None
+
+
 class Hooks(Protocol):
     """What the loop calls. Nothing here may change what the steps compute."""
 
@@ -127,8 +142,8 @@ class Hooks(Protocol):
     def roll_back(self) -> int | None:
         """Set weights and moments to those of the last checkpoint, and return its step; None where there is none."""
 
-    def watch(self) -> float:
-        """Return the loss on the watched rows."""
+    def watch(self) -> Watched:
+        """Return the loss on the watched rows, and whether it goes wrong whatever the loss says."""
 
     def keep_best(self, progress: Progress) -> bool:
         """Keep the weights as they are: the best so far. Return whether they could be kept."""
@@ -143,7 +158,9 @@ class Hooks(Protocol):
 def train(
     engine: Engine, feed: Feed, examples: Sequence[Example], plan: LoopPlan, progress: Progress, hooks: Hooks
 ) -> str:
-    """Take steps until the rows are used up (`finished`), nothing gets better (`patience`) or one asks (`stopped`)."""
+    """Take steps until the rows are used up (`finished`), nothing gets better (`patience`), it goes wrong (`wrong`), or one asks
+    (`stopped`).
+    """
 
     def allowed() -> int:
         return progress.tokens_per_pack or plan.tokens_per_pack
@@ -178,7 +195,8 @@ def train(
             _judge(progress, hooks.watch(), hooks)
         out_of_patience = bool(plan.patience) and progress.worse_evals >= plan.patience
         stop = hooks.should_stop()
-        progress.end = "finished" if last else "patience" if out_of_patience else ""
+        goes_wrong = progress.wrong_evals >= WRONG_IN_A_ROW
+        progress.end = "finished" if last else "wrong" if goes_wrong else "patience" if out_of_patience else ""
         if progress.end or stop or (plan.save_every and progress.step % plan.save_every == 0):
             hooks.save(progress)
         if progress.end:
@@ -317,11 +335,14 @@ def _advance(progress: Progress, record: StepRecord, feed: Feed) -> None:
         setattr(progress, f"{phase}_s", getattr(progress, f"{phase}_s") + getattr(record, f"{phase}_s"))
 
 
-def _judge(progress: Progress, value: float, hooks: Hooks) -> None:
+def _judge(progress: Progress, watched: Watched, hooks: Hooks) -> None:
+    value = watched.loss
     if not math.isfinite(value):
         what = f"step {progress.step}: the loss on the watched rows is {value}"
         raise DivergedError(Problem("numbers.not_finite", what, "", "lower optim.lr; the last checkpoint is whole"))
-    if progress.best_value is not None and value >= progress.best_value:
+    if watched.wrong is not None:
+        progress.wrong_evals = progress.wrong_evals + 1 if watched.wrong else 0
+    if progress.wrong_evals or (progress.best_value is not None and value >= progress.best_value):
         progress.worse_evals += 1
     elif hooks.keep_best(progress):
         progress.best_step, progress.best_value, progress.worse_evals = progress.step, value, 0

@@ -415,15 +415,19 @@ def _compare_right(before: Floats, after: Floats) -> tuple[Interval, Interval, I
     Where few rows change, draws of them hardly vary, or not at all. So the intervals are Wilson's (1927), that of the
     difference is Agresti and Min's (2005) for pairs, and p is that of McNemar's exact test.
     """
+    fixed, broken = int((after > before).sum()), int((after < before).sum())
+    difference = paired_difference(fixed, broken, len(before))
+    return _wilson(before), _wilson(after), difference, sign_test(fixed, broken)
+
+
+def paired_difference(more: int, less: int, rows: int) -> Interval:
+    """Return by how much more often `more` came about than `less`, of `rows` pairs, as a part of them (Agresti and Min, 2005)."""
     from scipy.special import ndtri
 
-    rows = len(before)
-    fixed, broken = int((after > before).sum()), int((after < before).sum())
-    changed, gap, count = fixed + broken + 1, fixed - broken, rows + 2  # half a row more of each of four kinds
+    changed, gap, count = more + less + 1, more - less, rows + 2  # half a row more of each of four kinds
     half = float(ndtri((1 + LEVEL) / 2)) * math.sqrt(changed - gap**2 / count) / count
     middle, value = gap / count, gap / rows
-    difference = Interval(value, max(-1.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
-    return _wilson(before), _wilson(after), difference, sign_test(fixed, broken)
+    return Interval(value, max(-1.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
 
 
 def _wilson(right: Floats) -> Interval:

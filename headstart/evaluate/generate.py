@@ -1,4 +1,5 @@
-"""Answers: prompts in, token ids out, greedily, so that the same model always gives the same.
+"""Answers: prompts in, token ids out: the likeliest token at each place, or one drawn by numbers that are given beforehand.
+Either way the same model always gives the same.
 
 All prompts for whose keys and values there is room are in flight together, a token each at every step; one that is done
 leaves at once, and others come in. An architecture that can't read a forest goes through transformers' own `generate`.
@@ -10,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.data.prefixes import PrefixTree, build_prefixes
@@ -26,18 +29,20 @@ KEEP_ONCE = 2048  # tokens that a shared node must save: at every step it costs 
 COME_IN = 4  # new prompts come in when this part of the room is free: each time what is kept is laid anew
 
 OnBatch = Callable[[int, int], None]
+Draws = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Answer:
     """The ids of an answer, its stop token left out, and whether the model stopped by itself.
 
-    `logprobs`: how likely the model found each of `ids`; None where it isn't known.
+    `logprobs`: how likely the model found each of `ids`; None where it isn't known. `stop` is the token that ended it.
     """
 
     ids: list[int]
     stopped: bool
     logprobs: list[float] | None = field(default=None, compare=False)
+    stop: int | None = field(default=None, compare=False)
 
 
 def generate(
@@ -50,8 +55,12 @@ def generate(
     *,
     tokens_at_once: int | None = None,
     head: Head | None = None,
+    draws: Draws | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids) with the likeliest token at each place, up to a stop token or each one's limit.
+
+    With `draws` [prompts, the highest limit], numbers from 0 to below 1, each token is drawn by its number instead: what a
+    prompt is answered then follows from the model and its own numbers alone, not from what else is in flight.
 
     Prompt and answer together stay within `length`, the most tokens that the model can place. `on_batch(done, total)` is
     called whenever answers are done. `head` is what a reader of packs found, which is tried anew where it is left out.
@@ -62,19 +71,32 @@ def generate(
     limits = [max(1, min(limit, length - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
     head = _find_head(model, max(map(len, prompts), default=0) + max(limits, default=0), head)
     if head is None:
-        return _generate_padded(model, prompts, stop_ids, limits, length, on_batch)
+        return _generate_padded(model, prompts, stop_ids, limits, length, on_batch, draws)
     with torch.no_grad():
-        flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or tokens_kept(model))
+        flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or tokens_kept(model), draws)
         while flight.advance():
             if on_batch and flight.just_done:
                 on_batch(flight.done, len(prompts))
-    return [Answer(asked.ids, asked.stopped, asked.logprobs) for asked in flight.asked]
+    return [Answer(asked.ids, asked.stop is not None, asked.logprobs, asked.stop) for asked in flight.asked]
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Choose from logits [R, V], which are used up, the next token of each row, [R], and tell its log-probability, [R]."""
     highest, ids = logits.max(-1, keepdim=True)
     return ids[:, 0], -logits.sub_(highest).exp_().sum(-1).log_()
+
+
+def drawn(logits: Tensor, draws: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Draw from logits [R, V] the next token of each row by a number in [0, 1), and tell its log-probability, both [R].
+
+    The token is the first up to which the probabilities sum to more than the number. They are summed on the host: a GPU
+    would not always sum them alike.
+    """
+    probabilities = logits.softmax(-1).cpu().double()
+    below = probabilities.cumsum(-1)
+    wanted = torch.tensor(draws, dtype=torch.float64)[:, None] * below[:, -1:]
+    ids = torch.searchsorted(below, wanted, right=True).clamp_(max=below.shape[1] - 1)
+    return ids[:, 0], probabilities.gather(1, ids)[:, 0].log()
 
 
 def _find_head(model: Any, longest: int, known: Head | None = None) -> Head | None:
@@ -109,7 +131,8 @@ class _Asked:
     limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
+    stop: int | None = None
+    draws: Sequence[float] | None = None
 
 
 def _build_nodes(tree: PrefixTree, prompts: Sequence[Sequence[int]]) -> list[Node]:
@@ -136,6 +159,7 @@ class _Flight:
         limits: Sequence[int],
         stop_ids: Sequence[int],
         tokens: int,
+        draws: Draws | None = None,
     ) -> None:
         tree = build_prefixes(prompts)
         nodes = _build_nodes(tree, prompts)
@@ -143,7 +167,8 @@ class _Flight:
         for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             above = nodes[tree.above[number]] if tree.above[number] >= 0 else None
             own = prompt[above.first + len(above.ids) :] if above else prompt
-            self.asked.append(_Asked(Row(Node(own, above), limit), limit))
+            row = Row(Node(own, above), limit)
+            self.asked.append(_Asked(row, limit, draws=None if draws is None else draws[number].tolist()))
         self.done = 0
         self.just_done: list[_Asked] = []
         self._by_row = {asked.row: asked for asked in self.asked}
@@ -178,19 +203,30 @@ class _Flight:
 
     def _take(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """Choose the next token of rows from their hidden states [r, D], and let those go that are done."""
-        chosen = [likeliest(self._head.logits(part)) for part in torch.split(hidden, self._head.rows_at_once)]
+        size = self._head.rows_at_once
+        parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        chosen = [
+            self._choose(part, self._head.logits(states))
+            for part, states in zip(parts, torch.split(hidden, size), strict=True)
+        ]
         ids = torch.cat([ids for ids, _ in chosen]).tolist()
         logprobs = torch.cat([logprobs for _, logprobs in chosen]).tolist()
         for row, id_, logprob in zip(rows, ids, logprobs, strict=True):
             asked = self._by_row[row]
-            asked.stopped = id_ in self._stop_ids
-            if not asked.stopped:
+            if id_ in self._stop_ids:
+                asked.stop = id_
+            else:
                 asked.ids.append(id_)
                 asked.logprobs.append(logprob)
-            if asked.stopped or len(asked.ids) == asked.limit:
+            if asked.stop is not None or len(asked.ids) == asked.limit:
                 self.just_done.append(asked)
         self.done += len(self.just_done)
         self._cache.drop([asked.row for asked in self.just_done], self._waiting)
+
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor]:
+        asked = [self._by_row[row] for row in rows]
+        draws = [one.draws[len(one.ids)] for one in asked if one.draws is not None]
+        return drawn(logits, draws) if draws else likeliest(logits)
 
 
 def _generate_padded(
@@ -200,13 +236,15 @@ def _generate_padded(
     limits: Sequence[int],
     length: int,
     on_batch: OnBatch | None,
+    draws: Draws | None,
 ) -> list[Answer]:
     """Answer with transformers' own generate: prompts of like limit and length together, padded on the left."""
     use_attention(model, packed=False)
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index])))
     answers: dict[int, Answer] = {}
     for batch in _batches(order, prompts, limits, length):
-        new = _generate_batch(model, [prompts[index] for index in batch], stop_ids, limits[batch[-1]])
+        few = None if draws is None else draws[batch]
+        new = _generate_batch(model, [prompts[index] for index in batch], stop_ids, limits[batch[-1]], few)
         answers.update(
             (index, cut_at_stop(ids[: limits[index]], stop_ids)) for index, ids in zip(batch, new, strict=True)
         )
@@ -236,9 +274,9 @@ def _batches(
 
 
 def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int, draws: Draws | None
 ) -> list[list[int]]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     pad = stop_ids[0]
     width = max(map(len, prompts))
@@ -253,8 +291,16 @@ def _generate_batch(
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
     )
+
+    def draw(so_far: Tensor, logits: Tensor) -> Tensor:
+        """Leave of the logits only those of the tokens that are drawn."""
+        numbers = [] if draws is None else draws[:, so_far.shape[1] - width].tolist()
+        chosen, _ = drawn(logits, numbers)
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None].to(logits.device), 0.0)
+
+    steer = LogitsProcessorList([] if draws is None else [draw])
     with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=steer)
     new: list[list[int]] = output[:, width:].tolist()
     return new
 
@@ -263,5 +309,5 @@ def cut_at_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> Answer:
     """Return what stands before the first stop token."""
     for place, id_ in enumerate(ids):
         if id_ in stop_ids:
-            return Answer(list(ids[:place]), True)
+            return Answer(list(ids[:place]), True, stop=id_)
     return Answer(list(ids), False)

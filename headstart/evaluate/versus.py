@@ -12,6 +12,7 @@ from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.graders.rows import pair_grades
 from headstart.evaluate.measure import PER_TOKEN, Measured
 from headstart.evaluate.robust import Robust
+from headstart.evaluate.wins import Wins, find_wins
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,20 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models on the same rows: each metric of both with the difference (second minus first), and what flipped."""
+    """Two models on the same rows: each metric of both with the difference (second minus first), what flipped, and whose answers win."""
 
     a: str
     b: str
     compared: Sequence[Compared]
     flips: Flips | None
+    wins: Sequence[Wins] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The differences and flips as plain values."""
         flips = self.flips.to_json() if self.flips else None
-        return {"a": self.a, "b": self.b, "differences": to_json(self.compared)["differences"], "flips": flips}
+        differences = to_json(self.compared)["differences"]
+        wins = [item.to_json() for item in self.wins]
+        return {"a": self.a, "b": self.b, "differences": differences, "flips": flips, "wins": wins}
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def build_versus(
             other.model,
             _compare(paired[0], measured),
             find_flips(paired[0], measured, graders[0] if graders else None),
+            find_wins(paired[0], measured),
         )
         for other, measured in others
     ]

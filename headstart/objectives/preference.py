@@ -276,11 +276,12 @@ def preference_objective(terms: Terms) -> Callable[[Tensor, Tensor], Total]:
 
 
 def tell(answers: Answers, *, free: bool = False, told: str = "logprob") -> dict[str, Tensor]:
-    """Return what to watch, each a sum and a number: log-probabilities (or what is `told` in their place) and gains of chosen
-    and rejected answers, and accuracy.
+    """Return what to watch, each a sum and a number: log-probabilities of chosen and rejected answers (whole and per token; or
+    what is `told` in their place), their gains, by how much the chosen one leads, and accuracy.
 
     That is how often the better answer gained more than the worse one, a tie counting half; of a lone answer, how often it
-    gained if it is wanted, and lost if not. Without a reference (`free`), how often the better one is likelier per token.
+    gained if it is wanted, and lost if not. Without a reference (`free`), how often the better one is likelier per token;
+    and it leads by as much as it is that.
     """
     gains = answers.logprobs / answers.tokens if free else answers.logprobs - answers.reference
     better, worse = find_pairs(answers.row, answers.score)
@@ -293,10 +294,13 @@ def tell(answers: Answers, *, free: bool = False, told: str = "logprob") -> dict
     wanted[lone] = answers.score[lone] > 0
     sorts = {"chosen": torch.nonzero(wanted)[:, 0], "rejected": torch.nonzero(~wanted & ~answers.score.isnan())[:, 0]}
     sign = torch.where(wanted[lone], 1.0, -1.0).to(gains)
-    leads = torch.cat([answers.take(gains, better) - answers.take(gains, worse), sign * answers.take(gains, lone)])
-    found = {"accuracy": (leads > 0).to(leads) + 0.5 * (leads == 0).to(leads)}
+    lead = answers.take(gains, better) - answers.take(gains, worse)
+    leads = torch.cat([lead, sign * answers.take(gains, lone)])
+    found = {"accuracy": (leads > 0).to(leads) + 0.5 * (leads == 0).to(leads), "lead": lead}
     for name, numbers in sorts.items():
         found[f"{name}_{told}"] = answers.take(answers.logprobs, numbers)
+        if told == "logprob":
+            found[f"{name}_per_token"] = answers.take(answers.logprobs / answers.tokens, numbers)
         if not free:
             found[f"{name}_gain"] = answers.take(gains, numbers)
     return {name: torch.stack([v.sum(), v.new_tensor(float(len(v)))]) for name, v in found.items()}

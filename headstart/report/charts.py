@@ -47,7 +47,9 @@ def line_chart(
         down = top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
         return round(across, 1), round(down, 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(_said(title, series, x_label))}">'
+    ]
     for tick in y_ticks:
         _, down = place(points[0][0], tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{down}" y2="{down}"/>')
@@ -63,6 +65,17 @@ def line_chart(
     named = [line for line in series if line.points and line.name]
     names = "".join(f'<span class="{line.style}">{html.escape(line.name)}</span>' for line in named)
     return f'<figure>{"".join(parts)}<figcaption class="legend">{names}</figcaption></figure>'
+
+
+def _said(title: str, series: Sequence[Series], x_label: str) -> str:
+    """Return what a chart shows, for those who can't see it: where each line begins and ends."""
+    lines = [(line.name, *(point for point in line.points if math.isfinite(point[1]))) for line in series]
+    said = [
+        f"{name}: {points[0][1]:.3g} at {x_label} {points[0][0]:g}, {points[-1][1]:.3g} at {x_label} {points[-1][0]:g}"
+        for name, *points in lines
+        if points
+    ]
+    return f"{title}. {'; '.join(said)}"
 
 
 def _draw(line: Series, place: object) -> list[str]:

@@ -18,6 +18,7 @@ from headstart.report.frame import excerpt as _text
 from headstart.report.frame import section as _section
 from headstart.report.tables import cell, table
 from headstart.report.told import told_sections
+from headstart.report.watched import watched_section
 from headstart.report.words import (
     VERDICTS,
     data_facts,
@@ -28,6 +29,7 @@ from headstart.report.words import (
     sentence,
     speed_facts,
     trouble_facts,
+    wins_words,
 )
 
 FILES = 3  # named in the title
@@ -53,6 +55,7 @@ def report_page(
     begun = " from random weights" if result["weights"] == "random" else ""
     name = f"{result['model']['name']}{begun} on {_file_names(data)}"
     trouble = trouble_facts(result, metrics, data)
+    watched = watched_section(result["watch"], metrics)
     body = [
         _first_screen(name, result),
         _section("Seven reasons", _reasons(result)),
@@ -60,6 +63,7 @@ def report_page(
         _section(SAMPLES[result["kind"]], _samples(before, after)),
         *(_section(title, part) for title, part in told_sections(before, after)),
         _section("Training", _curves(metrics)),
+        *([_section("What became of the answers", watched)] if watched else []),
         *([_section("What went otherwise than planned", _facts(trouble))] if trouble else []),
         _section("Where the time went", _facts(speed_facts(result))),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
@@ -142,6 +146,8 @@ def _scores(result: Mapping[str, Any]) -> str:
             else "the reward model as it was"
         )
         note += f"<p>Before is {begun}. A tie counts half. Rewards have no zero and no unit: only their differences tell.</p>"
+    wins = [] if isinstance(result["wins"], str) else result["wins"]
+    note += "".join(f"<p>{html.escape(_capital(wins_words(item)))}.</p>" for item in wins)
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
     return table(["", "before", "after", "difference", ""], rows) + note + missed + _guard(result)
 
@@ -225,16 +231,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     watched = [(r["step"], r["watch_loss"]) for r in metrics if "watch_loss" in r]
     watch = Series("loss on the watched rows", watched, "watch", dots=True)
     rates = Series("learning rate", [(r["step"], r["lr"]) for r in steps], "lr")
-    gains = [
-        Series(told, [(r["step"], r[f"{side}_{of}"]) for r in steps if f"{side}_{of}" in r], style)
-        for side, style in (("chosen", "train"), ("rejected", "watch"))
-        for of, told in (("gain", f"what {side} answers gained, nats"), ("reward", f"reward of {side} answers"))
-        if any(f"{side}_{of}" in r for r in steps)
-    ]
-    return (
-        line_chart("Loss by step", [train, watch], "step")
-        + line_chart("Chosen and rejected answers by step", gains, "step")
-        + line_chart("Learning rate by step", [rates], "step", 120)
+    return line_chart("Loss by step", [train, watch], "step") + line_chart(
+        "Learning rate by step", [rates], "step", 120
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
-from headstart.report.words import flips_words, guard_words, named, score_words, sentence
+from headstart.evaluate.wins import BY_LIKENESS
+from headstart.report.words import flips_words, guard_words, named, score_words, sentence, wins_words
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -42,11 +43,7 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             else "headstart compare MODEL RUN DATA, with rows from elsewhere",
         ),
         "shared_knowledge": _shared_knowledge(result),
-        "happy_users": Reason(
-            "Happy users",
-            "Do people prefer it?",
-            how="let people choose between the answers in evaluation/before.json and after.json, without telling whose is whose",
-        ),
+        "happy_users": _happy_users(result),
         "up_to_date": Reason(
             "Up to date",
             "Does it know what is new, and still what is old?",
@@ -103,6 +100,20 @@ def scratch_words(study: Mapping[str, Any]) -> str:
     tokens = best["tuned"]["tokens"], best["random"]["tokens"]
     return (
         f"{whole} after {tokens[1]:,} tokens, with the head start after {tokens[0]:,}: {study['saved']:.1f} times fewer"
+    )
+
+
+def _happy_users(result: Mapping[str, Any]) -> Reason:
+    """Tell how often its answers win. By likeness that stands for people only where its reference is what people chose."""
+    wins = [] if isinstance(result["wins"], str) else result["wins"]
+    telling = [item for item in wins if item["by"] != BY_LIKENESS["chat"]]
+    how = f"let people choose without knowing whose answer is whose: headstart chat {result['model']['name']} RUN --compare"
+    writes = result["task"] in ("chat", "preference")
+    return Reason(
+        "Happy users",
+        "Do people prefer it?",
+        "; ".join(map(wins_words, telling)),
+        how if writes else "ask the people who work with what it tells",
     )
 
 

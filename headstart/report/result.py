@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headstart import machine
@@ -12,7 +13,9 @@ from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
 from headstart.evaluate.guard import BOUND, LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
+from headstart.evaluate.wins import find_wins
 from headstart.report.reasons import NOT_MEASURED, find_reasons
+from headstart.report.watched import stop_words
 
 
 def build_result(
@@ -24,10 +27,11 @@ def build_result(
     after: Measured,
     device: str,
     guard_bound: float = BOUND,
+    watch: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
 
-    `facts` (kind, model, method, rows) and `plan` come from the job.
+    `facts` (kind, model, method, rows) and `plan` come from the job; `watch` is what was watched of preferences on the way.
     """
     first, second = pair_grades([before, after])
     compared = compare_all(first.metrics(), second.metrics())
@@ -44,9 +48,11 @@ def build_result(
         "flips": count_flips(before, after),
         **to_json(compared),
         "difference": {"metric": name, **primary.difference.to_json()},
+        "wins": [item.to_json() for item in find_wins(first, second)] or NOT_MEASURED,
         "answered": sum(row.answer is not None for row in after.own),
         "ungraded": ungraded({"before": before, "after": after}),
         "guard": guard or NOT_MEASURED,
+        "watch": watch or NOT_MEASURED,
         "steps": {
             "taken": progress.step,
             "planned": plan["steps"],
@@ -74,6 +80,22 @@ def build_result(
         "environment": machine.describe(),
     }
     return {**result, "reasons": find_reasons(result)}
+
+
+def watch_result(progress: Progress, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what was watched of preferences on the way: before the first step and last, and every sign; None where nothing was."""
+    seen = [{k: v for k, v in line.items() if k.startswith(("watch_", "sample_"))} for line in metrics]
+    if not progress.untouched:
+        return None
+    return {
+        "prompts": int(progress.untouched["prompts"]),
+        "times": sum("sample_tokens" in line for line in seen),
+        "seconds": progress.watch_s,
+        "before": progress.untouched,
+        "last": {name: value for line in seen for name, value in line.items()},
+        "signs": progress.signs,
+        "stopped": stop_words(progress.signs) if progress.end == "wrong" else "",
+    }
 
 
 def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:

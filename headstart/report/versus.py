@@ -12,7 +12,7 @@ from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
 from headstart.report.frame import document, excerpt, section
 from headstart.report.tables import cell, table
-from headstart.report.words import clearness, named
+from headstart.report.words import clearness, named, wins_words
 
 EXAMPLES = 5  # flips of a kind that are shown
 STYLES = {1: "good", -1: "bad", 0: "flat"}
@@ -65,6 +65,8 @@ def pair_section(pair: Pair) -> str:
         for item in pair.compared
     ]
     note = "<p>In brackets the 95% interval of the paired difference (bootstrap over rows; of what is right or wrong, from the counts).</p>"
+    wins = (wins_words(item.to_json(), f"Answers of {pair.b}", f"those of {pair.a}") for item in pair.wins)
+    note += "".join(f"<p>{html.escape(said)}.</p>" for said in wins)
     scores = change_chart(changes) + table(["", pair.a, pair.b, "difference", "", "rows"], rows) + note
     return section(f"{pair.a} → {pair.b}", scores + (_flips(pair) if pair.flips else ""))
 

@@ -8,6 +8,7 @@ from typing import Any
 from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS
+from headstart.report.watched import sign_facts
 
 FILES = 20  # that are listed
 ROWS_MOST = 100_000  # more are no help to anyone
@@ -92,6 +93,13 @@ def flips_words(flips: Mapping[str, Any] | None) -> str:
     return f"{flips['fixed']:,} {rows} fixed and {flips['broken']:,} broken of {flips['rows']:,} ({chance})"
 
 
+def wins_words(wins: Mapping[str, Any], side: str = "its answers", other: str = "the untouched model's") -> str:
+    """Say how often the answers of one side beat those of the other."""
+    rate = f"{wins['value']:.0%} (95% interval {wins['low']:.0%} to {wins['high']:.0%})"
+    counts = f"{wins['wins']:,} won, {wins['losses']:,} lost, {wins['ties']:,} ties"
+    return f"{side} win {rate} against {other}, by {wins['by']}: {counts} (sign test p {wins['p']:.2g})"
+
+
 def needed_words(result: Mapping[str, Any]) -> str:
     """Say how many rows would decide, where these are too few."""
     needed = result.get("rows_needed")
@@ -166,6 +174,7 @@ def trouble_facts(
     if memory["out_of_memory_steps"]:
         steps = ", ".join(map(str, memory["out_of_memory_steps"]))
         facts.append(("out of memory", f"at step {steps}; then packs of {memory['tokens_per_pack']:,} tokens"))
+    facts += sign_facts(result["watch"])
     facts += [("chosen answers", told) for told in fallen(result)]
     for once in data.get("allowed", []):
         facts += [(f"allowed on {once['date']}", change) for change in once["changes"]]

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import headstart
+from headstart.cli import app
 from headstart.display import Display
+from headstart.evaluate import watch
+from headstart.evaluate.watch import Sign
+from headstart.run import RunFolder
 from headstart.tune import resume
 from tests.conftest import killed_at
 from tests.e2e.test_commands import as_json, call
 
 WORDS = ["sore throat", "plan", "report", "patient", "doctor", "answer", "three days", "reason"]
 QUICK = ["-s", "steps=16", "-s", "batch_size=4", "-s", "optim.lr=1e-2", "-s", "eval.generate=2", "-s", "eval.every=8"]
+QUICK += ["-s", "data.held_out=24"]  # of which eight are watched
 
 
 def rows(sort: str) -> str:
@@ -43,6 +52,26 @@ def tune(file: str, out: str, *more: str) -> headstart.Run:
     result = call("tune", file, "-o", out, *QUICK, *more)
     assert result.exit_code == 0, result.output
     return headstart.Run(Path(out))
+
+
+def watched(run: headstart.Run, steps: list[dict[str, Any]], page: str) -> None:
+    """See that answers were looked at before the first step and after the last, and that both are told."""
+    first, *_, last = looks = [look for look in steps if "sample_kl" in look]
+    assert (first["step"], last["step"]) == (0, 16)
+    # The untouched model, without its adapter or loaded once more, is what it was; and the tuned one is another.
+    assert first["sample_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert last["sample_kl"] > 0.01
+    assert 0 < last["sample_tokens"] <= 60
+    assert last["watch_accuracy"] >= first["watch_accuracy"] == 0.5 or "watch_chosen_gain" not in last
+    told = run.result["watch"]
+    assert (told["prompts"], told["times"], told["stopped"]) == (2, len(looks), "")
+    assert 0 < told["seconds"] < run.result["speed"]["eval_s"]
+    assert told["last"].items() >= {key: last[key] for key in ("sample_kl", "watch_lead")}.items()
+    for said in ("Divergence from the untouched model by step. nats a token", "Schulman", "Length of sampled answers"):
+        assert said in page
+    (wins,) = run.result["wins"]
+    assert (wins["by"], wins["rows"]) == ("chrF to the chosen answer", 2)
+    assert run.result["reasons"]["happy_users"]["measured"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +102,7 @@ def test_what_is_preferred_gains(tiny_home: Path, sort: str, more: list[str]) ->
     assert "Pairs that gained least" in page
     free = "preference.objective=simpo" in more
     assert ("Chosen and rejected answers by step" in page) != free
+    watched(run, steps, page)
     assert (run.path / "evaluation" / "reference.json").exists() != free
     assert (run.result["speed"]["reference_s"] > 0) != free
     assert "text-generation" in (run.path / "README.md").read_text(encoding="utf-8")
@@ -84,13 +114,63 @@ def test_what_is_preferred_gains(tiny_home: Path, sort: str, more: list[str]) ->
     code, versus = as_json("compare", str(run.path), str(run.path / "model"), file)
     assert code == 0
     assert all(item["value"] == pytest.approx(0, abs=1e-9) for item in versus["pairs"][0]["differences"].values())
+    assert versus["pairs"][0]["wins"][0]["value"] == 0.5
     assert call("chat", str(run.path), "--ask", "3 plan?").exit_code == 0
+
+
+def test_people_vote_between_two_models_and_what_they_prefer_is_learned(tiny_home: Path) -> None:
+    first = tune(rows("pairs"), "runs/one", "-s", "eval.guard=off")
+    Path("asked.txt").write_text("".join(f"{n} plan?\n" for n in range(20)), encoding="utf-8")
+    command = ["chat", "smollm2-135m", str(first.path), "--compare", "--prompts", "asked.txt"]
+    command += ["--max-tokens", "6", "--temperature", "1"]  # the untouched model's likeliest tokens are all white space
+    runner = CliRunner()
+    held = runner.invoke(app, command, input="1\n2\ntie\n" + "1\n" * 9, catch_exceptions=False)
+    assert held.exit_code == 0, held.output
+    assert "12 now, 12 on these two in all" in held.output
+    assert not re.search(r"smollm|runs/one", held.output.partition("\nvotes\n")[0])
+    more = runner.invoke(app, [*command, "--json"], input="both bad\n" + "2\n" * 8, catch_exceptions=False)
+    found = json.loads(more.stdout)
+    assert (found["cast"], found["wins"]["rows"], found["wins"]["by"]) == (9, 21, "votes")
+    kept = [json.loads(line) for line in Path("votes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) >= 12
+    assert all(row["chosen_by"] != row["rejected_by"] for row in kept)
+    run = tune("votes.jsonl", "runs/two", "-s", "eval.guard=off", "-s", "steps=1", "-s", "data.held_out=5")
+    assert run.result["rows"]["train"] + run.result["rows"]["proof"] <= len(kept)
+    code, error = as_json("chat", "smollm2-135m", "--compare")
+    assert (code, error["problems"][0]["code"]) == (2, "usage.flag")
+
+
+def test_a_run_that_surely_goes_wrong_ends_and_keeps_the_best_before(
+    tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signs(before: Any, now: dict[str, float]) -> list[Sign]:
+        assert before["sample_kl"] < 1e-9
+        return [Sign("repetition", "answers repeat all that they said", sure=True)] if looks.pop(0) else []
+
+    looks = [False, True, True]
+    monkeypatch.setattr(sys.modules["headstart.tune"], "find_signs", signs)
+    every = ["-s", "eval.every=2", "-s", "eval.guard=off", "-s", "eval.patience=0"]
+    monkeypatch.setattr(watch, "TIME_FRAC", 100.0)  # look each time
+    run = tune(rows("pairs"), "runs/one", *every)
+    assert looks == []
+    assert (run.result["steps"]["end"], run.result["steps"]["taken"], run.result["steps"]["best"]) == ("wrong", 6, 2)
+    assert run.result["watch"]["signs"] == [
+        {"step": 4, "name": "repetition", "said": "answers repeat all that they said", "sure": True}
+    ]
+    assert "two evaluations in a row: answers repeat" in run.result["watch"]["stopped"]
+    said = (run.path / "log.txt").read_text(encoding="utf-8")
+    assert "step 4: it goes wrong: answers repeat all that they said; lower optim.lr" in said
+    assert "the best model was that of step 2; it is kept" in said
+    assert "stopped early" in run.report.read_text(encoding="utf-8")
+    best = load_file(run.path / "checkpoints" / "best-000002" / "state.safetensors")
+    saved = load_file(run.path / "model" / "adapter_model.safetensors")
+    assert sorted(map(float, (t.sum() for t in best.values()))) == sorted(map(float, (t.sum() for t in saved.values())))
 
 
 @pytest.mark.parametrize("sort", ["pairs", "votes"])
 def test_killed_and_resumed_is_never_stopped(tiny_home: Path, sort: str) -> None:
     file = rows(sort)
-    more = ["-s", "lora.dropout=0.1", "-s", "engine.tokens_per_pack=64", "-s", "save.every=4"]
+    more = ["-s", "lora.dropout=0.1", "-s", "engine.tokens_per_pack=64", "-s", "save.every=4", "-s", "eval.guard=off"]
     run = tune(file, "runs/one", *more)
     # Nothing is left of the first run's reference: the second makes its own, and goes on from that.
     for cached in (tiny_home.parent / "home" / "references").glob("*.json"):
@@ -100,6 +180,19 @@ def test_killed_and_resumed_is_never_stopped(tiny_home: Path, sort: str) -> None
     resume(Path("runs/two"), Display())
     for name in ("model/adapter_model.safetensors", "evaluation/after.json", "evaluation/reference.json"):
         assert (run.path / name).read_bytes() == Path("runs/two", name).read_bytes(), name
+    seen = [
+        [
+            {k: v for k, v in line.items() if k.startswith(("watch_", "sample_"))}
+            for line in RunFolder(path).read_metrics()
+        ]
+        for path in (run.path, Path("runs/two"))
+    ]
+    assert seen[0] == seen[1]
+    # To look at answers changes nothing that is learned.
+    unseen = tune(file, "runs/three", *more, "-s", "eval.generate=0")
+    assert unseen.result["watch"]["times"] == 0
+    name = "model/adapter_model.safetensors"
+    assert (unseen.path / name).read_bytes() == (run.path / name).read_bytes()
 
 
 def test_what_cannot_be_had_is_said_before_anything_is_trained(tiny_home: Path) -> None:

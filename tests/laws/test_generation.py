@@ -64,6 +64,20 @@ def alone(model: Any, prompt: Sequence[int], limit: int, stops: Sequence[int] = 
     return Answer(new[:end], end < len(new), logprobs[:end])
 
 
+def test_what_is_drawn_follows_from_the_numbers_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin("llama").eval()
+    prompts, limits = asked()
+    draws = np.random.default_rng(0).random((len(prompts), max(limits)))
+    together = generate(model, prompts, STOPS, limits, LENGTH, draws=draws)
+    assert len({tuple(answer.ids[:3]) for answer in together}) > 8  # no two are the same because their numbers are
+    few = generate(model, prompts[4:6], STOPS, limits[4:6], LENGTH, draws=draws[4:6])
+    assert_same(few, together[4:6])
+    monkeypatch.setattr(generation, "_find_head", lambda *_: None)
+    padded = generate(model, prompts, STOPS, limits, LENGTH, draws=draws)  # through transformers' own generate
+    assert padded == together
+    assert [answer.stop for answer in padded] == [answer.stop for answer in together]
+
+
 def assert_same(ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
     assert list(ours) == list(theirs)
     for mine, its in zip(ours, theirs, strict=True):

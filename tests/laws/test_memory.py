@@ -16,7 +16,7 @@ from headstart.data.segments import Example
 from headstart.display import Display
 from headstart.engine.engine import Engine
 from headstart.engine.forward import PackReader
-from headstart.engine.loop import LoopPlan, Progress, train
+from headstart.engine.loop import LoopPlan, Progress, Watched, train
 from headstart.engine.memory import measure_growth, scaled, trace
 from headstart.engine.optim import Schedule
 from headstart.engine.plan import Scoring
@@ -65,8 +65,8 @@ class _Hooks:
     def on_step(self, record: Any) -> None:
         self.steps.append(record)
 
-    def watch(self) -> float:
-        return 0.0
+    def watch(self) -> Watched:
+        return Watched(0.0)
 
     def keep_best(self, progress: Progress) -> bool:
         return True

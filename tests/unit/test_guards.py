@@ -20,7 +20,7 @@ from headstart.data.read import Where
 from headstart.data.records import Labelled
 from headstart.data.segments import encode_rows
 from headstart.display import Display
-from headstart.engine.loop import Progress, _judge
+from headstart.engine.loop import Progress, Watched, _judge
 from headstart.errors import DivergedError, ModelError, ResourceError, UsageError
 from headstart.job import _decide_machine
 from headstart.machine import resources
@@ -70,7 +70,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_a_watched_loss_that_is_no_number_is_never_the_best(value: float) -> None:
     progress = Progress(step=3)
     with pytest.raises(DivergedError, match="step 3"):
-        _judge(progress, value, hooks=None)  # type: ignore[arg-type]
+        _judge(progress, Watched(value), hooks=None)  # type: ignore[arg-type]
     assert progress.best_step is None
 
 

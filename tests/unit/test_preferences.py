@@ -384,9 +384,12 @@ def test_what_is_watched_is_told_of_pairs_and_of_lone_answers() -> None:
     told = {name: (value[0] / value[1]).item() for name, value in tell(Answers.of(logprobs, known)).items()}
     assert told == {
         "accuracy": 0.75,  # one pair leads, one is a tie
+        "lead": 0.75,  # 0.5 + 1 and nothing
         "chosen_logprob": -0.75,
+        "chosen_per_token": -0.625,
         "chosen_gain": 0.25,
         "rejected_logprob": -2.0,
+        "rejected_per_token": -1.25,
         "rejected_gain": -0.5,
     }
     lone = torch.tensor([[0, 1, -1.0, 2], [0, math.nan, 0, 2], [1, -1, -2.0, 2], [2, -1, -2.0, 2]]).double()

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
+    ("vote",),
     ("demo", "chat", "show", "doctor", "label", "verify", "benchmark", "trials"),
     ("verbs", "tune"),
     ("origin", "rate"),

@@ -1,0 +1,77 @@
+"""Who wins: the answers of two models, or of one before and after, held against each other row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from headstart.evaluate.compare import Interval, paired_difference, sign_test
+from headstart.evaluate.measure import Measured, RowResult
+from headstart.evaluate.metrics import chrf
+
+BY_LIKENESS = {"preference": "chrF to the chosen answer", "chat": "chrF to the reference"}
+
+Score = Callable[[RowResult], float | None]
+
+
+@dataclass(frozen=True)
+class Wins:
+    """How often the second of two answers is the better one, by what `by` says, how often the worse, and how often neither."""
+
+    by: str
+    wins: int
+    losses: int
+    ties: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows were decided on."""
+        return self.wins + self.losses + self.ties
+
+    @property
+    def rate(self) -> Interval:
+        """The win rate, a tie counting half: a half, and half of by how much more often it wins than it loses.
+
+        So its interval is that of a difference between pairs (Agresti and Min, 2005).
+        """
+        gap = paired_difference(self.wins, self.losses, self.rows)
+        return Interval(*(0.5 + bound / 2 for bound in (gap.value, gap.low, gap.high)))
+
+    @property
+    def p(self) -> float:
+        """How likely so uneven a count is by chance (the sign test, ties left out)."""
+        return sign_test(self.wins, self.losses)
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts with the rate as plain values."""
+        counts = {"by": self.by, "wins": self.wins, "losses": self.losses, "ties": self.ties, "rows": self.rows}
+        return {**counts, **self.rate.to_json(), "p": self.p}
+
+
+def count_wins(by: str, scores: Iterable[tuple[float, float]]) -> Wins:
+    """Count who wins, from the score of the first and of the second on each row."""
+    pairs = list(scores)
+    wins, losses = sum(b > a for a, b in pairs), sum(a > b for a, b in pairs)
+    return Wins(by, wins, losses, len(pairs) - wins - losses)
+
+
+def find_wins(first: Measured, second: Measured) -> list[Wins]:
+    """Return how often the second side's own answers beat the first's: by each grader, or by likeness where there are none.
+
+    Rows count that both answered freely and that a grader graded on both sides; where there are none, nothing is returned.
+    """
+    pairs = [
+        (a, b)
+        for a, b in zip(first.own, second.own, strict=True)
+        if a.answer is not None and b.answer is not None and a.probability is None and second.task in BY_LIKENESS
+    ]
+    names = dict.fromkeys(name for a, b in pairs for name in a.grades if name in b.grades)
+    ways: dict[str, Score] = {name: lambda row, name=name: row.grades.get(name) for name in names}  # type: ignore[misc]
+    if not names and pairs:
+        ways = {BY_LIKENESS[second.task]: lambda row: chrf(row.answer or "", row.reference)}
+    found = []
+    for name, score in ways.items():
+        both = [(x, y) for a, b in pairs if (x := score(a)) is not None and (y := score(b)) is not None]
+        found += [count_wins(name, both)] if both else []
+    return found
