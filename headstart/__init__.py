@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headstart.label import predict
     from headstart.run import Run
     from headstart.tune import tune
+    from headstart.update import update
     from headstart.verbs import check, compare, evaluate, load, plan
 
 # Torch reads this once, when it first asks for memory: large blocks then lie in large pages, which saves a tenth of a step's
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "predict", "tune"]
+__all__ = ["HeadstartError", "Run", "check", "compare", "evaluate", "load", "plan", "predict", "tune", "update"]
 
 _HOMES = {
     "HeadstartError": "headstart.errors",
     "Run": "headstart.run",
     "tune": "headstart.tune",
+    "update": "headstart.update",
     "predict": "headstart.label",
     **dict.fromkeys(("check", "compare", "evaluate", "load", "plan"), "headstart.verbs"),
 }

@@ -206,6 +206,31 @@ def resume(
     carry_out(work, as_json)
 
 
+@app.command()
+def update(
+    run: Annotated[str, typer.Argument(help="The run to go on from.")],
+    data: Annotated[list[str], typer.Argument(help="New rows: files, folders or hub:owner/name.", show_default=False)],
+    out: Out = None,
+    replay: Annotated[float, typer.Option(help="Old rows learned again beside each new one; 0 is none.")] = 0.3,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from RUN with new rows, and show what is kept."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.tune import start
+        from headstart.update import update_config
+
+        flags = {"data.train": data, "out": out, "epochs": epochs, "data.eval": eval_data}
+        given = [*_parse_flags(flags), *_parse_sets(sets)]
+        finished = start(update_config(run, replay, given), display)
+        return {"run": str(finished.path), **finished.result}
+
+    carry_out(work, as_json)
+
+
 @app.command("verify-resume")
 def verify(
     run: Annotated[Path, typer.Argument(help="The run folder; it is only read.")],
@@ -352,13 +377,18 @@ def chat(
 
 
 @app.command()
-def runs(folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"), as_json: Json = False) -> None:
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"),
+    tree: Annotated[bool, typer.Option("--tree", help="Each below the run that it goes on from.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the runs of a folder."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.show import list_runs, say_runs
+        from headstart.show import grow_tree, list_runs, say_runs
 
         found = list_runs(folder)
+        found = grow_tree(found) if tree else found
         say_runs(display, found, folder)
         return {"runs": found}
 
@@ -438,10 +468,15 @@ def render(config: File = None, sets: Sets = None, as_json: Json = False) -> Non
 
 def read_config(file: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> Config:
     """Lay flags and -s over a config file over the defaults."""
-    from headstart.config import Override, build_config
+    from headstart.config import build_config
 
-    overrides = [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
-    return build_config(file, [*overrides, *_parse_sets(sets)])
+    return build_config(file, [*_parse_flags(flags), *_parse_sets(sets)])
+
+
+def _parse_flags(flags: dict[str, Any]) -> list[Override]:
+    from headstart.config import Override
+
+    return [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
 
 
 def _names(given: list[str] | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.choose import EVALS_PER_RUN, Facts, choose, choose_preference
+from headstart.choose import CHOICE_ROWS, EVALS_PER_RUN, Facts, choose, choose_preference
 from headstart.config import TASKS, Config, PreferenceSettings, Settings, setting
-from headstart.data.chats import find_chats, prepare_chats
+from headstart.data.chats import Chats, find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
 from headstart.data.encode import Encoder
 from headstart.data.feed import Feed, hashes_of
 from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
-from headstart.data.mixing import mix
+from headstart.data.mixing import Mixed, mix, replay
 from headstart.data.preferences import desirable_weight
 from headstart.data.prepare import Prepared, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
+from headstart.data.replay import Known
 from headstart.data.segments import Example, Segmented
 from headstart.data.templates import template_ids
 from headstart.engine.engine import Engine, Objective
@@ -53,14 +54,16 @@ from headstart.engine.plan import (
 from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.graders.rows import Grading
-from headstart.evaluate.guard import Guarded, load_guard
+from headstart.evaluate.guard import Guarded, load_guard, without_learned
 from headstart.evaluate.measure import Measured, RowResult, answer_limit, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.files import read_json, seconds_per_byte
-from headstart.models.adapt import Adapted, Lora, adapt
+from headstart.lineage import describe_parent, read_known
+from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
 from headstart.models.load import (
     POOLINGS,
+    adapter_shape,
     find_base,
     is_encoder,
     load_config,
@@ -101,12 +104,18 @@ class Data:
     renderer: Encoder | Look
     prepared: Prepared
     guard: Sequence[Guarded] = ()
+    lineage: dict[str, Any] | None = None
     _proofs: dict[int | None, Segmented] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return self.renderer.stop_ids if isinstance(self.renderer, Encoder) else ()
+
+    @property
+    def base(self) -> Source | None:
+        """The model on which the one that is tuned stands, where that is an adapter."""
+        return find_base(self.source) if self.source.is_adapter else None
 
     def proof(self, rows: int | None) -> Segmented:
         """The rows of the proof that are scored: where not all are, those of the least hashes, so that none is favoured."""
@@ -172,17 +181,30 @@ class Job:
         return _needs_reference(self.config.settings)
 
     @property
+    def old_gains(self) -> dict[str, Mapping[str, float]] | None:
+        """The runs whose rows are to be kept, each with the difference that it made in each metric; None where none are."""
+        if self.data.lineage is None or self.data.lineage["replay"] is None:
+            return None
+        return {mixed.name: mixed.old.gains for mixed in self.data.prepared.mixed if mixed.old}
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
-    def measure_beside(self, rows: Measured, tokens_per_pack: int) -> Measured:
-        """Score the data sets that are mixed in and the guard, and put their rows behind those of the run's own."""
+    def measure_beside(self, rows: Measured, tokens_per_pack: int, labels: Labels | None = None) -> Measured:
+        """Score what is mixed in and the guard, and put their rows behind those of the run's own.
+
+        Old rows are scored as the run's own are, with its `labels`, but answered only where answers are picked.
+        """
         template = self.config.settings.data.template
         found = list(rows.rows)
         for mixed in self.data.prepared.mixed:
-            renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
-            measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
+            if mixed.old:
+                measured = self._measure_old(mixed.proof, tokens_per_pack, labels)
+            else:
+                renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
+                measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
             found += [replace(row, part=mixed.name) for row in measured]
         for part in self.data.guard:
             measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
@@ -195,6 +217,19 @@ class Job:
         reader = self.engine.reader
         reader = reader.beside if isinstance(reader, PreferenceReader) else reader
         return measure(reader, renderer, rows.kept, rows.examples, task=task, tokens_per_pack=tokens_per_pack).rows
+
+    def _measure_old(self, rows: Segmented, tokens_per_pack: int, labels: Labels | None) -> Sequence[RowResult]:
+        return measure(
+            self.engine.reader,
+            self.data.renderer,
+            rows.kept,
+            rows.examples,
+            task=self.config.settings.task,
+            tokens_per_pack=tokens_per_pack,
+            answers=min(CHOICE_ROWS, len(rows.kept)) if self.choices else 0,
+            labels=labels,
+            choices=self.choices,
+        ).rows
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
@@ -282,32 +317,50 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     config = _decide_preference(config, sides.train.formatted.examples if sides else ())
     settings = config.settings
     _check_settings(config)
-    watch = settings.eval.every != 0
-    unpaired = settings.preference.objective == "kto"
-    how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
-    if corpus and isinstance(renderer, Encoder):
-        prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
-    else:
-        stored = None
-        if chats and isinstance(renderer, Renderer):
-            stored = prepare_chats(chats, settings.data, renderer, limit, watch=watch)
-        prepared = stored or prepare(
-            sides or form_sides(settings.data, settings.kind, settings.task),
-            settings.data,
-            renderer,
-            limit,
-            unpaired=unpaired,
-            **how,
-        )
+    known = read_known(settings, source, task)
+    stream = files if corpus else ()
+    prepared = _prepare_stream(settings, stream, chats, renderer, limit, known) or prepare(
+        sides or form_sides(settings.data, settings.kind, settings.task),
+        settings.data,
+        renderer,
+        limit,
+        task=task,
+        seed=settings.seed,
+        watch=settings.eval.every != 0,
+        unpaired=settings.preference.objective == "kto",
+        known=known,
+    )
     _check_files(config, prepared)
-    _mix_in(config, prepared, source, tokenizer, limit, today)
+    mixed = replay(prepared, known, settings.data, renderer, limit)
+    _mix_in(config, prepared, source, tokenizer, limit, today, mixed)
     guard = _read_guard(config, prepared, source, tokenizer, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
         raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
-    return Data(config, source, tokenizer, renderer, prepared, guard)
+    return Data(config, source, tokenizer, renderer, prepared, guard, describe_parent(source, config))
+
+
+def _prepare_stream(
+    settings: Settings,
+    files: Sequence[SourceFile],
+    chats: Chats | None,
+    renderer: Encoder | Look,
+    limit: int,
+    known: Known,
+) -> Prepared | None:
+    """Prepare data that goes through in a stream: `files` of text, or `chats`; None where there is none, or it can't."""
+    watch = settings.eval.every != 0
+    if chats and isinstance(renderer, Renderer):
+        return prepare_chats(chats, settings.data, renderer, limit, known, seed=settings.seed, watch=watch)
+    if chats or not files or not isinstance(renderer, Encoder):
+        return None
+    if known.olds:
+        what = "text of this size goes through in a stream, and a run can't be mixed into it"
+        cure = f"go on without what the run learned: headstart tune DATA -m {settings.model}"
+        raise UsageError(Problem("config.no_effect", what, "data.mix", cure))
+    return prepare_corpus(files, settings.data, renderer, limit, task=settings.task, seed=settings.seed, watch=watch)
 
 
 def _decide_preference(config: Config, records: Sequence[Record]) -> Config:
@@ -393,9 +446,15 @@ def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None
 
 
 def _mix_in(
-    config: Config, prepared: Prepared, source: Source, tokenizer: Any, limit: int, today: datetime.date | None
+    config: Config,
+    prepared: Prepared,
+    source: Source,
+    tokenizer: Any,
+    limit: int,
+    today: datetime.date | None,
+    replayed: Sequence[Mixed],
 ) -> None:
-    """Add the rows of other data sets to those to train on."""
+    """Add old rows, and those of other data sets, to the rows to train on, and old ones to those to watch."""
     settings = config.settings
 
     def length(task: str) -> int:
@@ -409,9 +468,12 @@ def _mix_in(
 
     held = [*hashes_of(prepared.parts.watch), *hashes_of(prepared.parts.proof)]
     own = len(prepared.train.examples)
-    prepared.mixed = mix(settings.data, own, held, settings.task, renderer, length)
+    held += [digest for mixed in replayed if mixed.old for digest in hashes_of([*mixed.old.watch, *mixed.old.proof])]
+    prepared.mixed = [*replayed, *mix(settings.data, own, held, settings.task, renderer, length)]
     for mixed in prepared.mixed:
-        prepared.formed.append(mixed.formed)
+        prepared.formed += mixed.formed
+        prepared.watch.examples += mixed.watch.examples
+        prepared.watch.kept += mixed.watch.kept
         prepared.train.examples += mixed.train.examples
         prepared.train.kept += mixed.train.kept
         prepared.train.dropped += mixed.train.dropped
@@ -436,6 +498,9 @@ def _read_guard(
         return row_length(task, source, tokenizer)
 
     guard = load_guard(settings.eval.guard, renderer, length)
+    if isinstance(prepared.train.kept, list):  # rows of a stream aren't read again for this
+        guard, notes = without_learned(guard, prepared.train.kept)
+        prepared.formed[0].notes += notes
     prepared.formed += [part.formed for part in guard if part.formed]
     return guard
 
@@ -482,12 +547,8 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     `tell` is called with what can't be had as asked. Raises ModelError (an adapter is no whole model, say), and
     ResourceError where the run can't fit.
     """
-    if data.source.is_adapter:
-        base = find_base(data.source).name
-        cure = f"tune the model that it stands on: -m {base}"
-        raise ModelError(Problem("model.kind", "the model is an adapter, not a whole model", data.source.name, cure))
     device = machine.pick_device()
-    config = _decide_machine(data.config, device)
+    config = _decide_machine(_go_on_with(data.source, data.config), device)
     torch.set_num_threads(config.settings.engine.threads or 1)
     kept = device == "cpu" and machine.keep_freed_memory()
     bfloat16 = config.settings.engine.precision == "bfloat16"
@@ -496,7 +557,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     task, labels = config.settings.task, data.prepared.labels
     random = config.settings.weights == "random"
     torch.manual_seed(config.settings.seed)  # the head for labels begins at random
-    loaded = load_model(data.source, device, dtype, task, labels, random=random)
+    loaded = load_model(data.source, device, dtype, task, labels, random=random, trains=data.source.is_adapter)
     if task in ROW_LOSSES and data.tokenizer is not None and loaded.model.config.pad_token_id is None:
         pad = data.tokenizer.pad_token_id
         loaded.model.config.pad_token_id = data.tokenizer.eos_token_id if pad is None else pad
@@ -505,7 +566,8 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     if data.tokenizer is not None:
         make_room(loaded.model, data.tokenizer)
         _check_vocabulary(data, loaded.model)
-    adapted = adapt(
+    own = carry_on(loaded.adapted) if data.source.is_adapter else None
+    adapted = own or adapt(
         loaded.model,
         Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, _new_tokens(data)) if lora else None,
         config.settings.seed,
@@ -536,6 +598,27 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     estimate = _estimate(data, engine, fitted, shape)
     facts = _describe_engine(settings, sped, kept)
     return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape)
+
+
+def _go_on_with(source: Source, config: Config) -> Config:
+    """Settle that an adapter goes on as it is.
+
+    Raises UsageError where another shape or another method is asked for, and ModelError where something else than text is
+    to be told: that needs a whole model.
+    """
+    if not source.is_adapter:
+        return config
+    if config.settings.task not in WRITES:
+        cure = f"tune the model that it stands on: -m {find_base(source).name}"
+        raise ModelError(Problem("model.kind", "the model is an adapter, not a whole model", source.name, cure))
+    own = adapter_shape(source)
+    asked = [key for key, value in own.items() if config.given(key) and setting(config.settings, key) != value]
+    asked += ["method"] * (config.settings.method == "full") + ["weights"] * (config.settings.weights == "random")
+    if asked:
+        what = f"the model is an adapter on {find_base(source).name}, which is trained on as it is"
+        cure = "leave out {}, or tune the model that it stands on"
+        raise UsageError(Problem("config.no_effect", what, key, cure.format(f"`{key}`")) for key in asked)
+    return config.decide({key: (value, "that of the adapter") for key, value in own.items()})
 
 
 def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:

@@ -392,7 +392,7 @@ class _Session:
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
-        measured = self._measure_beside(self._grade(name, measured))
+        measured = self._measure_beside(self._grade(name, measured), labels)
         if preferred and before is None:
             measured = own_reference(measured)
         reach("evaluation.scored", name)
@@ -400,11 +400,11 @@ class _Session:
         self.folder.write_evaluation(name, measured.to_json())
         return measured
 
-    def _measure_beside(self, measured: Measured) -> Measured:
+    def _measure_beside(self, measured: Measured, labels: Labels | None) -> Measured:
         rows = [example for part in self.job.data.beside for example in part.examples]
         if not rows:
             return measured
-        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens))
+        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens, labels))
 
     def _grade(self, name: str, measured: Measured) -> Measured:
         """Let graders score the answers."""
@@ -466,7 +466,7 @@ class _Session:
             data.tokenizer,
             data.stop_ids,
             path,
-            data.source,
+            data.base or data.source,
             labels=self._labels(),
             beside=beside(data.source, data.renderer, self.job.engine.reader),
         )
@@ -545,6 +545,8 @@ class _Session:
             "kind": settings.kind,
             "task": settings.task,
             "model": self.job.data.source.to_json(),
+            "base": base.to_json() if (base := self.job.data.base) else None,
+            "lineage": self.job.data.lineage,
             "method": settings.method,
             "weights": settings.weights,
             "rows": {name: plan[f"{name}_rows"] for name in ("train", "watch", "proof")},
@@ -560,6 +562,7 @@ class _Session:
             before=before,
             after=after,
             device=self.job.engine.reader.device.type,
+            old=self.job.old_gains,
         )
         template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))

@@ -97,8 +97,10 @@ def load_model(
     labels: Labels | None = None,
     *,
     random: bool = False,
+    trains: bool = False,
 ) -> Loaded:
-    """Load a model for a task, with a head for `labels`, and the adapter on it where the folder is one.
+    """Load a model for a task, with a head for `labels`, and the adapter on it where the folder is one; with `trains`, that
+    can be trained further.
 
     With `random` only its shape is taken, and its weights begin at random. Raises ModelError where the folder holds
     another kind of model, or one that needs code of its own.
@@ -134,6 +136,8 @@ def load_model(
             )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
+    if labels and told:
+        _carry_head(model, base, told, labels)
     fresh = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
     if AUTO[task] == "AutoModelForCausalLM" or labels or task == "embedding":
         _check_whole(model, fresh, source, new_head=bool(labels))
@@ -147,10 +151,58 @@ def load_model(
         make_room(model, load_tokenizer(source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's own, as in `adapt`
-            adapted = PeftModel.from_pretrained(model, source.path)
+            adapted = PeftModel.from_pretrained(model, source.path, is_trainable=trains)
         model = adapted.get_base_model()
     model.eval()
     return Loaded(model, adapted, source, base, frozenset(fresh))
+
+
+def head_of(model: Any) -> Any:
+    """Return the layer that gives a model's numbers; None where no linear one does."""
+    wanted = model.config.num_labels
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == wanted]
+    return linear[-1] if linear else None
+
+
+@torch.no_grad()
+def _carry_head(model: Any, base: Source, told: Labels, labels: Labels) -> None:
+    """Give a head for `labels` what the one on disk knew, which told `told`: its rows for the classes that both tell.
+
+    Of numbers it gives them in the scale in which they are learned now.
+    """
+    head = head_of(model)
+    if head is None or told.task != labels.task:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    known = {part: _read_tensor(base, f"{name}.{part}") for part in ("weight", "bias")}
+    if labels.task == "regression":
+        if told.names == labels.names and head.bias is not None:
+            (was, at), (spread, mean) = (
+                [torch.tensor(values).to(head.bias) for values in (side.spread, side.mean)] for side in (told, labels)
+            )
+            head.weight.mul_((was / spread)[:, None])
+            head.bias.mul_(was).add_(at).sub_(mean).div_(spread)
+        return
+    places = {label: number for number, label in enumerate(told.names)}
+    for part, tensor in known.items():
+        own = getattr(head, part)
+        if own is None or tensor is None or len(tensor) != len(told.names) or tensor.shape[1:] != own.shape[1:]:
+            continue
+        for number, label in enumerate(labels.names):
+            if label in places:
+                own[number] = tensor[places[label]].to(own)
+
+
+def _read_tensor(source: Source, name: str) -> torch.Tensor | None:
+    """Return a tensor of a model's files by its name; None where there is none of that name."""
+    from safetensors import safe_open
+
+    for file in sorted(source.path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (no dict)
+                found: torch.Tensor = tensors.get_tensor(name)
+                return found
+    return None
 
 
 def _own_pooling(source: Source) -> str | None:
@@ -274,6 +326,18 @@ def find_base(source: Source) -> Source:
     name, revision = config["base_model_name_or_path"], config.get("revision")
     at = f"@{revision}" if revision and not Path(name).exists() else ""
     return find_model(f"{name}{at}")
+
+
+def adapter_shape(source: Source) -> dict[str, Any]:
+    """Return the settings with which an adapter was made, by their keys: its rank, scale, dropout and modules."""
+    config = read_json(source.path / "adapter_config.json")
+    targets = config.get("target_modules") or ()
+    return {
+        "lora.rank": config["r"],
+        "lora.alpha": float(config["lora_alpha"]),
+        "lora.dropout": float(config.get("lora_dropout") or 0.0),
+        "lora.targets": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+    }
 
 
 def stop_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:

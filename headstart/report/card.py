@@ -11,7 +11,7 @@ from typing import Any
 
 from headstart.data.templates import TEMPLATES
 from headstart.display import safe
-from headstart.report.words import guard_words, score_table, sentence, speed_facts
+from headstart.report.words import guard_words, lineage_facts, score_table, sentence, speed_facts
 
 LORA = """```python
 from peft import PeftModel
@@ -98,8 +98,8 @@ UNITS = "found = found * found.new_tensor({spread}) + found.new_tensor({mean})  
 
 def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     """Return the card as Markdown with the hub's metadata on top."""
-    model = result["model"]
-    head = ["---", *_metadata(model, result), "---"]
+    model, base = result["model"], result.get("base") or result["model"]
+    head = ["---", *_metadata(base, result), "---"]
     scores = [
         f"| {_text(name)} | {before} | {after} | {difference} |"
         for name, before, after, difference, _ in score_table(result)
@@ -111,8 +111,8 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     code = ", trust_remote_code=True" if result["task"] == "images" else ""
     snippet = shape.format(
         model=_literal(str(folder / "model")),
-        base=_literal(model["name"].partition("@")[0] if model["kind"] == "hub" else model["path"]),
-        revision=f", revision={_literal(model['revision'])}" if model["revision"] else "",
+        base=_literal(base["name"].partition("@")[0] if base["kind"] == "hub" else base["path"]),
+        revision=f", revision={_literal(base['revision'])}" if base["revision"] else "",
         dtype=result["dtype"],
         rest=rest,
         room=ROOM if template in TEMPLATES else "",
@@ -120,13 +120,13 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         more=code + MORE.get(result["task"], ""),
     )
     rows = min(result["rows"]["train"], result["tokens"]["rows_seen"])
-    base = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
+    begun = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
     return "\n".join(
         [
             *head,
             f"# {_text(folder.name)}",
             "",
-            f"{_text(base)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
+            f"{_text(begun)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
             "",
             f"**{_text(sentence(result))}.**",
             "",
@@ -136,6 +136,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             "",
             _known(result),
             "",
+            *_lineage(result),
             "## Training",
             "",
             *(f"- {name}: {value}" for name, value in speed_facts(result)),
@@ -153,6 +154,11 @@ def _known(result: Mapping[str, Any]) -> str:
         return "What it knew before was not measured."
     said = guard_words(guard)
     return f"General text and questions: {_text(said)}."
+
+
+def _lineage(result: Mapping[str, Any]) -> list[str]:
+    facts = lineage_facts(result.get("lineage"))
+    return ["## Lineage", "", *(f"- {name}: {_text(value)}" for name, value in facts), ""] if facts else []
 
 
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

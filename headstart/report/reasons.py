@@ -8,7 +8,7 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
-from headstart.report.words import flips_words, guard_words, score_words, sentence
+from headstart.report.words import flips_words, guard_words, old_words, score_words, sentence
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -47,11 +47,7 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "Do people prefer it?",
             how="let people choose between the answers in evaluation/before.json and after.json, without telling whose is whose",
         ),
-        "up_to_date": Reason(
-            "Up to date",
-            "Does it know what is new, and still what is old?",
-            how="headstart compare OLD_RUN RUN DATA, once with new rows and once with the old held-out ones",
-        ),
+        "up_to_date": _up_to_date(result),
     }
     return {name: reason.to_json() for name, reason in found.items()}
 
@@ -75,6 +71,16 @@ def _time_and_money(result: Mapping[str, Any]) -> Reason:
     says = f"{trained}{tokens['rows']:,} tokens in {in_time(result['speed']['train_s'])}"
     how = "run it again with -s weights=random, which begins with nothing, and compare the two: that is what the head start saved"
     return Reason("Time and money", "What did it cost, and what did the head start save?", says, how)
+
+
+def _up_to_date(result: Mapping[str, Any]) -> Reason:
+    asks = "Does it know what is new, and still what is old?"
+    old = result.get("old")
+    if not old or isinstance(old, str):
+        how = "headstart update RUN NEW_DATA: it goes on from this run, and is scored on new rows and old ones"
+        return Reason("Up to date", asks, how=how)
+    new = score_words(result, result["difference"]["metric"], f"on {result['rows']['proof']:,} new rows")
+    return Reason("Up to date", asks, f"{new}; {old_words(old)}")
 
 
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:

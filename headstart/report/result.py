@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from headstart import machine
@@ -10,8 +11,9 @@ from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
 from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
-from headstart.evaluate.guard import BOUND, LOST, compare_guard, guard_result
+from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
+from headstart.evaluate.old import compare_old, old_result
 from headstart.report.reasons import NOT_MEASURED, find_reasons
 
 
@@ -24,10 +26,12 @@ def build_result(
     after: Measured,
     device: str,
     guard_bound: float = BOUND,
+    old: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
 
-    `facts` (kind, model, method, rows) and `plan` come from the job.
+    `facts` (kind, model, method, rows) and `plan` come from the job. `old` names the runs whose rows were to be kept, each with
+    the difference that it had made in each metric; it is None where none were.
     """
     first, second = pair_grades([before, after])
     compared = compare_all(first.metrics(), second.metrics())
@@ -36,10 +40,13 @@ def build_result(
     primary = measured[name]
     kept = compare_guard(before.guard(), after.guard())
     guard = guard_result(kept, guard_bound) if kept else None
-    decided = verdict(compared, name)
+    aged = compare_old(before, after, old or {})
+    parts = {f"{part.compared.name} of {part.name}" for part in aged}  # which have a bound of their own
+    decided = verdict([item for item in compared if item.name not in parts], name)
+    kept_old = None if old is None else old_result(aged) if aged else NOT_MEASURED
     result = {
         **facts,
-        "verdict": "worse" if guard and guard["verdict"] == LOST and decided != "not_measured" else decided,
+        "verdict": _decide(decided, guard, kept_old),
         "rows_needed": primary.rows_needed,
         "flips": count_flips(before, after),
         **to_json(compared),
@@ -47,6 +54,7 @@ def build_result(
         "answered": sum(row.answer is not None for row in after.own),
         "ungraded": ungraded({"before": before, "after": after}),
         "guard": guard or NOT_MEASURED,
+        "old": kept_old,
         "steps": {
             "taken": progress.step,
             "planned": plan["steps"],
@@ -74,6 +82,17 @@ def build_result(
         "environment": machine.describe(),
     }
     return {**result, "reasons": find_reasons(result)}
+
+
+def _decide(decided: str, guard: Mapping[str, Any] | None, old: Mapping[str, Any] | str | None) -> str:
+    """Return the verdict of all that was scored: of the job's new rows, of what was known before and of the old rows.
+
+    What is lost makes it worse. Where it can't be told at all whether old rows are kept, better can't be said.
+    """
+    aged = old["verdict"] if isinstance(old, Mapping) else KEPT if old is None else NOT_MEASURED
+    if decided != "not_measured" and LOST in ((guard or {}).get("verdict"), aged):
+        return "worse"
+    return "not_measured" if decided == "better" and aged in (NOT_MEASURED, FEW) else decided
 
 
 def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:

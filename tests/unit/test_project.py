@@ -17,10 +17,11 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor", "label", "verify"),
+    ("demo", "chat", "show", "doctor", "label", "verify", "update"),
     ("verbs", "tune"),
     ("origin",),
     ("job", "stop", "stall"),
+    ("lineage",),
     ("run",),
     ("report",),
     ("choose",),
