@@ -350,6 +350,40 @@ def compare(
 
 
 @app.command()
+def strength(
+    run: Annotated[str, typer.Argument(help="A run that learned to write text.")],
+    data: Annotated[list[str] | None, typer.Argument(help="Rows to score on; else its held-out ones.")] = None,
+    at: Annotated[float | None, typer.Option(help="Write the model at this strength, from 0 to 1, to -o.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A page to write; with --at a folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score RUN with less and more of what it learned."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.files import write_atomic
+        from headstart.report.strength import strength_page
+        from headstart.show import say_strengths
+        from headstart.strength import measure_strengths, write_at
+
+        if at is not None:
+            if out is None or data:
+                cure = "headstart strength RUN --at 0.5 -o FOLDER"
+                raise UsageError(Problem("usage.flag", "--at goes with -o, and with no data", "strength", cure))
+            display.fact("model", str(write_at(run, at, out)))
+            return {"run": run, "strength": at, "model": str(out)}
+        if out is not None and (out.suffix != ".html" or out.is_dir()):
+            raise UsageError(Problem("usage.flag", f"{out} is no name for a page", "--out", "-o strength.html"))
+        found = measure_strengths(run, data or (), on_progress=display.progress).to_json()
+        say_strengths(display, found)
+        if out is not None:
+            write_atomic(out, strength_page(found))
+            display.fact("page", str(out))
+        return found
+
+    carry_out(work, as_json)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A run, a folder, a built-in name or a hub id.")],
     ask: Annotated[str | None, typer.Option(help="Ask this once and leave, instead of a conversation.")] = None,

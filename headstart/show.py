@@ -20,6 +20,7 @@ from headstart.files import read_json
 from headstart.lineage import find_parents
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
+from headstart.report.strength import strength_lines, strength_words
 from headstart.report.versus import difference, flip_line
 from headstart.report.words import CLEAR, VERDICTS, data_lines, plan_facts
 from headstart.run import RunFolder, find_runs
@@ -185,6 +186,18 @@ def _say_flips(display: Display, flips: Flips) -> None:
             answers = [" ".join((text or "").split()) for text in (flip.first.answer, flip.second.answer)]
             was, now = (answer if len(answer) <= ANSWER else f"{answer[:ANSWER]}..." for answer in answers)
             display.line(f"    {title} {flip.second.where}: {was!r} -> {now!r}")
+
+
+def say_strengths(display: Display, found: Mapping[str, Any]) -> None:
+    """Say what each strength of a run gives."""
+    display.end_progress()
+    display.title(f"{found['run']} on {found['rows']:,} rows that it never saw")
+    metric = LABELS.get(found["metric"], found["metric"])
+    display.line(f"  {'strength':<10}{metric:>24}   {'against strength 0':<26} {'':<8} the guard")
+    for strength, value, gap, clear, grown, kept in strength_lines(found):
+        display.line(f"  {strength:<10}{value:>24}   {gap:<26} {clear:<8} {kept}{': ' if grown else ''}{grown}")
+    display.line()
+    display.line(f"  {strength_words(found)}", "bold")
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
     ("cli",),
-    ("demo", "chat", "show", "doctor", "label", "verify", "update"),
+    ("demo", "chat", "show", "doctor", "label", "verify", "update", "strength"),
     ("verbs", "tune"),
     ("origin",),
     ("job", "stop", "stall"),
