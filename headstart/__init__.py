@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headstart.trials.curve import curve
     from headstart.trials.sweep import sweep
     from headstart.tune import tune
+    from headstart.update import update
     from headstart.verbs import check, compare, evaluate, load, plan
 
 # Torch reads this once, when it first asks for memory: large blocks then lie in large pages, which saves a tenth of a step's
@@ -28,12 +29,26 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["HeadstartError", "Run", "check", "compare", "curve", "evaluate", "load", "plan", "predict", "sweep", "tune"]
+__all__ = [
+    "HeadstartError",
+    "Run",
+    "check",
+    "compare",
+    "curve",
+    "evaluate",
+    "load",
+    "plan",
+    "predict",
+    "sweep",
+    "tune",
+    "update",
+]
 
 _HOMES = {
     "HeadstartError": "headstart.errors",
     "Run": "headstart.run",
     "tune": "headstart.tune",
+    "update": "headstart.update",
     "predict": "headstart.label",
     "curve": "headstart.trials.curve",
     "sweep": "headstart.trials.sweep",

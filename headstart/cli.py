@@ -300,6 +300,31 @@ def track(
     carry_out(work, as_json)
 
 
+@app.command()
+def update(
+    run: Annotated[str, typer.Argument(help="The run to go on from.")],
+    data: Annotated[list[str], typer.Argument(help="New rows: files, folders or hub:owner/name.", show_default=False)],
+    out: Out = None,
+    replay: Annotated[float, typer.Option(help="Old rows learned again beside each new one; 0 is none.")] = 0.3,
+    epochs: Epochs = None,
+    eval_data: EvalData = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from RUN with new rows, and show what is kept."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.tune import start
+        from headstart.update import update_config
+
+        flags = {"data.train": data, "out": out, "epochs": epochs, "data.eval": eval_data}
+        given = [*_parse_flags(flags), *_parse_sets(sets)]
+        finished = start(update_config(run, replay, given), display)
+        return {"run": str(finished.path), **finished.result}
+
+    carry_out(work, as_json)
+
+
 @app.command("verify-resume")
 def verify(
     run: Annotated[Path, typer.Argument(help="The run folder; it is only read.")],
@@ -484,6 +509,40 @@ def benchmark(
 
 
 @app.command()
+def strength(
+    run: Annotated[str, typer.Argument(help="A run that learned to write text.")],
+    data: Annotated[list[str] | None, typer.Argument(help="Rows to score on; else its held-out ones.")] = None,
+    at: Annotated[float | None, typer.Option(help="Write the model at this strength, from 0 to 1, to -o.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A page to write; with --at a folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score RUN with less and more of what it learned."""
+
+    def work(display: Display) -> dict[str, Any]:
+        from headstart.files import write_atomic
+        from headstart.report.strength import strength_page
+        from headstart.show import say_strengths
+        from headstart.strength import measure_strengths, write_at
+
+        if at is not None:
+            if out is None or data:
+                cure = "headstart strength RUN --at 0.5 -o FOLDER"
+                raise UsageError(Problem("usage.flag", "--at goes with -o, and with no data", "strength", cure))
+            display.fact("model", str(write_at(run, at, out)))
+            return {"run": run, "strength": at, "model": str(out)}
+        if out is not None and (out.suffix != ".html" or out.is_dir()):
+            raise UsageError(Problem("usage.flag", f"{out} is no name for a page", "--out", "-o strength.html"))
+        found = measure_strengths(run, data or (), on_progress=display.progress).to_json()
+        say_strengths(display, found)
+        if out is not None:
+            write_atomic(out, strength_page(found))
+            display.fact("page", str(out))
+        return found
+
+    carry_out(work, as_json)
+
+
+@app.command()
 def chat(
     names: Annotated[list[str], typer.Argument(help="A run, a folder, a built-in name or a hub id.", metavar="MODEL")],
     ask: Annotated[str | None, typer.Option(help="Ask this once and leave, instead of a conversation.")] = None,
@@ -527,13 +586,18 @@ def chat(
 
 
 @app.command()
-def runs(folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"), as_json: Json = False) -> None:
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"),
+    tree: Annotated[bool, typer.Option("--tree", help="Each below the run that it goes on from.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the runs of a folder."""
 
     def work(display: Display) -> dict[str, Any]:
-        from headstart.show import list_runs, say_runs
+        from headstart.show import grow_tree, list_runs, say_runs
 
         found = list_runs(folder)
+        found = grow_tree(found) if tree else found
         say_runs(display, found, folder)
         return {"runs": found}
 
@@ -613,10 +677,15 @@ def render(config: File = None, sets: Sets = None, as_json: Json = False) -> Non
 
 def read_config(file: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> Config:
     """Lay flags and -s over a config file over the defaults."""
-    from headstart.config import Override, build_config
+    from headstart.config import build_config
 
-    overrides = [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
-    return build_config(file, [*overrides, *_parse_sets(sets)])
+    return build_config(file, [*_parse_flags(flags), *_parse_sets(sets)])
+
+
+def _parse_flags(flags: dict[str, Any]) -> list[Override]:
+    from headstart.config import Override
+
+    return [Override(key, value, f"flag {key}") for key, value in flags.items() if value not in (None, [])]
 
 
 def _flags(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from headstart.begin import (
     decide_reward,
     is_reward_model,
 )
-from headstart.choose import EVALS_PER_RUN, Facts, choose, choose_preference
+from headstart.choose import CHOICE_ROWS, EVALS_PER_RUN, Facts, choose, choose_preference
 from headstart.config import TASKS, Config, PreferenceSettings, Settings, setting
 from headstart.data.chats import Chats, find_chats, prepare_chats
 from headstart.data.corpus import is_large, peek, prepare_corpus
@@ -30,12 +30,13 @@ from headstart.data.feed import Feed, hashes_of
 from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
-from headstart.data.mixing import mix
+from headstart.data.mixing import Mixed, mix, replay
 from headstart.data.preferences import desirable_weight
 from headstart.data.prepare import Prepared, Sides, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
+from headstart.data.replay import Known
 from headstart.data.segments import Example, Segmented
 from headstart.data.templates import template_ids
 from headstart.engine.engine import Engine, Objective
@@ -64,11 +65,12 @@ from headstart.engine.plan import (
 from headstart.engine.work import RATE_ROWS, Shape, best_rate, probe_pack, read_shape
 from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.graders.rows import Grading
-from headstart.evaluate.guard import Guarded, load_guard
+from headstart.evaluate.guard import Guarded, load_guard, without_learned
 from headstart.evaluate.measure import Measured, RowResult, answer_limit, best_only, choose_answered, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
 from headstart.evaluate.watch import Watch, build_watch
 from headstart.files import read_json, seconds_per_byte
+from headstart.lineage import describe_parent, read_known
 from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
 from headstart.models.labels import zero_head
@@ -119,6 +121,7 @@ class Data:
     renderer: Encoder | Look
     prepared: Prepared
     guard: Sequence[Guarded] = ()
+    lineage: dict[str, Any] | None = None
     _proofs: dict[int | None, Segmented] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -213,17 +216,30 @@ class Job:
         return _needs_reference(self.config.settings)
 
     @property
+    def old_gains(self) -> dict[str, Mapping[str, float]] | None:
+        """The runs whose rows are to be kept, each with the difference that it made in each metric; None where none are."""
+        if self.data.lineage is None or self.data.lineage["replay"] is None:
+            return None
+        return {mixed.name: mixed.old.gains for mixed in self.data.prepared.mixed if mixed.old}
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
-    def measure_beside(self, rows: Measured, tokens_per_pack: int) -> Measured:
-        """Score the data sets that are mixed in and the guard, and put their rows behind those of the run's own."""
+    def measure_beside(self, rows: Measured, tokens_per_pack: int, labels: Labels | None = None) -> Measured:
+        """Score what is mixed in and the guard, and put their rows behind those of the run's own.
+
+        Old rows are scored as the run's own are, with its `labels`, but answered only where answers are picked.
+        """
         template = self.config.settings.data.template
         found = list(rows.rows)
         for mixed in self.data.prepared.mixed:
-            renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
-            measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
+            if mixed.old:
+                measured = self._measure_old(mixed.proof, tokens_per_pack, labels)
+            else:
+                renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
+                measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
             found += [replace(row, part=mixed.name) for row in measured]
         for part in self.data.guard:
             measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
@@ -257,6 +273,19 @@ class Job:
     def build_watch(self) -> Watch | None:
         """Return what is watched of preferences on the way; None where nothing is."""
         return _build_watch(self.data, self.config.settings, self.engine.reader, self.layout)
+
+    def _measure_old(self, rows: Segmented, tokens_per_pack: int, labels: Labels | None) -> Sequence[RowResult]:
+        return measure(
+            self.engine.reader,
+            self.data.renderer,
+            rows.kept,
+            rows.examples,
+            task=self.config.settings.task,
+            tokens_per_pack=tokens_per_pack,
+            answers=min(CHOICE_ROWS, len(rows.kept)) if self.choices else 0,
+            labels=labels,
+            choices=self.choices,
+        ).rows
 
     def new_feed(self) -> Feed:
         """Return the order of rows, from its beginning."""
@@ -344,31 +373,50 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     config = _decide_preference(config, sides.train.formatted.examples if sides else ())
     settings = config.settings
     _check_settings(config)
-    watch = settings.eval.every != 0
-    how: dict[str, Any] = {"task": task, "seed": settings.seed, "watch": watch}
-    if corpus and isinstance(renderer, Encoder):
-        prepared = prepare_corpus(files, settings.data, renderer, limit, **how)
-    else:
-        stored = None
-        if chats and isinstance(renderer, Renderer):
-            stored = prepare_chats(chats, settings.data, renderer, limit, watch=watch)
-        prepared = stored or prepare(
-            sides or form_sides(settings.data, settings.kind, settings.task),
-            settings.data,
-            renderer,
-            limit,
-            unpaired=settings.preference.objective == "kto",
-            **how,
-        )
+    known = read_known(settings, source, task)
+    stream = files if corpus else ()
+    prepared = _prepare_stream(settings, stream, chats, renderer, limit, known) or prepare(
+        sides or form_sides(settings.data, settings.kind, settings.task),
+        settings.data,
+        renderer,
+        limit,
+        task=task,
+        seed=settings.seed,
+        watch=settings.eval.every != 0,
+        unpaired=settings.preference.objective == "kto",
+        known=known,
+    )
     _check_files(config, prepared)
-    _mix_in(config, prepared, source, tokenizer, limit, today)
+    mixed = replay(prepared, known, settings.data, renderer, limit)
+    _mix_in(config, prepared, source, tokenizer, limit, today, mixed)
     guard = _read_guard(config, prepared, source, tokenizer, today)
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
         raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
-    return Data(config, source, tokenizer, renderer, prepared, guard)
+    return Data(config, source, tokenizer, renderer, prepared, guard, describe_parent(source, config))
+
+
+def _prepare_stream(
+    settings: Settings,
+    files: Sequence[SourceFile],
+    chats: Chats | None,
+    renderer: Encoder | Look,
+    limit: int,
+    known: Known,
+) -> Prepared | None:
+    """Prepare data that goes through in a stream: `files` of text, or `chats`; None where there is none, or it can't."""
+    watch = settings.eval.every != 0
+    if chats and isinstance(renderer, Renderer):
+        return prepare_chats(chats, settings.data, renderer, limit, known, seed=settings.seed, watch=watch)
+    if chats or not files or not isinstance(renderer, Encoder):
+        return None
+    if known.olds:
+        what = "text of this size goes through in a stream, and a run can't be mixed into it"
+        cure = f"go on without what the run learned: headstart tune DATA -m {settings.model}"
+        raise UsageError(Problem("config.no_effect", what, "data.mix", cure))
+    return prepare_corpus(files, settings.data, renderer, limit, task=settings.task, seed=settings.seed, watch=watch)
 
 
 def _read_rows(config: Config) -> tuple[Config, list[SourceFile], Detection | None, Chats | None, Sides | None]:
@@ -482,9 +530,15 @@ def _find_corpus(settings: Settings) -> tuple[list[SourceFile], Detection | None
 
 
 def _mix_in(
-    config: Config, prepared: Prepared, source: Source, tokenizer: Any, limit: int, today: datetime.date | None
+    config: Config,
+    prepared: Prepared,
+    source: Source,
+    tokenizer: Any,
+    limit: int,
+    today: datetime.date | None,
+    replayed: Sequence[Mixed],
 ) -> None:
-    """Add the rows of other data sets to those to train on."""
+    """Add old rows, and those of other data sets, to the rows to train on, and old ones to those to watch."""
     settings = config.settings
 
     def length(task: str) -> int:
@@ -498,9 +552,12 @@ def _mix_in(
 
     held = [*hashes_of(prepared.parts.watch), *hashes_of(prepared.parts.proof)]
     own = len(prepared.train.examples)
-    prepared.mixed = mix(settings.data, own, held, settings.task, renderer, length)
+    held += [digest for mixed in replayed if mixed.old for digest in hashes_of([*mixed.old.watch, *mixed.old.proof])]
+    prepared.mixed = [*replayed, *mix(settings.data, own, held, settings.task, renderer, length)]
     for mixed in prepared.mixed:
-        prepared.formed.append(mixed.formed)
+        prepared.formed += mixed.formed
+        prepared.watch.examples += mixed.watch.examples
+        prepared.watch.kept += mixed.watch.kept
         prepared.train.examples += mixed.train.examples
         prepared.train.kept += mixed.train.kept
         prepared.train.dropped += mixed.train.dropped
@@ -525,6 +582,9 @@ def _read_guard(
         return row_length(task, source, tokenizer)
 
     guard = load_guard(settings.eval.guard, renderer, length)
+    if isinstance(prepared.train.kept, list):  # rows of a stream aren't read again for this
+        guard, notes = without_learned(guard, prepared.train.kept)
+        prepared.formed[0].notes += notes
     prepared.formed += [part.formed for part in guard if part.formed]
     return guard
 

@@ -18,6 +18,7 @@ from headstart.data.read import HUB_PREFIX, SourceFile
 from headstart.errors import DataError, Problem, RunError, UsageError
 from headstart.files import sha256
 from headstart.job import Data
+from headstart.lineage import file_fault
 from headstart.models.source import Source, weights_hash
 
 ALLOWED = ("data", "model", "settings", "versions")
@@ -57,6 +58,8 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "dropped": {
             "too_long": [{"where": str(w), "tokens": n} for part in parts.values() for w, n in part.dropped],
             "in_both": prepared.parts.leaked,
+            "held_before": prepared.parts.held_before,
+            "trained_before": prepared.parts.trained_before,
             "nearly_in_both": [
                 {"where": str(leak.where), "like": str(leak.like), "share": leak.share} for leak in prepared.parts.near
             ],
@@ -67,6 +70,7 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "notes": [note for formed in prepared.formed for note in formed.notes],
         "model": _describe_model(data.source),
         "base": _describe_model(data.base) if data.base else None,
+        "lineage": data.lineage,
     }
 
 
@@ -172,12 +176,13 @@ def _not_allowed(record: Mapping[str, Any], changes: Sequence[Change]) -> list[C
 
 
 def _changed_file(file: Mapping[str, Any]) -> Change | None:
-    path = Path(file["path"])
-    if not path.exists():
-        return Change("data", Problem("data.changed", "the file is gone", file["name"], f"put it back at {path}"))
-    if sha256(path) != file["sha256"]:
-        return _change("data", "data.changed", "the file is not what it was when the run began", file["name"])
-    return None
+    fault = file_fault(file, "when the run began")
+    if fault is None:
+        return None
+    if not Path(file["path"]).exists():
+        cure = f"put it back at {file['path']}"
+        return Change("data", Problem("data.changed", fault[0], fault[1], cure))
+    return _change("data", "data.changed", *fault)
 
 
 def _change(kind: str, code: str, what: str, where: str) -> Change:

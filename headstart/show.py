@@ -17,8 +17,10 @@ from headstart.evaluate.measure import LABELS
 from headstart.evaluate.metrics import as_text
 from headstart.evaluate.versus import Evaluated, Versus
 from headstart.files import read_json
+from headstart.lineage import find_parents
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
+from headstart.report.strength import strength_lines, strength_words
 from headstart.report.versus import difference, flip_line
 from headstart.report.words import VERDICTS, clearness, data_lines, plan_facts, wins_words
 from headstart.run import RunFolder, find_runs
@@ -192,30 +194,64 @@ def _say_flips(display: Display, flips: Flips) -> None:
             display.line(f"    {title} {flip.second.where}: {was!r} -> {now!r}")
 
 
+def say_strengths(display: Display, found: Mapping[str, Any]) -> None:
+    """Say what each strength of a run gives."""
+    display.end_progress()
+    display.title(f"{found['run']} on {found['rows']:,} rows that it never saw")
+    metric = LABELS.get(found["metric"], found["metric"])
+    display.line(f"  {'strength':<10}{metric:>24}   {'against strength 0':<26} {'':<8} the guard")
+    for strength, value, gap, clear, grown, kept in strength_lines(found):
+        display.line(f"  {strength:<10}{value:>24}   {gap:<26} {clear:<8} {kept}{': ' if grown else ''}{grown}")
+    display.line()
+    display.line(f"  {strength_words(found)}", "bold")
+
+
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs in a folder: where each lies and how it ended."""
+    """Return the runs in a folder: where each lies, when it began, how it ended, and from which run it comes."""
+    paths = find_runs(folder)
+    parents = find_parents(paths)
     found = []
-    for path in find_runs(folder):
-        result = RunFolder(path).result_file
+    for path in paths:
+        files = RunFolder(path)
         row: dict[str, Any] = {"run": str(path), "verdict": None, "difference": None}
-        if result.exists():
-            content = read_json(result)
+        row["date"] = read_json(files.data_file)["date"] if files.data_file.exists() else None
+        row["parent"] = parents.get(path)
+        if files.result_file.exists():
+            content = read_json(files.result_file)
             row |= {"verdict": content["verdict"], "difference": content["difference"]}
         found.append(row)
     return found
 
 
+def grow_tree(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return runs below those that they come from (`children`); one whose parent isn't among them stands at the top."""
+    nodes = {row["run"]: {**row, "children": []} for row in runs}
+    for node in nodes.values():
+        if node["parent"] in nodes:
+            nodes[node["parent"]]["children"].append(node)
+    return [node for node in nodes.values() if node["parent"] not in nodes]
+
+
 def say_runs(display: Display, found: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Say which runs there are."""
+    """Say which runs there are; those that come from others below them where they have `children`."""
     if not found:
         display.line(f"no runs in {folder}")
-    for row in found:
+    _say_branch(display, found, "")
+
+
+def _say_branch(display: Display, runs: Sequence[Mapping[str, Any]], before: str) -> None:
+    for number, row in enumerate(runs):
+        last = number == len(runs) - 1
+        mark = before and before[:-3] + ("└─ " if last else "├─ ")
+        name = f"{mark}{row['run']}"
         if row["verdict"] is None:
-            display.line(f"  {row['run']:<44} not finished: headstart resume {row['run']}")
+            display.line(f"  {name:<44} not finished: headstart resume {row['run']}")
         else:
             gap = row["difference"]
             shown = f"{LABELS.get(gap['metric'], gap['metric'])} {gap['value']:+.3f}"
-            display.line(f"  {row['run']:<44} {VERDICTS[row['verdict']]:<16} {shown}")
+            display.line(f"  {name:<44} {VERDICTS[row['verdict']]:<16} {shown:<36} {row['date']}")
+        below = before[:-3] + ("   " if last else "│  ") if before else ""
+        _say_branch(display, row.get("children", ()), f"{below}   ")
 
 
 def list_models() -> list[dict[str, Any]]:

@@ -458,7 +458,7 @@ class _Session:
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
-        measured = self._measure_beside(self._grade(name, measured))
+        measured = self._measure_beside(self._grade(name, measured), labels)
         if preferred and before is None:
             measured = own_reference(measured)
         reach("evaluation.scored", name)
@@ -466,11 +466,11 @@ class _Session:
         self.folder.write_evaluation(name, measured.to_json())
         return measured
 
-    def _measure_beside(self, measured: Measured) -> Measured:
+    def _measure_beside(self, measured: Measured, labels: Labels | None) -> Measured:
         rows = [example for part in self.job.data.beside for example in part.examples]
         if not rows:
             return measured
-        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens))
+        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens, labels))
 
     def _grade(self, name: str, measured: Measured) -> Measured:
         """Let graders score the answers."""
@@ -635,7 +635,8 @@ class _Session:
             "kind": settings.kind,
             "task": settings.task,
             "model": self.job.data.source.to_json(),
-            "base": data.base.to_json() if (data := self.job.data).base else None,
+            "base": base.to_json() if (base := self.job.data.base) else None,
+            "lineage": self.job.data.lineage,
             "method": settings.method,
             "weights": settings.weights,
             "new_head": self.job.new_head,
@@ -653,6 +654,7 @@ class _Session:
             after=after,
             device=self.job.engine.reader.device.type,
             watch=watch_result(self.progress, self.folder.read_metrics()),
+            old=self.job.old_gains,
         )
         template = "plain" if settings.task == "causal" else settings.data.template
         write_atomic(self.folder.card_file, model_card(self.folder.path, result, template))

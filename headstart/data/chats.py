@@ -22,6 +22,7 @@ from headstart.data.formats import Detection, Formatted, Formatting, Named, name
 from headstart.data.labels import CHOICES_MAX, choose_answers
 from headstart.data.prepare import (
     FITTING,
+    Coding,
     Formed,
     Parts,
     Prepared,
@@ -35,6 +36,7 @@ from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, kind_of, read, read_parts
 from headstart.data.records import Conversation, Message, Record
 from headstart.data.render import Renderer
+from headstart.data.replay import UNKNOWN, Known
 from headstart.data.segments import Outcome, Segmented, encode_rows
 from headstart.data.store import Store, StoredRows, StoreWriter, file_hash, find_store, store_key
 from headstart.errors import DataError, Problem
@@ -76,7 +78,14 @@ def find_chats(settings: DataSettings, kind: str, task: str) -> Chats | None:
 
 
 def prepare_chats(
-    chats: Chats, settings: DataSettings, renderer: Renderer, max_length: int, *, watch: bool = True
+    chats: Chats,
+    settings: DataSettings,
+    renderer: Renderer,
+    max_length: int,
+    known: Known = UNKNOWN,
+    *,
+    seed: int = 0,
+    watch: bool = True,
 ) -> Prepared | None:
     """Do for many conversations what `prepare` does for rows in memory; None where they have to be read at once.
 
@@ -93,7 +102,7 @@ def prepare_chats(
         raise DataError(problems)
     others = train if evaluation is None else evaluation
     try:
-        found = split(train.keys, None if evaluation is None else others.keys, settings, watch=watch)
+        found = split(train.keys, None if evaluation is None else others.keys, settings, known, watch=watch)
         if settings.leaks == "near":
             found = without_near_leaks(found, train.records, None if evaluation is None else others.records)
     except DataError as error:
@@ -106,12 +115,15 @@ def prepare_chats(
             part.reject_dropped(max_length, "drop or cut")
     problems += [problem for part in parts for problem in part.problems]
     need_rows(parts, problems, max_length)
+    named = _parts(train, others, found)
     return Prepared(
         [side.formed for side in sides],
-        _parts(train, others, found),
+        named,
         *parts,
         problems,
         choices=choices,
+        coding=Coding("chat"),
+        replayed=known.replayed(len(named.train), [*named.watch, *named.proof], seed),
     )
 
 
@@ -124,6 +136,9 @@ def _parts(train: _Stored, others: _Stored, found: Split) -> Parts:
         found.duplicates,
         found.leaked,
         found.near,
+        0,
+        found.held_before,
+        found.trained_before,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,7 @@ class Labels:
     def class_weights(self) -> list[float]:
         """Return what a row of each class weighs, so that all classes together weigh alike ("balanced" of scikit-learn)."""
         total = sum(self.counts)
-        return [total / (len(self.counts) * count) for count in self.counts]
+        return [total / (len(self.counts) * max(1, count)) for count in self.counts]
 
     def to_json(self) -> dict[str, Any]:
         """The labels as plain values."""
@@ -82,15 +82,19 @@ def classes_of(record: Record) -> Sequence[str]:
     return ()
 
 
-def find_labels(records: Sequence[Record], task: str, names: Sequence[str] = ()) -> Labels:
+def find_labels(records: Sequence[Record], task: str, names: Sequence[str] = (), known: Labels | None = None) -> Labels:
     """Return what the rows to train on tell; classes in order, by number where all are numbers.
 
-    `names` are those of the columns of numbers. Raises DataError where there is only one class, or a number that never
-    changes.
+    `names` are those of the columns of numbers. `known` is what the model tells already: its classes stay, and so does a scale
+    of its own. Raises DataError where there is only one class, or a number that never changes.
     """
+    known = known if known is not None and known.task == task else None
     if task == "regression":
-        return _find_numbers([r for r in records if isinstance(r, Labelled)], names)
+        found = _find_numbers([r for r in records if isinstance(r, Labelled)], names)
+        scaled = known is not None and known.names == found.names and known.mean != (0.0,) * len(found.names)
+        return replace(found, mean=known.mean, spread=known.spread) if known and scaled else found
     counts = Counter(name for record in records for name in classes_of(record))
+    counts.update(dict.fromkeys(known.names if known else (), 0))
     if len(counts) < (1 if task == "multilabel" else 2):
         only = f"the label {next(iter(counts))!r}" if counts else "no label"
         what = f"every row to train on has {only}"

@@ -32,6 +32,7 @@ from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
 from headstart.data.records import Conversation, Document, Labelled, Picture, Preference, Record, Related, Tagged
 from headstart.data.related import as_related, scale_scores, segment_related
 from headstart.data.render import Renderer
+from headstart.data.replay import UNKNOWN, Known
 from headstart.data.segments import Segmented, segment_rows
 from headstart.errors import DataError, Problem, UsageError
 
@@ -95,6 +96,8 @@ class Parts:
     leaked: int = 0
     near: Sequence[NearLeak] = ()
     alike: int = 0  # rows that nearly say what is held out, and stay, since so many do
+    held_before: int = 0  # rows that were held out of what the model learned before: they aren't trained on
+    trained_before: int = 0  # rows that it learned before: they aren't held out
 
 
 @dataclass
@@ -112,6 +115,8 @@ class Prepared:
     masking: Masking | None = None
     choices: tuple[str, ...] = ()
     mixed: list[Any] = field(default_factory=list)  # of `mixing.Mixed`, which stands on this
+    coding: Coding | None = None
+    replayed: Sequence[Sequence[Record]] = ()  # of each run that the model comes from, the rows that are learned again
 
     @property
     def longest(self) -> int:
@@ -246,24 +251,36 @@ class Split:
     leaked: int
     near: Sequence[NearLeak] = ()
     alike: int = 0  # rows that nearly say what is held out, and stay, since so many do
+    held_before: int = 0
+    trained_before: int = 0
 
 
-def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch: bool) -> Split:
+def split(train: Keys, evaluation: Keys | None, settings: DataSettings, known: Known, *, watch: bool) -> Split:
     """Decide which rows are trained on, watched and kept for the proof.
 
-    Rows to score on that also stand in the training data (in another group, say) are taken out of the training data.
+    Rows to score on that also stand in the training data (in another group, say) are taken out of the training data; so are
+    those that were held out of what the model learned before (`known`), and what it learned then is not held out.
     Raises DataError where a side would be empty.
     """
     held_out: float | None = None
+    others = train if evaluation is None else evaluation
+    held_before, trained_before = (
+        [np.isin(side.digests, digests) for side in (train, others)]
+        for digests in (known.held_digests, known.trained_digests)
+    )
+    new = np.flatnonzero(~(held_before[1] | trained_before[1]))
+    if not len(new):
+        what = f"all {len(others):,} rows were learned or held out before"
+        raise DataError(Problem("split.too_small", what, "", "give rows that are new"))
+    own = np.zeros(len(train), np.bool_)
     if evaluation is None:
-        held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(train))
-        own = split_sides(train.sides, held_out)
+        held_out = settings.held_out if settings.held_out is not None else choose_held_out(len(new))
+        own[new] = split_sides(train.sides[new], held_out)
         held, digests = np.flatnonzero(own), train.digests
     else:
-        own = np.zeros(len(train), np.bool_)
-        held, digests = np.arange(len(evaluation)), evaluation.digests
+        held, digests = new, evaluation.digests
     leaked = np.isin(train.digests, digests[held]) & ~own
-    aside = own | leaked
+    aside = own | leaked | held_before[0]
     if aside.all() or not len(held):
         what = f"{len(train) - int(aside.sum())} rows to train on and {len(held)} to score on"
         raise DataError(Problem("split.too_small", what, "", "give rows for both, and none in both"))
@@ -275,6 +292,8 @@ def split(train: Keys, evaluation: Keys | None, settings: DataSettings, *, watch
         held_out=held_out,
         duplicates=len(train) - len(np.unique(train.digests)),
         leaked=int(leaked.sum()),
+        held_before=int(held_before[0].sum()),
+        trained_before=int(trained_before[1].sum()),
     )
 
 
@@ -315,14 +334,21 @@ def _watched(digests: NDArray[np.uint64], *, watch: bool) -> NDArray[np.bool_]:
     return watched
 
 
-def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings, *, watch: bool) -> Parts:
+def split_parts(
+    train: Formed, evaluation: Formed | None, settings: DataSettings, known: Known = UNKNOWN, *, watch: bool
+) -> Parts:
     """Split records as `split` says."""
     rows = train.formatted.examples
     others = rows if evaluation is None else evaluation.formatted.examples
-    found = split(Keys.of(rows), None if evaluation is None else Keys.of(others), settings, watch=watch)
+    found = split(Keys.of(rows), None if evaluation is None else Keys.of(others), settings, known, watch=watch)
     if settings.leaks != "exact":
         within = 1.0 if settings.leaks == "near" else NEAR_FRAC
         found = without_near_leaks(found, rows, None if evaluation is None else others, within)
+        if before := known.held:
+            # What was held out before is as good as named to be scored on.
+            named = replace(found, watch=np.arange(0), proof=np.arange(len(before)), near=(), alike=0)
+            again = without_near_leaks(named, rows, before, within)
+            found = replace(found, train=again.train, near=[*found.near, *again.near], alike=found.alike + again.alike)
     return Parts(
         [rows[row] for row in found.train],
         [others[row] for row in found.watch],
@@ -332,6 +358,8 @@ def split_parts(train: Formed, evaluation: Formed | None, settings: DataSettings
         found.leaked,
         found.near,
         found.alike,
+        found.held_before,
+        found.trained_before,
     )
 
 
@@ -367,10 +395,11 @@ def prepare(
     seed: int = 0,
     watch: bool = True,
     unpaired: bool = False,
+    known: Known = UNKNOWN,
 ) -> Prepared:
     """Split, render and encode all data of a run for a task; of preferences, with `unpaired` answers stand for themselves.
 
-    Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
+    `known` is what the model learned before. Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
     """
     train, evaluation = sides.train, sides.evaluation
     problems = [problem for part in sides.formed for problem in part.formatted.problems]
@@ -380,7 +409,7 @@ def prepare(
     if compared and settings.group_by is None:
         train.formatted.examples = list(parted(_of(Preference, train.formatted.examples)))
     try:
-        parts = split_parts(train, evaluation, settings, watch=watch)
+        parts = split_parts(train, evaluation, settings, known, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
         raise DataError([*problems, *error.problems]) from None
     every = parts.train  # what the classes are, and which answers stand again and again, doesn't follow from data.rows
@@ -389,9 +418,12 @@ def prepare(
     if len(parts.train) < FEW_ROWS:
         few = f"{len(parts.train)} rows to train on are few: most likely they are learned by heart"
         train.notes.append(few)
+    replayed = known.replayed(len(parts.train), [*parts.watch, *parts.proof], seed)
+    learned = [*parts.train, *(record for rows in replayed for record in rows)]
     labels = None
     if task in LABELLED:
-        labels = find_labels(every, task, settings.label)
+        told = [*every, *(record for rows in replayed for record in rows)]
+        labels = find_labels(told, task, settings.label, known.labels)
         train.notes += label_notes(parts.train, [*parts.watch, *parts.proof], labels)
     masking = None
     if task == "masked" and isinstance(renderer, Encoder):
@@ -400,7 +432,7 @@ def prepare(
         labels = REWARD
     if compared:
         train.notes += preference_notes(_of(Preference, parts.train), unpaired=unpaired)
-    coding = Coding(task, labels, masking, parts.train, unpaired)
+    coding = Coding(task, labels, masking, learned, unpaired)
     to_train, to_watch, to_prove = (
         segment(part, settings, renderer, max_length, coding, whole=whole)
         for part, whole in ((parts.train, False), (parts.watch, True), (parts.proof, True))
@@ -410,8 +442,19 @@ def prepare(
     need_rows(segmented, problems, max_length)
     documents = [record for record in parts.train if isinstance(record, Document)]
     fit = measure_fit(documents, renderer) if documents and isinstance(renderer, Encoder) else None
-    choices = find_choices(every) if task == "chat" else ()
-    return Prepared(sides.formed, parts, to_train, to_watch, to_prove, problems, fit, labels, masking, choices)
+    choices = find_choices([*every, *known.trained]) if task == "chat" else ()
+    return Prepared(
+        sides.formed,
+        parts,
+        *segmented,
+        problems,
+        fit,
+        labels,
+        masking,
+        choices,
+        coding=coding,
+        replayed=replayed,
+    )
 
 
 def need_rows(parts: tuple[Segmented, Segmented, Segmented], problems: Sequence[Problem], max_length: int) -> None:

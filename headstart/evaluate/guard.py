@@ -13,7 +13,9 @@ import numpy as np
 
 from headstart.config import DataSettings
 from headstart.data.mixing import MIXABLE
+from headstart.data.overlap import find_learned
 from headstart.data.prepare import Coding, Formed, form_rows, segment
+from headstart.data.records import Record
 from headstart.data.render import Renderer
 from headstart.data.segments import Example, Segmented
 from headstart.errors import DataError, Problem, UsageError
@@ -55,6 +57,24 @@ def load_guard(
     # Parts are told apart by their names, so files of one name by where they lie.
     known = [name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)]
     return [_load_own(name, shown, renderers, lengths) for name, shown in zip(names, known, strict=True)]
+
+
+def without_learned(guard: Sequence[Guarded], trained: Sequence[Record]) -> tuple[list[Guarded], list[str]]:
+    """Leave out what stands in the rows to train on, since what is learned by heart shows no knowledge; say what that was."""
+    found, notes = [], []
+    for part in guard:
+        rows = part.rows
+        texts = [" ".join(record.texts) for record in rows.kept]
+        learned = find_learned(texts, (" ".join(record.texts) for record in trained))
+        stay = [number for number in range(len(texts)) if number not in learned]
+        if learned:
+            first = rows.kept[min(learned)].where
+            what = f"{len(learned):,} of {len(texts):,} rows of the guard ({part.name}) stand in the rows to train on"
+            notes.append(f"{what}: they aren't scored; first {first}")
+            rows = Segmented([rows.examples[number] for number in stay], [rows.kept[number] for number in stay])
+        if stay:
+            found.append(replace(part, rows=rows))
+    return found, notes
 
 
 def general_forms() -> list[Formed]:

@@ -12,6 +12,7 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
 from headstart.data.images import Look
 from headstart.data.labels import OUTSIDE, Labels
+from headstart.data.mixing import MIXABLE
 from headstart.data.records import Conversation, Document, Preference, Record, Related, Tagged
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
@@ -142,8 +143,12 @@ class Measured:
 
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics over rows; those of answers over the rows that were answered."""
-        mixed = {f"{name} of {part}": metric for part, (name, metric) in self._parts(guard=False).items()}
+        mixed = {f"{name} of {part}": metric for part, (name, metric) in self.parts().items()}
         return {**task_metrics(self.task, self.own), **grade_metrics(self.own), **mixed}
+
+    def parts(self) -> dict[str, tuple[str, Metric]]:
+        """Return what was mixed in, each part with the name of its metric and the metric."""
+        return self._parts(guard=False)
 
     def guard(self) -> dict[str, tuple[str, Metric]]:
         """Return the parts of the guard, each with the name of its metric and the metric."""
@@ -154,6 +159,8 @@ class Measured:
         for part in dict.fromkeys(row.part for row in self.rows if row.part and row.guard == guard):
             rows = [row for row in self.rows if row.part == part and row.guard == guard]
             task = "causal" if rows[0].bytes else "chat"
+            if not guard and self.task not in MIXABLE:  # what is mixed in are old rows, of the same task
+                task = self.task
             metrics = task_metrics(task, rows)
             name = next(name for name in PRIMARY[task] if name in metrics)
             found[part] = name, metrics[name]

@@ -97,14 +97,17 @@ def adapt(
     for name, parameter in model.named_parameters():
         if name.replace(".base_layer.", ".") in whole:
             parameter.requires_grad_(True)
-    modules = sum("lora_A" in name for name, _ in model.named_parameters())
-    return Adapted(wrapped.get_base_model(), wrapped, modules)
+    return Adapted(wrapped.get_base_model(), wrapped, _count_modules(model))
 
 
 def carry_on(adapted: Any) -> Adapted:
     """Make the adapter of a PEFT model, loaded to be trained, train further: it begins with what it has learned."""
     model = adapted.get_base_model()
-    return Adapted(model, adapted, sum("lora_A" in name for name, _ in model.named_parameters()))
+    return Adapted(model, adapted, _count_modules(model))
+
+
+def _count_modules(model: Any) -> int:
+    return sum("lora_A" in name for name, _ in model.named_parameters())
 
 
 def _embedding(model: Any) -> Any:

@@ -138,6 +138,8 @@ def load_model(
             )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise _load_error(source, error, "model.kind") from None
+    if labels and told:
+        _carry_head(model, base, told, labels)
     fresh = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
     if AUTO[task] == "AutoModelForCausalLM" or labels or task == "embedding":
         _check_whole(model, fresh, source, new_head=bool(labels))
@@ -181,6 +183,54 @@ def read_adapter(source: Source) -> dict[str, Any]:
             Problem("model.kind", what, source.name, f"tune what it stands on: -m {find_base(source).name}")
         )
     return config
+
+
+def head_of(model: Any) -> Any:
+    """Return the layer that gives a model's numbers; None where no linear one does."""
+    wanted = model.config.num_labels
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == wanted]
+    return linear[-1] if linear else None
+
+
+@torch.no_grad()
+def _carry_head(model: Any, base: Source, told: Labels, labels: Labels) -> None:
+    """Give a head for `labels` what the one on disk knew, which told `told`: its rows for the classes that both tell.
+
+    Of numbers it gives them in the scale in which they are learned now.
+    """
+    head = head_of(model)
+    if head is None or told.task != labels.task:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    known = {part: _read_tensor(base, f"{name}.{part}") for part in ("weight", "bias")}
+    if labels.task == "regression":
+        if told.names == labels.names and head.bias is not None:
+            (was, at), (spread, mean) = (
+                [torch.tensor(values).to(head.bias) for values in (side.spread, side.mean)] for side in (told, labels)
+            )
+            head.weight.mul_((was / spread)[:, None])
+            head.bias.mul_(was).add_(at).sub_(mean).div_(spread)
+        return
+    places = {label: number for number, label in enumerate(told.names)}
+    for part, tensor in known.items():
+        own = getattr(head, part)
+        if own is None or tensor is None or len(tensor) != len(told.names) or tensor.shape[1:] != own.shape[1:]:
+            continue
+        for number, label in enumerate(labels.names):
+            if label in places:
+                own[number] = tensor[places[label]].to(own)
+
+
+def _read_tensor(source: Source, name: str) -> torch.Tensor | None:
+    """Return a tensor of a model's files by its name; None where there is none of that name."""
+    from safetensors import safe_open
+
+    for file in sorted(source.path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (no dict)
+                found: torch.Tensor = tensors.get_tensor(name)
+                return found
+    return None
 
 
 def _own_pooling(source: Source) -> str | None:

@@ -12,7 +12,7 @@ import torch
 
 from headstart.data.labels import Labels
 from headstart.files import new_folder, write_json
-from headstart.models.load import LABELS_KEY
+from headstart.models.load import LABELS_KEY, head_of
 from headstart.models.source import Source
 
 
@@ -85,10 +85,8 @@ def _save_whole(model: Any, folder: Path, labels: Labels | None) -> None:
 
 def _last_linear(model: Any) -> Any:
     """Return the layer that gives a model's numbers, if it has a bias; else None."""
-    linear = [
-        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.config.num_labels
-    ]
-    return linear[-1] if linear and linear[-1].bias is not None else None
+    head = head_of(model)
+    return head if head is not None and head.bias is not None else None
 
 
 def saved_scale(model: Any, labels: Labels | None) -> dict[str, list[float]] | None:

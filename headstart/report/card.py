@@ -11,7 +11,7 @@ from typing import Any
 
 from headstart.data.templates import TEMPLATES
 from headstart.display import safe
-from headstart.report.words import guard_words, score_table, sentence, speed_facts
+from headstart.report.words import guard_words, lineage_facts, score_table, sentence, speed_facts
 
 LORA = """```python
 from peft import PeftModel
@@ -134,13 +134,13 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
         more=code + MORE.get(result["task"], ""),
     )
     rows = min(result["rows"]["train"], result["tokens"]["rows_seen"])
-    base = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
+    begun = f"{model['name']}{' at ' + model['revision'] if model['revision'] else ''}"
     return "\n".join(
         [
             *head,
             f"# {_text(folder.name)}",
             "",
-            f"{_text(base)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
+            f"{_text(begun)}, fine-tuned ({result['task']}, {result['method']}) on {rows:,} rows{RANDOM * (result['weights'] == 'random')}.",
             *(["", f"It began with an adapter: {_text(result['plan']['start'])}."] if result["base"] else []),
             "",
             f"**{_text(sentence(result))}.**",
@@ -151,6 +151,7 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             "",
             _known(result),
             "",
+            *_lineage(result),
             "## Training",
             "",
             *(f"- {name}: {value}" for name, value in speed_facts(result)),
@@ -168,6 +169,11 @@ def _known(result: Mapping[str, Any]) -> str:
         return "What it knew before was not measured."
     said = guard_words(guard)
     return f"General text and questions: {_text(said)}."
+
+
+def _lineage(result: Mapping[str, Any]) -> list[str]:
+    facts = lineage_facts(result.get("lineage"))
+    return ["## Lineage", "", *(f"- {name}: {_text(value)}" for name, value in facts), ""] if facts else []
 
 
 def _metadata(model: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:

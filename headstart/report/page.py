@@ -24,7 +24,9 @@ from headstart.report.words import (
     data_facts,
     flips_words,
     guard_lines,
+    lineage_facts,
     named,
+    old_lines,
     score_table,
     sentence,
     speed_facts,
@@ -56,6 +58,7 @@ def report_page(
     name = f"{result['model']['name']}{begun} on {_file_names(data)}"
     trouble = trouble_facts(result, metrics, data)
     watched = watched_section(result["watch"], metrics)
+    comes_from = lineage_facts(result.get("lineage"))
     body = [
         _first_screen(name, result),
         _section("Seven reasons", _reasons(result)),
@@ -66,6 +69,7 @@ def report_page(
         *([_section("What became of the answers", watched)] if watched else []),
         *([_section("What went otherwise than planned", _facts(trouble))] if trouble else []),
         _section("Where the time went", _facts(speed_facts(result))),
+        *([_section("Lineage", _facts(comes_from))] if comes_from else []),
         _section("Data", _facts(data_facts(data)) + _dropped(data)),
         _section("Plan and what happened", _plan_and_actual(result)),
         _section("Settings", _settings(config)),
@@ -149,7 +153,23 @@ def _scores(result: Mapping[str, Any]) -> str:
     wins = [] if isinstance(result["wins"], str) else result["wins"]
     note += "".join(f"<p>{html.escape(_capital(wins_words(item)))}.</p>" for item in wins)
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
-    return table(["", "before", "after", "difference", ""], rows) + note + missed + _guard(result)
+    return table(["", "before", "after", "difference", ""], rows) + note + missed + _old(result) + _guard(result)
+
+
+def _old(result: Mapping[str, Any]) -> str:
+    """Return what became of the rows that were held out of the runs that the model comes from."""
+    old = result.get("old")
+    if not old:
+        return ""
+    if isinstance(old, str):
+        return "<h3>What it learned before</h3><p>Not measured, so that it can't be called better.</p>"
+    rows = [[*map(cell, values), cell(kept, GUARD_STYLES[kept])] for *values, kept in old_lines(old)]
+    note = (
+        "<p>Rows that were held out of the runs that it comes from, and never trained on. Lost: by its interval a metric fell by more "
+        f"than {old['bound']:.0%} of what that run had gained on these rows (the bound); kept: by no more.</p>"
+    )
+    head = ["", "", "rows", "before", "after", "difference", "bound", ""]
+    return "<h3>What it learned before</h3>" + table(head, rows) + note
 
 
 def _guard(result: Mapping[str, Any]) -> str:

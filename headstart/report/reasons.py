@@ -9,7 +9,7 @@ from typing import Any
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
 from headstart.evaluate.wins import BY_LIKENESS
-from headstart.report.words import flips_words, guard_words, named, score_words, sentence, wins_words
+from headstart.report.words import flips_words, guard_words, named, old_words, score_words, sentence, wins_words
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -44,11 +44,7 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ),
         "shared_knowledge": _shared_knowledge(result),
         "happy_users": _happy_users(result),
-        "up_to_date": Reason(
-            "Up to date",
-            "Does it know what is new, and still what is old?",
-            how="headstart compare OLD_RUN RUN DATA, once with new rows and once with the old held-out ones",
-        ),
+        "up_to_date": _up_to_date(result),
     }
     return {name: reason.to_json() for name, reason in found.items()}
 
@@ -115,6 +111,16 @@ def _happy_users(result: Mapping[str, Any]) -> Reason:
         "; ".join(map(wins_words, telling)),
         how if writes else "ask the people who work with what it tells",
     )
+
+
+def _up_to_date(result: Mapping[str, Any]) -> Reason:
+    asks = "Does it know what is new, and still what is old?"
+    old = result.get("old")
+    if not old or isinstance(old, str):
+        how = "headstart update RUN NEW_DATA: it goes on from this run, and is scored on new rows and old ones"
+        return Reason("Up to date", asks, how=how)
+    new = score_words(result, result["difference"]["metric"], f"on {result['rows']['proof']:,} new rows")
+    return Reason("Up to date", asks, f"{new}; {old_words(old)}")
 
 
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:

@@ -11,8 +11,9 @@ from headstart.engine.loop import Progress
 from headstart.evaluate.compare import compare_all, to_json, verdict
 from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
-from headstart.evaluate.guard import BOUND, LOST, compare_guard, guard_result
+from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
+from headstart.evaluate.old import compare_old, old_result
 from headstart.evaluate.wins import find_wins
 from headstart.report.reasons import NOT_MEASURED, find_reasons
 from headstart.report.watched import stop_words
@@ -27,11 +28,14 @@ def build_result(
     after: Measured,
     device: str,
     guard_bound: float = BOUND,
+    old: Mapping[str, Mapping[str, float]] | None = None,
     watch: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare what was measured before and after, and put it together with what the run was and cost.
 
-    `facts` (kind, model, method, rows) and `plan` come from the job; `watch` is what was watched of preferences on the way.
+    `facts` (kind, model, method, rows) and `plan` come from the job; `watch` is what was watched of preferences on the way. `old`
+    names the runs whose rows were to be kept, each with the difference that it had made in each metric; it is None where
+    none were.
     """
     first, second = pair_grades([before, after])
     compared = compare_all(first.metrics(), second.metrics())
@@ -40,10 +44,13 @@ def build_result(
     primary = measured[name]
     kept = compare_guard(before.guard(), after.guard())
     guard = guard_result(kept, guard_bound) if kept else None
-    decided = verdict(compared, name)
+    aged = compare_old(before, after, old or {})
+    parts = {f"{part.compared.name} of {part.name}" for part in aged}  # which have a bound of their own
+    decided = verdict([item for item in compared if item.name not in parts], name)
+    kept_old = None if old is None else old_result(aged) if aged else NOT_MEASURED
     result = {
         **facts,
-        "verdict": "worse" if guard and guard["verdict"] == LOST and decided != "not_measured" else decided,
+        "verdict": _decide(decided, guard, kept_old),
         "rows_needed": primary.rows_needed,
         "flips": count_flips(before, after),
         **to_json(compared),
@@ -53,6 +60,7 @@ def build_result(
         "ungraded": ungraded({"before": before, "after": after}),
         "guard": guard or NOT_MEASURED,
         "watch": watch or NOT_MEASURED,
+        "old": kept_old,
         "steps": {
             "taken": progress.step,
             "planned": plan["steps"],
@@ -96,6 +104,17 @@ def watch_result(progress: Progress, metrics: Sequence[Mapping[str, Any]]) -> di
         "signs": progress.signs,
         "stopped": stop_words(progress.signs) if progress.end == "wrong" else "",
     }
+
+
+def _decide(decided: str, guard: Mapping[str, Any] | None, old: Mapping[str, Any] | str | None) -> str:
+    """Return the verdict of all that was scored: of the job's new rows, of what was known before and of the old rows.
+
+    What is lost makes it worse. Where it can't be told at all whether old rows are kept, better can't be said.
+    """
+    aged = old["verdict"] if isinstance(old, Mapping) else KEPT if old is None else NOT_MEASURED
+    if decided != "not_measured" and LOST in ((guard or {}).get("verdict"), aged):
+        return "worse"
+    return "not_measured" if decided == "better" and aged in (NOT_MEASURED, FEW) else decided
 
 
 def build_speed(progress: Progress, plan: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     rows += ", before with a new head that gives 0 to all" * bool(result.get("new_head"))
     lost = guard_words(result["guard"]) if _guard_verdict(result) == "lost" else ""
     said = f"{VERDICTS[result['verdict']]}: {score_words(result, metric, rows)}"
-    return "; ".join(filter(None, (said, lost, needed_words(result))))
+    return "; ".join(filter(None, (said, old_words(result.get("old")), lost, needed_words(result))))
 
 
 def score_words(result: Mapping[str, Any], metric: str, rows: str = "") -> str:
@@ -68,6 +68,52 @@ def guard_words(guard: Mapping[str, Any]) -> str:
     """Say what became of what the model knew."""
     parts = [f"{name} {_share(part['loss']['value'])} loss" for name, part in guard["parts"].items()]
     return f"{GUARD_VERDICTS[guard['verdict']]}: {', '.join(parts)} (the bound is {_share(guard['bound'])})"
+
+
+OLD_VERDICTS = {
+    "kept": "what it learned before is kept",
+    "lost": "what it learned before fell",
+    "unclear": "it can't be told whether what it learned before is kept",
+    "too few rows": "too few old rows to tell whether what it learned before is kept",
+}
+
+
+def old_words(old: Mapping[str, Any] | str | None) -> str:
+    """Say what became of the rows that were held out of the runs that a model comes from; nothing where it comes from none."""
+    if not old:
+        return ""
+    if isinstance(old, str):
+        return "old rows were not measured"
+    parts = [
+        f"{named(part['metric'])} {part['before']['value']:.3f} -> {part['after']['value']:.3f} on {part['rows']:,} rows of {name}"
+        for name, part in old["parts"].items()
+    ]
+    return f"{OLD_VERDICTS[old['verdict']]}: {', '.join(parts)}"
+
+
+def old_lines(old: Mapping[str, Any] | str | None) -> list[tuple[str, ...]]:
+    """Return a line for each run whose rows were to be kept: name, metric, rows, before, after, difference, bound, verdict."""
+    if not old or isinstance(old, str):
+        return []
+    lines: list[tuple[str, ...]] = []
+    for name, part in old["parts"].items():
+        gap = part["difference"]
+        shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        sides = (f"{part['before']['value']:.3f}", f"{part['after']['value']:.3f}")
+        facts = (name, named(part["metric"]), f"{part['rows']:,}")
+        lines.append((*facts, *sides, shown, f"{part['bound']:.3g}", part["verdict"]))
+    return lines
+
+
+def lineage_facts(lineage: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return from which run a model comes, as names and values."""
+    if not lineage:
+        return []
+    facts = [("goes on from", lineage["run"]), ("whose result.json has SHA-256", lineage["result_sha256"][:16])]
+    facts += [("learned from", f"{file['name']}, SHA-256 {file['sha256'][:16]}") for file in lineage["data"][:FILES]]
+    if lineage["replay"] is not None:
+        facts.append(("learned again", f"{lineage['replay']:g} old rows beside each new one"))
+    return facts
 
 
 def guard_lines(guard: Mapping[str, Any] | str) -> list[tuple[str, str, str, str, str]]:
@@ -231,6 +277,10 @@ def data_lines(prepared: Any) -> list[str]:
         lines.append(f"{parts.duplicates:,} rows stand more than once")
     if parts.leaked:
         lines.append(f"{parts.leaked:,} rows to score on also stood in the training data; they are not trained on")
+    if parts.held_before:
+        lines.append(f"{parts.held_before:,} rows were held out before; they are not trained on")
+    if parts.trained_before:
+        lines.append(f"{parts.trained_before:,} rows were trained on before; they are not held out")
     if parts.near:
         what = f"{len(parts.near):,} rows to train on say nearly what a row to score on says; they are not trained on"
         lines.append(f"{what}; first {parts.near[0].where}, like {parts.near[0].like}")
@@ -282,6 +332,12 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("in both", f"{data['dropped']['in_both']:,} rows to score on were taken out of the training data")
         )
+    for key, what in (
+        ("held_before", "held out before, and not trained on"),
+        ("trained_before", "trained on before, and not held out"),
+    ):
+        if count := data["dropped"].get(key):
+            facts.append(("old rows among the new", f"{count:,} rows were {what}"))
     if alike := data.get("alike"):
         facts.append(("nearly in both", f"{alike:,} rows nearly say what a row to score on says, and were trained on"))
     if near := data["dropped"].get("nearly_in_both"):

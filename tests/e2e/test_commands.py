@@ -289,6 +289,7 @@ def readme(language: str) -> list[str]:
 
 def test_the_readme_does_what_it_says(data: Path) -> None:
     Path("data_eval.jsonl").write_text(data.read_text().replace("?", " please?"), encoding="utf-8")
+    Path("data_new.jsonl").write_text(data.read_text().replace("?", " now?"), encoding="utf-8")
     visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
     Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")
     Path("notes").mkdir()

@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[2] / "headstart"
 ORDER = [
     ("cli",),
     ("vote",),
-    ("demo", "chat", "show", "doctor", "label", "verify", "benchmark", "trials"),
+    ("demo", "chat", "show", "doctor", "label", "verify", "benchmark", "trials", "update", "strength"),
     ("verbs", "tune"),
     ("origin", "rate"),
     ("job", "stop", "stall", "track"),
-    ("begin",),
+    ("begin", "lineage"),
     ("run",),
     ("report",),
     ("choose",),
