@@ -79,7 +79,7 @@ def test_rows_are_learned_without_what_is_private_and_grouped_as_they_stand(tmp_
     file = tmp_path / "rows.jsonl"
     rows = [{"text": f"ask {name}@example.org", "who": f"{name}@example.org"} for name in ("jo", "al")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    formed = form_rows([str(file)], DataSettings(redact=True, group_by="who"))
+    formed = form_rows([str(file)], DataSettings(fix=("redact",), group_by="who"))
     assert [record.content for record in formed.records] == ["ask [EMAIL]"] * 2
     assert [record.group for record in formed.records] == ['"jo@example.org"', '"al@example.org"']
     assert "private data replaced: 4 x [EMAIL]" in formed.notes
@@ -89,6 +89,6 @@ def test_rows_to_label_are_read_as_those_that_were_learned() -> None:
     from headstart.label import _take
 
     rows = [Row(Where("rows", 1), {"text": "ask jo@example.org"})]
-    for redact_them, said in ((True, "ask [EMAIL]"), (False, "ask jo@example.org")):
-        (record,), _ = _take(rows, "classification", DataSettings(redact=redact_them), [])
+    for fix, said in ((("redact",), "ask [EMAIL]"), ((), "ask jo@example.org")):
+        (record,), _ = _take(rows, "classification", DataSettings(fix=fix), [])
         assert record.content == said

@@ -69,6 +69,7 @@ PLAN: dict[str, Any] = {
     "product_rate": 1e9,
     "tokens_per_pack": 512,
     "memory_bytes": 2 << 30,
+    "start": "",
 }
 SOURCE = {"name": PAYLOADS[0], "kind": "hub", "revision": "abc", "sha256": "", "path": "/x", "license": "MIT"}
 
@@ -79,6 +80,9 @@ def result(gain: float = 5.0) -> dict[str, Any]:
             "kind": "instruction",
             "task": "chat",
             "model": SOURCE,
+            "base": None,
+            "lineage": None,
+            "new_head": False,
             "method": "lora",
             "weights": "pretrained",
             "dtype": "float32",
