@@ -283,15 +283,23 @@ def test_the_demo_runs_from_the_package_alone(tiny_home: Path) -> None:
         assert said in result.stdout
 
 
-def readme(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = ("README.md", "docs/preferences.md", "docs/evaluation.md", "docs/runs.md")
 
 
-def test_the_readme_does_what_it_says(data: Path) -> None:
+def examples(language: str) -> list[str]:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_and_its_pages_do_what_they_say(data: Path) -> None:
     Path("data_eval.jsonl").write_text(data.read_text().replace("?", " please?"), encoding="utf-8")
     Path("data_new.jsonl").write_text(data.read_text().replace("?", " now?"), encoding="utf-8")
     visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
     Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")
+    pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(40)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     Path("notes").mkdir()
     for n in range(40):
         Path(f"notes/{n}.txt").write_text(f"The doctor should write a short report. {n}\n", encoding="utf-8")
@@ -302,14 +310,14 @@ def test_the_readme_does_what_it_says(data: Path) -> None:
         path = Path("vehicles", ("cars", "trucks")[n % 2], f"{n}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (n, 200 * (n % 2), 0)).save(path)
-    lines = [line for block in readme("sh") for line in block.splitlines() if line.strip()]
+    lines = [line for block in examples("sh") for line in block.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("make ")] == ["make demo", "make test"]
     commands = [line for line in lines if line.startswith("headstart ")]
     assert len(commands) + 2 == len(lines)
     for line in commands:
         result = call(*shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
-    (code,) = readme("python")
+    (code,) = examples("python")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nll" in done.stdout
