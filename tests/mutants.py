@@ -1,7 +1,7 @@
 """Would a test notice? Each mutant of the code that keeps runs whole must fail one: `python -m tests.mutants [NUMBER ...]`.
 
-A mutant is the package with one thing taken out. It is tried in a copy, by the tests of files and, where a whole run is
-needed to tell, by some of those of survival.
+A mutant is the package with one thing taken out. It is tried in a copy, by the tests that ought to tell: those of files
+and, where a whole run is needed, some of those of survival and of what a run began with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ["tests/unit/test_files.py"]
 # (file, what is taken out, what stands there then)
 MUTANTS = [
     ("files.py", "            os.fsync(file.fileno())\n        Path(name)", "        Path(name)"),
@@ -39,11 +38,10 @@ MUTANTS = [
     ("engine/checkpoint.py", "[: -self._keep]", "[:-1]"),
     ("engine/checkpoint.py", "if old != best]", "]"),
     ("engine/checkpoint.py", "        remove_temporaries(self._folder)\n", ""),
-]
-WHOLE = [
-    "tests/e2e/test_survival.py",
-    "-k",
-    "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time",
+    ("files.py", "        path.rename(aside / path.name)\n", "        shutil.rmtree(path)\n"),
+    ("files.py", "    else:\n        sync_folder(target.parent)\n", ""),
+    ("files.py", "        if not target.is_dir():\n            raise\n", ""),
+    ("files.py", "        Path(name).unlink()\n\n\ndef seconds", "        pass\n\n\ndef seconds"),
 ]
 MUTANTS_OF_RUNS = [
     ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),
@@ -61,15 +59,47 @@ MUTANTS_OF_RUNS = [
         "        self._check_there()\n        try:\n            with self._timed_save():\n                tensors",
         "        try:\n            with self._timed_save():\n                tensors",
     ),
-    ("job.py", 'NOTHING = (0, "off", "exact")', 'NOTHING = (0, "off")'),
+    ("job.py", 'NOTHING = (0, "off", ("off",), "exact")', 'NOTHING = (0, "off", ("off",))'),
     ("tune.py", " if part > 1 and settings.task in WRITES else None", " if part > 1 else None"),
     ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),
     ("origin.py", '    if sha256(path) != file["sha256"]:', "    if False:"),
+    ("run.py", "            remove_temporaries(self.path)\n", ""),
 ]
+MUTANTS_OF_ORIGINS = [
+    ("origin.py", '    if (record["model"]["sha256"], record["model"]["revision"]) != model:', "    if False:"),
+    ("origin.py", "for path in sorted(was ^ found)", "for path in ()"),
+    ("origin.py", "    if not path.exists():", "    if False:"),
+    ("run.py", "            lock.acquire(timeout=0)\n", "            pass\n"),
+    ("run.py", "            writer.unlink(missing_ok=True)\n", "            pass\n"),
+]
+MUTANTS_OF_GRADING = [
+    ("tune.py", "        _check_graders(folder, job)\n", ""),
+    ("origin.py", 'found["eval.graders"] = [pin(name) for name in settings.eval.graders]', "pass"),
+    ("evaluate/predictions.py", "            if other := sorted(", "            if other := 0 and sorted("),
+    ("evaluate/predictions.py", "if file.exists() else None", "if False else None"),
+]
+MUTANTS_OF_GUARDS = [
+    ("stop.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]"),
+    ("stop.py", "            signal.signal(number, handler)\n", "            pass\n"),
+    ("stall.py", "            if time.monotonic() - self._display.shown_at >= self._limit_s:", "            if True:"),
+    ("stall.py", "                self._limit_s *= 2\n", ""),
+    ("evaluate/reference.py", 'if kept["key"] == key else None', ""),
+]
+TABLE = {
+    ("tests/unit/test_files.py",): MUTANTS,
+    (
+        "tests/e2e/test_survival.py",
+        "-k",
+        "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time",
+    ): MUTANTS_OF_RUNS,
+    ("tests/e2e/test_tiny_run.py", "-k", "data_changed or goes_on_from_anywhere or two_processes"): MUTANTS_OF_ORIGINS,
+    ("tests/e2e/test_graders.py", "-k", "graded_before or keeps_every"): MUTANTS_OF_GRADING,
+    ("tests/unit/test_guards.py", "tests/unit/test_preferences.py"): MUTANTS_OF_GUARDS,
+}
 
 
-def is_killed(file: str, old: str, new: str, tests: list[str]) -> bool:
+def is_killed(file: str, old: str, new: str, tests: tuple[str, ...]) -> bool:
     """Tell whether a test fails once `old` is taken out."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
@@ -93,7 +123,7 @@ def is_killed(file: str, old: str, new: str, tests: list[str]) -> bool:
 def main() -> None:
     """Try all mutants, or those whose numbers are named."""
     survivors = tried = 0
-    chosen = [(*mutant, FILES) for mutant in MUTANTS] + [(*mutant, WHOLE) for mutant in MUTANTS_OF_RUNS]
+    chosen = [(*mutant, tests) for tests, mutants in TABLE.items() for mutant in mutants]
     for number, (file, old, new, tests) in enumerate(chosen, 1):
         if sys.argv[1:] and str(number) not in sys.argv[1:]:
             continue

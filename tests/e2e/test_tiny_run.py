@@ -19,7 +19,7 @@ import headstart
 from headstart.display import Display
 from headstart.errors import DataError, ResourceError, RunError, StoppedError, UsageError
 from headstart.files import read_json
-from headstart.run import RunFolder
+from headstart.run import WRITER, RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences
 
@@ -270,6 +270,9 @@ def test_a_run_whose_data_changed_is_not_resumed(
     small_data.write_text(small_data.read_text().replace("sore", "stiff"), encoding="utf-8")
     with pytest.raises(DataError, match="not what it was"):
         resume(tmp_path / "run", quiet)
+    small_data.unlink()
+    with pytest.raises(DataError, match="the file is gone"):
+        resume(tmp_path / "run", quiet)
 
 
 def test_two_processes_do_not_write_one_run(small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display) -> None:
@@ -283,6 +286,7 @@ def test_two_processes_do_not_write_one_run(small_data: Path, tiny_model: Path, 
         resume(tmp_path / "run", quiet)
     other.communicate()
     assert resume(tmp_path / "run", quiet).result["verdict"]
+    assert not (tmp_path / "run" / WRITER).exists()
 
 
 def test_what_cannot_fit_is_refused_before_the_first_step(

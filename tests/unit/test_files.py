@@ -16,7 +16,16 @@ import torch
 from headstart import faults
 from headstart.engine.checkpoint import MANIFEST, TENSORS, VALUES, Checkpoints
 from headstart.errors import RunError
-from headstart.files import TEMPORARY_PREFIX, Lines, new_folder, read_json, write_atomic, write_json
+from headstart.files import (
+    TEMPORARY_PREFIX,
+    Lines,
+    new_folder,
+    read_json,
+    remove_folder,
+    take_room,
+    write_atomic,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +69,43 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
             (folder / "a").write_text(text)
     assert (target / "a").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_several_that_make_one_folder_the_first_wins_and_no_fault_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with new_folder(target, replace=False) as folder:
+            (folder / "a").write_text(text)
+    assert (target / "a").read_text() == "first"
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError), new_folder(tmp_path / "other", replace=False):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_is_never_found_half_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, found, delete = tmp_path / "out", [], shutil.rmtree
+    target.mkdir()
+    (target / "a").write_text("a")
+
+    def deleted(path: Path, **how: bool) -> None:
+        found.append(target.exists())
+        delete(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", deleted)
+    remove_folder(target)
+    assert (found, list(tmp_path.iterdir())) == ([False], [])
+
+
+def test_room_that_was_tried_is_given_back(tmp_path: Path) -> None:
+    take_room(tmp_path, 1 << 20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_that_the_disk_refused_come_with_the_next_in_order(
@@ -128,12 +174,13 @@ def test_what_is_renamed_was_synced_and_its_folder_is_synced_after(
     (sync_file, moved, sync_parent), log[:] = log[:], []
     assert (sync_file[0], moved[0], sync_parent) == ("sync", "rename", ("sync", "."))
     assert sync_file[1] == moved[1]
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "one").write_text("1")
-        (folder / "two").write_text("2")
-    *before, moved, after = log
-    assert {Path(path).name for kind, path in before if kind == "sync"} == {"one", "two", moved[1]}
-    assert (moved[0], after) == ("rename", ("sync", "."))
+    for place, replaces in (("out", True), ("first", False)):
+        with new_folder(tmp_path / place, replace=replaces) as folder:
+            (folder / "one").write_text("1")
+            (folder / "two").write_text("2")
+        (*before, moved, after), log[:] = log[:], []
+        assert {Path(path).name for kind, path in before if kind == "sync"} == {"one", "two", moved[1]}
+        assert (moved[0], after) == ("rename", ("sync", "."))
 
 
 def test_json_refuses_what_is_no_json(tmp_path: Path) -> None:

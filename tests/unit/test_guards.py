@@ -60,8 +60,10 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.asked
+            known = signal.getsignal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert stop.asked
+        assert signal.getsignal(signal.SIGTERM) != known  # those of whoever called are back
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -139,6 +141,46 @@ def test_a_stall_is_told_with_its_place_and_the_stacks_of_all_threads(tmp_path: 
     assert re.search(r"stands at .*segments\.py:\d+ in encode_rows", display.told)
     assert "a_reader_that_never_answers" in (tmp_path / "log.txt").read_text()
     assert "a_reader_that_never_answers" not in (tmp_path / "said.txt").read_text()
+
+
+class _Silent(Display):
+    """Shows that something moved last at given times, one after the other; keeps what is warned of, and shows nothing."""
+
+    def __init__(self, *shown_at: float) -> None:
+        super().__init__(cast(Any, None), live=False)
+        self._shown_at, self.told, self.seen = iter(shown_at), list[str](), threading.Event()
+
+    @property
+    def shown_at(self) -> float:
+        found = next(self._shown_at, math.inf)
+        if found == math.inf:
+            self.seen.set()
+        return min(found, threading.TIMEOUT_MAX / 2)
+
+    @shown_at.setter
+    def shown_at(self, _: float) -> None:
+        pass
+
+    def aside(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+
+@pytest.mark.parametrize(
+    ("shown_at", "told"),
+    [
+        ([-math.inf, math.inf], []),  # it moved while it was waited for
+        ([-math.inf] * 4, ["5.0 min", "10.0 min"]),
+        ([-math.inf] * 6, ["5.0 min", "10.0 min", "20.0 min"]),
+    ],
+)
+def test_a_stall_is_told_anew_after_twice_the_time(shown_at: list[float], told: list[str]) -> None:
+    display = _Silent(*shown_at)
+    with StallWatch(display, 300.0):
+        assert display.seen.wait(60)
+    assert [re.findall(r"nothing has moved for (.*?);", text) for text in display.told] == [[span] for span in told]
 
 
 def test_lines_and_bars_are_signs_of_life(tmp_path: Path) -> None:

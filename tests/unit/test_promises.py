@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import is_test
+from tests.mutants import TABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,6 +204,12 @@ def test_every_promise_has_its_tests(name: str) -> None:
 
 def test_the_page_is_the_table() -> None:
     assert as_markdown() in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", sorted({file for mutants in TABLE.values() for file, *_ in mutants}))
+def test_what_mutants_take_out_stands_in_the_code(file: str) -> None:
+    text = (ROOT / "headstart" / file).read_text(encoding="utf-8")
+    assert not [old for mutants in TABLE.values() for name, old, _ in mutants if name == file and text.count(old) != 1]
 
 
 def as_markdown() -> str:
