@@ -12,7 +12,7 @@ import pytest
 from headstart.config import Override, build_config
 from headstart.engine.loop import Progress
 from headstart.errors import HeadstartError
-from headstart.evaluate.guard import GENERAL, compare_guard, guard_result
+from headstart.evaluate.guard import GENERAL, compare_guard, general_forms, guard_result
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.job import build_data
 from headstart.report.result import build_result
@@ -79,6 +79,22 @@ def test_what_ships_is_small_and_never_learned_from(tiny_home: Path, small_data:
         assert not stops & set(aimed)
     learned = {text for row in data.prepared.train.kept for text in row.texts}
     assert not learned & {text for part in data.guard for row in part.rows.kept for text in row.texts}
+
+
+def test_what_of_it_is_trained_on_is_left_out_and_told(tiny_home: Path, small_data: Path) -> None:
+    text = general_forms()[0].formatted.examples[2].texts[0]
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": f"Well: {text.upper()}"}]
+    held_out = Path("held.jsonl")
+    held_out.write_text(small_data.read_text().replace("?", "!"))
+    small_data.write_text(small_data.read_text() + json.dumps({"messages": turns}) + "\n")
+    named = {"data.train": [str(small_data)], "data.eval": [str(held_out)]}
+    data = build_data(build_config(None, [Override(key, value, "flag") for key, value in named.items()]))
+    kept = [row.texts[0] for row in data.guard[0].rows.kept]
+    assert text not in kept
+    assert len(kept) == len(data.guard[0].rows.examples) == len(general_forms()[0].formatted.examples) - 1
+    (said,) = [note for note in data.prepared.formed[0].notes if "guard" in note]
+    assert said.startswith("1 of 36 rows of the guard (general text) stand in the rows to train on")
+    assert said.endswith("texts.jsonl:3")
 
 
 @pytest.mark.parametrize(
