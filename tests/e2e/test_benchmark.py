@@ -41,7 +41,7 @@ metric_list: [{metric: exact_match}]
 
 
 def test_continuations_score_as_the_model_scores_them_alone(tiny_model: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    model, packed = (transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval() for _ in range(2))
     chance = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(5, 60, (n,), generator=chance).tolist()  # noqa: E731
     context = draw(9)
@@ -49,7 +49,7 @@ def test_continuations_score_as_the_model_scores_them_alone(tiny_model: Path) ->
     with torch.no_grad():
         likeliest = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False, eos_token_id=None)
     pairs.append((context, likeliest[0, len(context) :].tolist()))
-    found = score_continuations(PackReader(model), pairs, 64)
+    found = score_continuations(PackReader(packed), pairs, 64)
     for (before, after), (logprob, greedy) in zip(pairs, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*before, *after]])).logits[0].log_softmax(-1)[len(before) - 1 : -1]

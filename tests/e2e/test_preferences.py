@@ -66,7 +66,7 @@ def watched(run: headstart.Run, steps: list[dict[str, Any]], page: str) -> None:
     told = run.result["watch"]
     assert (told["prompts"], told["times"], told["stopped"]) == (2, len(looks), "")
     assert 0 < told["seconds"] < run.result["speed"]["eval_s"]
-    assert told["last"].items() >= {key: last[key] for key in ("sample_kl", "watch_lead")}.items()
+    assert told["last"].items() >= {key: last[key] for key in ("sample_kl", "watch_accuracy")}.items()
     for said in ("Divergence from the untouched model by step. nats a token", "Schulman", "Length of sampled answers"):
         assert said in page
     (wins,) = run.result["wins"]

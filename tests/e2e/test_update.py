@@ -152,7 +152,7 @@ def test_data_that_changed_is_refused_or_left_unmeasured(
     assert run.result["old"] == "not measured"
     assert run.result["verdict"] != "better"
     assert run.result["reasons"]["up_to_date"]["says"] == "not measured"
-    with pytest.raises(UsageError, match="trained on as it is"):
+    with pytest.raises(UsageError, match="trains further as it is"):
         start(
             update_config(old.path, 0, [Override("data.train", [str(data)], "x"), Override("lora.rank", 4, "x")]), quiet
         )
