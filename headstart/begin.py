@@ -62,7 +62,7 @@ def decide_adapter(config: Config, source: Source) -> Config:
     if not source.is_adapter:
         return config
     if settings.weights == "random":
-        cure = f"-m {find_base(source).name} has the same shape"
+        cure = f"-s model={find_base(source).name} has the same shape"
         raise UsageError(Problem("config.no_effect", "an adapter has no shape of its own", "weights", cure))
     adapter = read_adapter(source)
     if settings.method != "lora" or settings.task not in WRITES:

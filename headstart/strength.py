@@ -57,6 +57,8 @@ class Strengths:
 
     run: str
     settings: Sequence[Setting]
+    zero: str  # the model at strength 0
+    own: bool  # whether the rows are those that the run held out
 
     def greatest(self, *verdicts: str) -> float | None:
         """Return the greatest strength at which the guard's verdict is one of these; None where it was not measured."""
@@ -74,6 +76,8 @@ class Strengths:
             "run": self.run,
             "metric": job.name,
             "rows": job.rows,
+            "own": self.own,
+            "zero": self.zero,
             "strengths": [setting.to_json() for setting in self.settings],
             "holds": self.holds,
             "kept": self.greatest(KEPT),
@@ -105,7 +109,8 @@ def measure_strengths(
             if on_progress:
                 on_progress("strengths", number + 1, len(strengths))
     settings = [_against(found[0], one, strength) for one, strength in zip(found, strengths, strict=True)]
-    return Strengths(str(folder.path), settings)
+    result = Run(folder.path).result
+    return Strengths(str(folder.path), settings, (result["base"] or result["model"])["name"], not data)
 
 
 def write_at(run: str, strength: float, out: Path) -> Path:
@@ -116,7 +121,7 @@ def write_at(run: str, strength: float, out: Path) -> Path:
     """
     folder = _open(run)
     if not 0 <= strength <= 1:
-        cure = "--at 0.5: half of what was learned; 0 is the model that it comes from, 1 the run"
+        cure = "--at 0.5: half of what was learned; 0 is the model that it stands on, 1 the run"
         raise UsageError(Problem("usage.flag", f"no strength: {strength:g}", "--at", cure))
     if out.exists():
         raise RunError(Problem("run.exists", "something lies there", str(out), "choose another with -o"))
@@ -158,7 +163,8 @@ def _config(folder: RunFolder, data: Sequence[str]) -> Config:
     files = read_json(folder.data_file)["files"]
     faults = [fault for file in files if (fault := file_fault(file, "when the run began"))]
     if faults:
-        cure = "put back what was there, or name rows to score on: headstart strength RUN DATA"
+        gone = any(not Path(file["path"]).exists() for file in files)  # what it trained on tells its rows apart
+        cure = "put back what was there" + ", or name rows to score on: headstart strength RUN DATA" * (not gone)
         raise DataError(Problem("data.changed", what, where, cure) for what, where in faults)
     return config
 

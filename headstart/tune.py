@@ -286,6 +286,7 @@ class _Session:
             look = self._look(self._watch)
             loss = look.loss
         self.progress.eval_s += time.perf_counter() - begun
+        self.meter.take()
         if not math.isfinite(loss):
             return Watched(loss)  # the loop refuses it
         best = self.progress.best_value
@@ -542,6 +543,7 @@ class _Session:
         begun = time.perf_counter()
         yield
         self.progress.save_s += time.perf_counter() - begun
+        self.meter.take()  # nor is this training's
 
     def _on_eval(self, label: str, done: int, total: int) -> None:
         self.display.progress(label, done, total)

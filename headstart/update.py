@@ -23,7 +23,18 @@ REPLAY = 0.3
 # A rate that is as high as the run's own takes weights far from where they are good; what is new is learned at half of it, too.
 RATE_FRAC = 0.5
 # What belongs to one run alone, is of its data, or is settled by the model as it is.
-OWN = ("model", "weights", "method", "out", "optim.lr", "data.train", "data.eval", "data.mix")
+OWN = (
+    "model",
+    "weights",
+    "method",
+    "out",
+    "optim.lr",
+    "data.train",
+    "data.eval",
+    "data.mix",
+    "data.rows",
+    "data.template",
+)
 # Of what stands on the left, what the user gives takes the place of what the run had.
 INSTEAD = {"steps": ("epochs",), "epochs": ("steps",), "data.eval": ("data.held_out", "data.group_by")}
 
@@ -41,7 +52,7 @@ def update(
 ) -> Run:
     """Fine-tune the result of `run` on new `data`, with `replay` of its old rows beside each new one; return the new run.
 
-    The verdict is `better` only where new rows got better and none of the old held-out rows fell. Raises what `tune`
+    The verdict is `better` only where new rows got better and old held-out rows didn't certainly fall. Raises what `tune`
     raises, RunError where `run` isn't a finished run, and DataError where its data isn't what it was: with `replay=0` that is
     taken, and old rows are then not measured.
     """

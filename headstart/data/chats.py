@@ -107,7 +107,7 @@ def prepare_chats(
             found = without_near_leaks(found, train.records, None if evaluation is None else others.records)
     except DataError as error:
         raise DataError([*problems, *error.problems]) from None
-    choices = train.choices(found.train)
+    choices = train.choices(found.train, known.trained)
     found = replace(found, train=first_rows(found.train, train.keys.digests, settings.rows))
     parts = (train.segmented(found.train), others.segmented(found.watch), others.segmented(found.proof))
     if settings.over_length == "error":
@@ -242,15 +242,17 @@ class _Stored:
         examples = StoredRows(self.store, kept, self.store.column("cut"), lambda row: str(self.store.record(row)[-1]))
         return Segmented(examples, StoredChats(self, kept), dropped, problems)
 
-    def choices(self, rows: NDArray[np.int64]) -> tuple[str, ...]:
-        """Return the answers that stand again and again, as `find_choices` does."""
+    def choices(self, rows: NDArray[np.int64], more: Sequence[Record] = ()) -> tuple[str, ...]:
+        """Return the answers that stand again and again, as `find_choices` does, in these rows and in `more`."""
         if self.store.column("thought")[rows].any():
             return ()
         _, first, counts = np.unique(self.store.column("answer")[rows], return_index=True, return_counts=True)
         if len(first) > CHOICES_MAX:
             return ()
         texts = [self._answer(int(row)) for row in rows[first]]
-        return choose_answers(Counter(dict(zip(texts, counts.tolist(), strict=True))))
+        told = Counter(dict(zip(texts, counts.tolist(), strict=True)))
+        told.update(record.messages[-1].content for record in more if isinstance(record, Conversation))
+        return choose_answers(told)
 
     def _answer(self, row: int) -> str:
         record = self.record(row)

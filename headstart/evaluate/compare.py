@@ -337,6 +337,8 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
     rows = len(before)
     if isinstance(before, Ratio) and isinstance(after, Ratio) and before.right and after.right:
         first, second, difference, p = _compare_right(before.values, after.values)
+    elif isinstance(before, Ratio) and isinstance(after, Ratio) and after.right and not np.ptp(before.values):
+        first, second, difference, p = _compare_tied(float(before.values[0]), after.values)
     else:
         samples = _resample([before, after], seed)
         count = min(before.rows_that_count, after.rows_that_count)
@@ -418,6 +420,16 @@ def _compare_right(before: Floats, after: Floats) -> tuple[Interval, Interval, I
     fixed, broken = int((after > before).sum()), int((after < before).sum())
     difference = paired_difference(fixed, broken, len(before))
     return _wilson(before), _wilson(after), difference, sign_test(fixed, broken)
+
+
+def _compare_tied(level: float, after: Floats) -> tuple[Interval, Interval, Interval, float]:
+    """Compare rows that are right or wrong, [N], with rows that all stood at `level`, as ties at 0.5: nothing is open but the rate.
+
+    So the difference is as sure as the rate, by Wilson's interval; draws of rows that all went one way wouldn't vary at all.
+    """
+    rate = _wilson(after)
+    gap = Interval(rate.value - level, rate.low - level, rate.high - level)
+    return Interval(level, level, level), rate, gap, sign_test(int((after > level).sum()), int((after < level).sum()))
 
 
 def paired_difference(more: int, less: int, rows: int) -> Interval:

@@ -162,8 +162,9 @@ class Measured:
             if not guard and self.task not in MIXABLE:  # what is mixed in are old rows, of the same task
                 task = self.task
             metrics = task_metrics(task, rows)
-            name = next(name for name in PRIMARY[task] if name in metrics)
-            found[part] = name, metrics[name]
+            # Votes that are all of one sort, say, have none.
+            if (name := next((name for name in PRIMARY[task] if name in metrics), None)) is not None:
+                found[part] = name, metrics[name]
         return found
 
     @property
@@ -266,8 +267,10 @@ def _answer(
 
 
 def own_reference(measured: Measured) -> Measured:
-    """Return what the untouched model did on preferences: it is its own reference."""
-    rows = [replace(row, found=[(p, tokens, p) for p, tokens, _ in row.found]) for row in measured.rows]
+    """Return what the untouched model did on the run's own preferences: it is its own reference. Rows of other parts have none."""
+    rows = [
+        row if row.part else replace(row, found=[(p, tokens, p) for p, tokens, _ in row.found]) for row in measured.rows
+    ]
     return Measured(rows, measured.task)
 
 

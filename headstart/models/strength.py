@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headstart.errors import ModelError, Problem
 from headstart.files import read_json
-from headstart.models.load import Loaded, load_model, load_tokenizer, make_room
+from headstart.models.load import Loaded, load_merged, load_model, load_tokenizer, make_room
 from headstart.models.source import Source
 
 
@@ -27,7 +27,10 @@ class Way(NamedTuple):
 
 
 class Dial:
-    """A tuned model whose strength can be set: 0 is the model that it comes from, 1 is what it became."""
+    """A tuned model whose strength can be set: 0 is the model that it comes from, 1 is what it became.
+
+    With an adapter 0 is the model that the adapter stands on, also where it had begun with what another run had learned.
+    """
 
     def __init__(self, ways: Sequence[Way]) -> None:
         self._ways = ways
@@ -45,7 +48,8 @@ def build_dial(loaded: Loaded, base: Source, task: str) -> Dial:
     Raises ModelError where an adapter's part can't be taken in shares, or where `base` has other weights.
     """
     if not loaded.source.is_adapter:
-        origin = load_model(base, loaded.model.device.type, loaded.model.dtype, task).model
+        load = load_merged if base.is_adapter else load_model
+        origin = load(base, loaded.model.device.type, loaded.model.dtype, task).model
         make_room(origin, load_tokenizer(loaded.source))
         return Dial(_whole(loaded, dict(origin.named_parameters())))
     _check_linear(loaded.source)

@@ -56,8 +56,8 @@ def strength_page(found: Mapping[str, Any]) -> str:
     ]
     head = ["strength", named(found["metric"]), "against strength 0", "", "loss of the guard grew by", ""]
     note = (
-        "<p>At strength 0 it is the model that the run comes from, at 1 the run; between them each weight lies on the line from one "
-        f"to the other. Scored on {found['rows']:,} rows that were never trained on, and on the guard. In brackets the 95% interval of "
+        f"<p>At strength 0 it is {html.escape(found['zero'])}, at 1 the run; between them each weight lies on the line from one to the other. "
+        f"Scored on {found['rows']:,} rows {'that were never trained on' if found['own'] else 'of the data that was named'}, and on the guard. In brackets the 95% interval of "
         "the paired difference. Write a model at a strength: <code>headstart strength RUN --at 0.5 -o FOLDER</code>.</p>"
     )
     lead = strength_words(found)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.begin import WRITES
+from headstart.begin import WRITES, decide_adapter
 from headstart.config import Config, Override, as_names, build_config
 from headstart.display import Display
 from headstart.errors import DivergedError, Problem, UsageError
 from headstart.files import write_atomic, write_json
-from headstart.job import build_data
+from headstart.job import Data, build_data
 from headstart.report.reasons import curve_words
 from headstart.report.trials import PRETRAINED, RANDOM, curve_page
 from headstart.report.words import VERDICTS, named
@@ -87,7 +87,10 @@ def curve(
 
 def curve_config(config: Config, rows: Sequence[int] | None, display: Display, *, from_scratch: bool) -> Curve:
     """Draw the learning curve of these settings."""
-    counts, task = _counts(config, rows)
+    counts, data = _counts(config, rows)
+    task = data.config.settings.task
+    if from_scratch:
+        _need_shape(config, data)
     if task in WRITES and not config.given("eval.guard"):
         config = vary(config, {"eval.guard": "off"})  # what it knew before is another question
     path = study_path("curve", config)
@@ -122,19 +125,27 @@ def _drawn(path: Path, counts: Sequence[int], found: Sequence[Sequence[Outcome]]
     return Curve(path, metric, measured.metrics()[metric].lower_is_better, counts, *found)
 
 
-def _counts(config: Config, rows: Sequence[int] | None) -> tuple[list[int], str]:
-    """Return on how many rows it is trained, the fewest first, and the task. Raises UsageError where there are fewer."""
+def _need_shape(config: Config, data: Data) -> None:
+    """Raise UsageError where random weights can't learn what is to be learned, or have no shape, before anything is trained."""
+    if data.config.settings.task == "preference":
+        what = "preferences are learned by a model that writes, which random weights don't"
+        raise UsageError(Problem("usage.flag", what, "--from-scratch", "leave it out"))
+    decide_adapter(from_random(config), data.source)
+
+
+def _counts(config: Config, rows: Sequence[int] | None) -> tuple[list[int], Data]:
+    """Return on how many rows it is trained, the fewest first, and the data. Raises UsageError where there are fewer."""
     if config.given("data.rows"):
         what = "`data.rows` is what varies"
         raise UsageError(Problem("config.no_effect", what, "data.rows", "leave it out, and name several: --rows 10,30"))
     data = build_data(config)
     data.reject_bad_rows()
-    there = len(data.prepared.train.examples)
+    there = len(data.prepared.parts.train)
     counts = sorted(set(rows)) if rows else [*(count for count in ROWS if count < there), there]
     if counts[0] < 1 or counts[-1] > there:
         what = f"{', '.join(map(str, counts))} rows, and there are {there:,} to train on"
         raise UsageError(Problem("usage.flag", what, "--rows", f"from 1 to {there}"))
-    return counts, data.config.settings.task
+    return counts, data
 
 
 def say_curve(display: Display, found: Curve) -> None:

@@ -158,6 +158,26 @@ def test_data_that_changed_is_refused_or_left_unmeasured(
         )
 
 
+def test_old_pairs_are_told_by_one_measure_before_and_after(tiny_model: Path, tmp_path: Path, quiet: Display) -> None:
+    def pairs(first: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": f"{WORDS[n % 8]} {n}?", "chosen": f"A {WORDS[n % 8]}.", "rejected": f"No {n % 3}."}
+            for n in range(first, first + 48)
+        ]
+
+    first, second = write(tmp_path / "first.jsonl", pairs(0)), write(tmp_path / "second.jsonl", pairs(100))
+    few = {**QUICK, "data.rows": 20, "eval.generate": 0}
+    one = tune(first, model=str(tiny_model), out=tmp_path / "old", settings=few, display=quiet)
+    # How many rows the run took is its own: what it didn't learn isn't learned again as if it had.
+    (known,) = built(one.path, second).prepared.mixed
+    assert "of the 20 rows that it learned" in " ".join(note for formed in known.formed for note in formed.notes)
+    run = update(one.path, second, out=tmp_path / "new", display=quiet)
+    part = run.result["old"]["parts"]["old"]
+    # The run's rows have no reference now, so the likelier answer counts, on both sides: at first as the run left it.
+    assert part["metric"] == "likelier"
+    assert part["before"]["value"] == one.result["after"]["likelier"]["value"]
+
+
 def test_a_classifier_keeps_its_classes_and_learns_new_ones(tiny_encoder: Path, tmp_path: Path, quiet: Display) -> None:
     def rows(names: list[str], first: int) -> list[dict[str, Any]]:
         return [{"text": f"text {(first + n) % 50} {n % 50}", "label": names[n % len(names)]} for n in range(40)]

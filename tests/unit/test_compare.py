@@ -20,6 +20,16 @@ def mean(values: object) -> Metric:
     return Ratio(array, np.ones(len(array)), right=bool(np.isin(array, (0, 1)).all()))
 
 
+def test_rows_that_all_left_a_tie_have_an_interval_as_wide_as_their_rate() -> None:
+    before = Ratio(np.full(16, 0.5), np.ones(16))
+    found = compare("preference_accuracy", before, Ratio(np.ones(16), np.ones(16), right=True))
+    # Wilson's lower bound of n of n is n / (n + z^2).
+    assert found.difference.low == pytest.approx(16 / (16 + 1.959964**2) - 0.5, abs=1e-6)
+    assert (found.difference.value, found.difference.high, found.before.low) == (0.5, 0.5, 0.5)
+    assert found.p == pytest.approx(2 * 0.5**16)
+    assert found.direction == 1
+
+
 def test_the_interval_is_that_of_scipy() -> None:
     chance = np.random.default_rng(1)
     before, after = chance.normal(0, 1, 60), chance.normal(0.4, 1.2, 60)
