@@ -40,7 +40,7 @@ def write(folder: Path, name: str, rows: Sequence[dict[str, str]]) -> Path:
         delimiter = "\t" if ".tsv" in name else ","
         quoted = [[f'"{v.replace(chr(34), chr(34) * 2)}"' for v in row.values()] for row in rows]
         data = "\n".join(delimiter.join(line) for line in [["q", "a"], *quoted]).encode()
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     return path
 
 
@@ -111,8 +111,8 @@ def test_rows_know_their_lines(tmp_path: Path, name: str, content: str, lines: l
         ("a.csv", b"<!DOCTYPE html><html>", "data.wrong_type", None, "web page"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "data.wrong_type", None, "LFS"),
         ("a.parquet", b"PAR1 and then nothing PAR1", "data.unreadable", None, "damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "data.truncated", None, "damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:12] + b"\xff" * 20, "data.truncated", None, "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "data.truncated", None, "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:12] + b"\xff" * 20, "data.truncated", None, "damaged"),
         ("a.xyz", b"{}", "data.unknown_type", None, "ending"),
     ],
 )
