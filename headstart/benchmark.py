@@ -17,11 +17,11 @@ import torch
 from headstart import machine
 from headstart.display import Display
 from headstart.engine.forward import PackReader
-from headstart.errors import DataError, ModelError, Problem, UsageError
+from headstart.errors import DataError, ModelError, Problem, ResourceError, UsageError
 from headstart.evaluate.compare import Compared, compare_all, interval
 from headstart.evaluate.harness import Asked, OnProgress, TaskScores, as_harness_model, read_scores, run_tasks
 from headstart.files import new_file, write_json
-from headstart.models.load import is_encoder, load_tokenizer, model_length, stop_ids
+from headstart.models.load import find_base, is_encoder, load_tokenizer, model_length, stop_ids
 from headstart.models.source import find_model, weights_hash
 from headstart.report.words import clearness
 from headstart.verbs import PACK_TOKENS, load_here
@@ -83,13 +83,18 @@ def benchmark(
         }
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            options["use_cache"] = str(out / weights_hash(find_model(name))[:16])
+            source = find_model(name)
+            whole = [source, *([find_base(source)] if source.is_adapter else [])]
+            options["use_cache"] = str(out / "-".join(weights_hash(part)[:16] for part in whole))
         try:
             results = run_tasks(as_harness_model(asked, name), asking.tasks, **options)
-        except (OSError, ValueError, RuntimeError) as error:  # of the many that a task's data and code can raise
-            said = str(error).strip().splitlines() or [type(error).__name__]
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:  # what tasks raise
+            if said := machine.out_of_memory(error):
+                cure = "fewer --shots, or a smaller model"
+                raise ResourceError(Problem("memory.exhausted", said, name, cure)) from None
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
-                Problem("benchmark.task", said[0], ", ".join(asking.tasks), "see --tasks, --include")
+                Problem("benchmark.task", lines[0], ", ".join(asking.tasks), "see --tasks, --include")
             ) from error
         found.append(Benchmarked(name, read_scores(results), asked.cut))
         if out is not None:

@@ -553,9 +553,9 @@ def chat(
         bool, typer.Option("--compare", help="Two models answer; vote without knowing whose is whose.")
     ] = False,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="With --compare: what is asked.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="With --compare: where votes go, to train on.")] = Path(
-        "votes.jsonl"
-    ),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --compare: where votes go, to train on; else votes.jsonl.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a model, or vote between two."""
@@ -565,10 +565,13 @@ def chat(
 
         how = {"system": system, "max_tokens": max_tokens, "temperature": temperature}
         live = not as_json and sys.stdin.isatty()
+        if (compare and ask is not None) or (not compare and out is not None):
+            what = "--ask is for one model" if compare else "-o goes with --compare"
+            raise UsageError(Problem("usage.flag", what, "chat", "leave it out"))
         if compare:
             from headstart.vote import hold_vote
 
-            return hold_vote(names, display, out, prompts, live=live, **how)
+            return hold_vote(names, display, out or Path("votes.jsonl"), prompts, live=live, **how)
         if len(names) != 1 or prompts:
             what = f"{len(names)} models are named" if len(names) != 1 else "--prompts goes with --compare"
             raise UsageError(Problem("usage.flag", what, "chat", "headstart chat MODEL, or chat A B --compare"))

@@ -258,12 +258,15 @@ class Job:
         """Give the model as it was before training, for a while: without its adapter, or loaded once more."""
         reader, settings = self.engine.reader, self.config.settings
         if self.adapted.modules and isinstance(reader, PreferenceReader) and not self.data.source.is_adapter:
-            with self.adapted.saved.disable_adapter():
-                yield reader.beside
-            for parameter in self.engine.trainable.values():  # peft takes it from what is switched off
-                parameter.requires_grad_(True)
+            try:
+                with self.adapted.saved.disable_adapter():
+                    yield reader.beside
+            finally:
+                for parameter in self.engine.trainable.values():  # peft takes it from what is switched off
+                    parameter.requires_grad_(True)
             return
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is no part of the run
+        drawing = [torch.cuda.current_device()] if reader.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=drawing):  # what is drawn here is no part of the run
             torch.manual_seed(settings.seed)
             dtype, random = reader.model.dtype, settings.weights == "random"
             model = load_model(self.data.source, reader.device.type, dtype, settings.task, random=random).model
@@ -1027,7 +1030,9 @@ def _build_watch(data: Data, settings: Settings, reader: Reader, layout: Layout)
     if not (isinstance(reader, PreferenceReader) and isinstance(renderer, Renderer) and rows.examples and every):
         return None
     evaluations = -(-layout.steps // every)
-    return build_watch(reader, renderer, rows, settings.eval.generate or 0, settings.seed, evaluations, layout.tokens)
+    return build_watch(
+        reader, renderer, rows, settings.eval.generate or 0, settings.seed, evaluations, layout.row_tokens
+    )
 
 
 def _answered(data: Data, settings: Settings) -> Sequence[Example]:

@@ -137,6 +137,7 @@ class MLflow:
         found = self._client.search_runs([experiment], f"tags.headstart = '{self._key}'")
         if found:
             self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
             return
         tags = {"headstart": self._key}
         self._id = self._client.create_run(experiment, run_name=self._path.name, tags=tags).info.run_id
@@ -155,7 +156,7 @@ class MLflow:
                 self._client.set_tag(self._id, name, value)
             else:
                 self._client.log_metric(self._id, name, value)
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, status="FINISHED" if summary else "KILLED")
 
 
 SINKS: dict[str, Callable[[Path, str], Sink]] = {
@@ -269,6 +270,8 @@ def _placed(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[int, i
     """Yield the lines of the metrics with their step and which line of that step each is."""
     last = (-1, 0)
     for record in records:
+        if "out_of_memory" in record:  # no line of a step: that is taken anew
+            continue
         last = (record["step"], last[1] + 1 if record["step"] == last[0] else 0)
         yield last, record
 

@@ -326,7 +326,8 @@ class _Session:
                 self.progress.signs.append(sign.to_json(step))
                 self.display.warn(f"step {step}: {sign_words(sign.name, sign.said, sure=sign.sure)}")
         sure = "; ".join(sign.said for sign in signs if sign.sure)
-        return sure or ("" if look.answers else None)
+        never = "sample_tokens" not in self.progress.untouched  # then what is seen is all there is to see
+        return sure or ("" if look.answers or never else None)
 
     def keep_best(self, progress: Progress) -> bool:
         """Keep the weights as they are; return whether that could be done."""
@@ -604,7 +605,7 @@ class _Session:
 
     def _load_checkpoint(self) -> None:
         if self.checkpoints.newest is None:
-            self.folder.forget_after(0)
+            self.folder.forget_after(-1)  # what the untouched model gives is looked at anew
             return
         found, damaged = self.checkpoints.load_newest()
         for problem in damaged:

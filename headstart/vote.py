@@ -151,7 +151,7 @@ def read_prompts(file: str) -> list[list[Message]]:
     Of turns those up to the user's last count. Raises DataError where a row has none.
     """
     if file.endswith(".txt"):
-        return [[Message("user", line)] for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return _read_lines(file)
     items = list(read(find_files([file])))
     problems = [item for item in items if isinstance(item, Problem)]
     found = []
@@ -164,6 +164,19 @@ def read_prompts(file: str) -> list[list[Message]]:
             problems.append(Problem("format.column", "the row asks nothing", str(row.where), cure))
     if problems or not found:
         raise DataError(problems or Problem("data.empty", "no prompt is in it", file, "a prompt a line, in a .txt"))
+    return found
+
+
+def _read_lines(file: str) -> list[list[Message]]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            Problem("data.encoding", f"byte {error.start:,} is no UTF-8", file, "save it as UTF-8")
+        ) from None
+    found = [[Message("user", line)] for line in text.splitlines() if line.strip()]
+    if not found:
+        raise DataError(Problem("data.empty", "no prompt is in it", file, "a prompt a line"))
     return found
 
 

@@ -133,7 +133,7 @@ class Asked:
         prompts = []
         for (text, _), limit in zip(asked, limits, strict=True):
             ids = self.encode(text)
-            room = max(1, self.length - limit)
+            room = max(1, self.length - limit, self.length // 2)
             self.cut += len(ids) > room
             prompts.append(ids[-room:])
         report = self.on_progress

@@ -199,7 +199,7 @@ def find_signs(before: Mapping[str, float], now: Mapping[str, float]) -> list[Si
     """
     found: list[Sign | None] = []
     grown = 0.0
-    if "watch_chosen_logprob" in now:
+    if "watch_chosen_logprob" in now and "watch_chosen_logprob" in before:
         grown = now["watch_chosen_logprob"] / before["watch_chosen_logprob"] - 1
         found.append(_sign("likelihood", grown, LESS_LIKELY, f"the chosen answers' own loss grew by {grown:.0%}"))
     if "sample_tokens" in now and "sample_tokens" in before:

@@ -283,7 +283,10 @@ def tell(answers: Answers, *, free: bool = False, told: str = "logprob") -> dict
     gained if it is wanted, and lost if not. Without a reference (`free`), how often the better one is likelier per token;
     and it leads by as much as it is that.
     """
-    gains = answers.logprobs / answers.tokens if free else answers.logprobs - answers.reference
+    if told == "reward":
+        gains = answers.logprobs
+    else:
+        gains = answers.logprobs / answers.tokens if free else answers.logprobs - answers.reference
     better, worse = find_pairs(answers.row, answers.score)
     lone = torch.nonzero(torch.bincount(answers.row[~answers.score.isnan()], minlength=answers.rows)[answers.row] == 1)[
         :, 0

@@ -91,7 +91,8 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         return line_chart(title, [_series(name, metrics, key, style) for key, name, style in keys], "step", HEIGHT)
 
     free = not any("chosen_gain" in record for record in metrics)
-    unit = "nats a token" if free else "nats an answer"
+    rewards = any("chosen_reward" in record for record in metrics)
+    unit = "of rewards" if rewards else "nats a token" if free else "nats an answer"
     return [
         pair("Chosen and rejected answers by step", "gain", "answers gained, nats"),
         pair("Rewards by step", "reward", "answers' reward"),

@@ -112,7 +112,13 @@ def test_rows_know_their_lines(tmp_path: Path, name: str, content: str, lines: l
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "data.wrong_type", None, "LFS"),
         ("a.parquet", b"PAR1 and then nothing PAR1", "data.unreadable", None, "damaged"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "data.truncated", None, "damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:12] + b"\xff" * 20, "data.truncated", None, "damaged"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:12] + b"\xff" * 20,
+            "data.truncated",
+            None,
+            "damaged",
+        ),
         ("a.xyz", b"{}", "data.unknown_type", None, "ending"),
     ],
 )
