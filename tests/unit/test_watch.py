@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from headstart.display import Display
 from headstart.engine.loop import Progress, Watched, _judge
 from headstart.evaluate.compare import compare
 from headstart.evaluate.generate import drawn
 from headstart.evaluate.metrics import _rate
-from headstart.evaluate.watch import divergence, find_signs, repetition
+from headstart.evaluate.watch import Look, divergence, find_signs, repetition
 from headstart.evaluate.wins import Wins, count_wins
+from headstart.tune import _Session
 
 
 def test_repetition_is_the_part_of_n_grams_that_stood_before() -> None:
@@ -117,3 +121,14 @@ def test_a_win_rate_has_the_interval_of_its_pairs() -> None:
     assert ties.rate.value == 0.5
     assert ties.rate.high - ties.rate.low > 0.2
     assert ties.p == 1.0
+
+
+def test_where_no_answers_are_drawn_a_sound_evaluation_clears_what_was_before(tmp_path: Path) -> None:
+    for answered, cleared in (({}, ""), ({"sample_tokens": 3.0}, None)):
+        with (tmp_path / "said.txt").open("w") as file:
+            progress = Progress(step=4, untouched={"watch_chosen_logprob": -10.0, "prompts": 0.0, **answered})
+            session = SimpleNamespace(progress=progress, display=Display(file, live=False))
+            sound, bad = (Look(1.0, {"accuracy": 0.5, "chosen_logprob": value}, {}) for value in (-10.0, -30.0))
+            # A run that does draw answers waits for the next ones.
+            assert _Session._tell_signs(session, sound) == cleared  # type: ignore[arg-type]
+            assert _Session._tell_signs(session, bad)  # type: ignore[arg-type]
