@@ -19,7 +19,7 @@ MUTANTS = [
     ("files.py", "            os.fsync(file.fileno())\n        Path(name)", "        Path(name)"),
     ("files.py", "        Path(name).replace(path)", "        Path(path).write_bytes(Path(name).read_bytes())"),
     ("files.py", '    reach("file.renamed", path.name)\n    sync_folder(path.parent)', "    pass"),
-    ("files.py", "                _sync_file(file)\n", ""),
+    ("files.py", "                sync_file(file)\n", ""),
     ("files.py", "        sync_folder(temporary)\n", ""),
     ("files.py", '    reach("folder.renamed", target.name)\n    sync_folder(target.parent)\n', ""),
     ("files.py", "            old.rename(target)\n", ""),
@@ -63,13 +63,13 @@ MUTANTS_OF_RUNS = [
     ("tune.py", " if part > 1 and settings.task in WRITES else None", " if part > 1 else None"),
     ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),
-    ("origin.py", '    if sha256(path) != file["sha256"]:', "    if False:"),
+    ("lineage.py", ' if sha256(path) != file["sha256"] else None', " if False else None"),
     ("run.py", "            remove_temporaries(self.path)\n", ""),
 ]
 MUTANTS_OF_ORIGINS = [
-    ("origin.py", '    if (record["model"]["sha256"], record["model"]["revision"]) != model:', "    if False:"),
-    ("origin.py", "for path in sorted(was ^ found)", "for path in ()"),
-    ("origin.py", "    if not path.exists():", "    if False:"),
+    ("origin.py", '(was["sha256"], was["revision"]) != (now["sha256"], now["revision"])', "False"),
+    ("origin.py", "for path in sorted(known ^ found)", "for path in ()"),
+    ("lineage.py", "    if not path.exists():", "    if False:"),
     ("run.py", "            lock.acquire(timeout=0)\n", "            pass\n"),
     ("run.py", "            writer.unlink(missing_ok=True)\n", "            pass\n"),
 ]
