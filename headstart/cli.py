@@ -82,16 +82,7 @@ def tune(
     def work(display: Display) -> dict[str, Any]:
         from headstart.tune import start
 
-        flags = {
-            "data.train": data,
-            "model": model,
-            "kind": kind,
-            "method": method,
-            "out": out,
-            "epochs": epochs,
-            "data.eval": eval_data,
-            "optim.lr": lr,
-        }
+        flags = {**_flags(data, model, kind, method, out, epochs, eval_data), "optim.lr": lr}
         if seeds is not None:
             from headstart.trials.seeds import say_seeds, tune_seeds
 
@@ -249,14 +240,7 @@ def plan(
         from headstart.show import say_plan
         from headstart.verbs import plan_config
 
-        flags = {
-            "data.train": data,
-            "model": model,
-            "kind": kind,
-            "method": method,
-            "epochs": epochs,
-            "data.eval": eval_data,
-        }
+        flags = _flags(data, model, kind, method, None, epochs, eval_data)
         job = plan_config(read_config(config, sets, flags), display)
         say_plan(display, job.plan())
         return job.plan()

@@ -526,6 +526,14 @@ def _without_effect(config: Config) -> list[Problem]:
     ]
 
 
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings, as plain values, by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def setting(settings: Settings, key: str) -> Any:
     """Return the value of a dotted key."""
     value: Any = settings

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from headstart.begin import COMPARED
 from headstart.config import Config, Settings
-from headstart.data.feed import hashes_of
 from headstart.data.mixing import Part, read_mix
 from headstart.data.preferences import parted
-from headstart.data.prepare import first_rows, form_sides, split_parts
+from headstart.data.prepare import first_records, form_sides, split_parts
 from headstart.data.records import Preference
 from headstart.data.replay import UNKNOWN, Known, Old
 from headstart.errors import DataError, Problem, UsageError
@@ -74,9 +71,7 @@ def _read_old(folder: RunFolder) -> list[Old]:
         sides.train.formatted.examples = list(parted(rows))
     watch = settings.eval.every != 0
     parts = split_parts(sides.train, sides.evaluation, settings.data, Known(before), watch=watch)
-    digests = np.array([int(digest, 16) for digest in hashes_of(parts.train)], np.uint64)
-    learned = first_rows(np.arange(len(parts.train)), digests, settings.data.rows)
-    parts.train = [parts.train[row] for row in learned.tolist()]
+    parts.train = first_records(parts.train, settings.data.rows)
     for formed in sides.formed:
         formed.notes.clear()  # they were told when the run began
     name = folder.path.name

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart import machine
-from headstart.config import Config
+from headstart.config import Config, flat
 from headstart.data.hub import pin_dataset
 from headstart.data.mixing import read_mix
 from headstart.data.read import HUB_PREFIX, SourceFile
@@ -95,7 +95,7 @@ def _weights_hash(source: Source) -> str:
 
 def identity(record: Mapping[str, Any]) -> str:
     """Return what tells a run's checkpoints from another's: a hash of its rows, its model and its settings."""
-    settings = {key: value for key, value in _flat(record.get("settings", {})).items() if key not in FREE_SETTINGS}
+    settings = {key: value for key, value in flat(record.get("settings", {})).items() if key not in FREE_SETTINGS}
     told = [[file["sha256"] for file in record["files"]], record["model"]["sha256"], sorted(settings.items())]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def check_allowed(names: Collection[str]) -> None:
 def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
     """Return what changed since a run began and isn't allowed yet, as far as it can be seen before its data is read."""
     changes = [change for file in record["files"] if (change := _changed_file(file))]
-    before, now = _flat(record.get("settings", {})), _flat(config.settings.model_dump(mode="json"))
+    before, now = flat(record.get("settings", {})), flat(config.settings.model_dump(mode="json"))
     for key, was in before.items():
         if key not in FREE_SETTINGS and key in now and now[key] != was:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
@@ -188,11 +188,3 @@ def _changed_file(file: Mapping[str, Any]) -> Change | None:
 def _change(kind: str, code: str, what: str, where: str) -> Change:
     cure = f"put back what was there, begin a new run, or go on with it as it is: --allow {kind}"
     return Change(kind, Problem(code, what, where, cure))
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return found

@@ -73,8 +73,7 @@ class RunFolder:
         """Open a run folder that exists. Raises RunError."""
         folder = RunFolder(path)
         if not folder.config_file.exists() or not folder.data_file.exists():
-            cure = "`headstart runs` lists those that there are"
-            raise RunError(Problem("run.not_found", "no run lies there", str(path), cure))
+            raise RunError(_not_found(str(path)))
         return folder
 
     @contextlib.contextmanager
@@ -156,7 +155,11 @@ def _not_made(path: Path, error: OSError | ValueError) -> RunError:
 def new_run_path(data: str, model: str) -> Path:
     """Return the first free `runs/DATA-MODEL-N`."""
     names = [Path(part).name.partition(".")[0] for part in (data.removeprefix("hub:"), model)]
-    stem = "-".join(part for part in names if part) or "run"
+    return free_path("-".join(part for part in names if part) or "run")
+
+
+def free_path(stem: str) -> Path:
+    """Return the first free `runs/STEM-N`."""
     number = 1
     while (path := DEFAULT_FOLDER / f"{stem}-{number}").exists():
         number += 1
@@ -225,6 +228,18 @@ def find_run(model: str) -> RunFolder | None:
     path = Path(model)
     candidates = (path, path.parent) if path.name == "model" else (path,)
     return next((RunFolder(p) for p in candidates if RunFolder(p).config_file.exists()), None)
+
+
+def need_run(model: str) -> RunFolder:
+    """Return the run that `find_run` finds. Raises RunError where none lies there."""
+    folder = find_run(model)
+    if folder is None:
+        raise RunError(_not_found(model))
+    return folder
+
+
+def _not_found(path: str) -> Problem:
+    return Problem("run.not_found", "no run lies there", path, "`headstart runs` lists those that there are")
 
 
 def find_runs(folder: Path = DEFAULT_FOLDER) -> list[Path]:

@@ -26,7 +26,7 @@ from headstart.models.load import Loaded, load_model
 from headstart.models.source import find_model
 from headstart.models.strength import Dial, build_dial
 from headstart.report.reasons import NOT_MEASURED
-from headstart.run import Run, RunFolder, find_run
+from headstart.run import Run, RunFolder, need_run
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PACK_TOKENS = 2048
@@ -141,10 +141,7 @@ def write_at(run: str, strength: float, out: Path) -> Path:
 
 
 def _open(run: str) -> RunFolder:
-    folder = find_run(run)
-    if folder is None:
-        cure = "`headstart runs` lists those that there are"
-        raise RunError(Problem("run.not_found", "no run lies there", run, cure))
+    folder = need_run(run)
     task = Run(folder.path).result["task"]
     if task not in WRITES:
         what = f"the run is for {task}: what was known before is measured of models that write text"

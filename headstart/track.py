@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from headstart.config import flat
 from headstart.display import Display
 from headstart.errors import Problem, UsageError
 from headstart.files import read_json, write_json
@@ -200,14 +201,6 @@ def summary(result: Mapping[str, Any]) -> dict[str, float | str]:
         for name, value in (result.get(side) or {}).items():
             if isinstance(value, Mapping) and _is_number(value.get("value")):
                 found[f"{side}/{name}"] = float(value["value"])
-    return found
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return settings by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
     return found
 
 

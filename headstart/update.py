@@ -13,8 +13,8 @@ from typing import Any
 from headstart.config import Config, Override, as_names, build_config, known_keys, setting
 from headstart.data.mixing import Part, read_mix
 from headstart.display import Display
-from headstart.errors import Problem, RunError, UsageError
-from headstart.run import Run, RunFolder, find_run
+from headstart.errors import Problem, UsageError
+from headstart.run import Run, RunFolder, need_run
 from headstart.tune import start
 
 # Old rows beside each new one: about a quarter of what is learned, which keeps what was known even where new text is of another
@@ -69,10 +69,7 @@ def update(
 
 def update_config(run: str | Path, replay: float, given: Sequence[Override]) -> Config:
     """Return the settings of an update: what is `given`, over those of the run. Raises RunError, UsageError."""
-    folder = find_run(str(run))
-    if folder is None:
-        cure = "`headstart runs` lists those that there are"
-        raise RunError(Problem("run.not_found", "no run lies there", str(run), cure))
+    folder = need_run(str(run))
     _ = Run(folder.path).result  # which there must be
     if not 0 <= replay < 1000:
         cure = "--replay 0.3: 30 old rows beside each 100 new ones; 0 is none"

@@ -376,6 +376,14 @@ def first_rows(train: NDArray[np.int64], digests: NDArray[np.uint64], rows: int 
     return train[np.sort(np.argsort(digests[train], kind="stable")[:rows])]
 
 
+def first_records(records: Sequence[Record], rows: int | None) -> Sequence[Record]:
+    """Return the records that `first_rows` takes. Raises UsageError where there are fewer."""
+    if rows is None:
+        return records
+    digests = Keys.of(records).digests
+    return [records[row] for row in first_rows(np.arange(len(records)), digests, rows).tolist()]
+
+
 def split_held(held: Sequence[Record], *, watch: bool) -> tuple[list[Record], list[Record]]:
     """Split held-out rows into those that are watched and those for the proof."""
     watched = _watched(Keys.of(held).digests, watch=watch)
@@ -413,8 +421,7 @@ def prepare(
     except DataError as error:  # most likely for want of the rows that can't be used
         raise DataError([*problems, *error.problems]) from None
     every = parts.train  # what the classes are, and which answers stand again and again, doesn't follow from data.rows
-    digests = np.array([int(digest, 16) for digest in hashes_of(every)], np.uint64)
-    parts.train = [every[row] for row in first_rows(np.arange(len(every)), digests, settings.rows).tolist()]
+    parts.train = first_records(every, settings.rows)
     if len(parts.train) < FEW_ROWS:
         few = f"{len(parts.train)} rows to train on are few: most likely they are learned by heart"
         train.notes.append(few)

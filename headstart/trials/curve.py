@@ -17,7 +17,7 @@ from headstart.report.reasons import curve_words
 from headstart.report.trials import PRETRAINED, RANDOM, curve_page
 from headstart.report.words import VERDICTS, named
 from headstart.trials.retell import read_measured, retell
-from headstart.trials.scratch import from_random
+from headstart.trials.scratch import from_random, need_learnable
 from headstart.trials.study import Outcome, Study, same_rows, study_path, vary
 
 ROWS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # as far as there are so many, and then all
@@ -127,9 +127,7 @@ def _drawn(path: Path, counts: Sequence[int], found: Sequence[Sequence[Outcome]]
 
 def _need_shape(config: Config, data: Data) -> None:
     """Raise UsageError where random weights can't learn what is to be learned, or have no shape, before anything is trained."""
-    if data.config.settings.task == "preference":
-        what = "preferences are learned by a model that writes, which random weights don't"
-        raise UsageError(Problem("usage.flag", what, "--from-scratch", "leave it out"))
+    need_learnable(data.config.settings.task, "--from-scratch", "leave it out")
     decide_adapter(from_random(config), data.source)
 
 

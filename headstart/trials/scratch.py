@@ -131,12 +131,17 @@ def scratch_config(run: Path, own: Mapping[str, Any]) -> Config:
     need_watched(result["rows"]["watch"])
     if result["weights"] == "random":
         raise UsageError(Problem("usage.flag", "the run began with random weights", str(run), "a run that didn't"))
-    if result["task"] == "preference":
-        what = "preferences are learned by a model that writes, which random weights don't"
-        raise UsageError(Problem("usage.flag", what, str(run), "the run that it was tuned from"))
+    need_learnable(result["task"], str(run), "the run that it was tuned from")
     refuse([c for c in find_changes(read_json(folder.data_file), config) if c.kind == "data"], ())
     under = from_random(config.fixed(), ALONE)
     return build_config(None, [Override(key, value, "argument") for key, value in own.items()], under)
+
+
+def need_learnable(task: str, where: str, cure: str) -> None:
+    """Raise UsageError where random weights can't learn what is to be learned."""
+    if task == "preference":
+        what = "preferences are learned by a model that writes, which random weights don't"
+        raise UsageError(Problem("usage.flag", what, where, cure))
 
 
 def from_random(config: Config, more: Mapping[str, Any] | None = None) -> Config:

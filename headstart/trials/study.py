@@ -16,7 +16,7 @@ from headstart.data.read import find_files
 from headstart.display import Display
 from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError, UsageError
 from headstart.files import read_json, sha256, write_json
-from headstart.run import DEFAULT_FOLDER, RunFolder
+from headstart.run import RunFolder, free_path
 from headstart.tune import resume, start
 
 RECORD = "study.json"
@@ -213,11 +213,7 @@ def study_path(kind: str, config: Config) -> Path:
     names = config.settings.data.train
     if not names:
         raise DataError(Problem("data.missing", "no data was named", "data.train", f"headstart {kind} FILE"))
-    stem = f"{kind}-{Path(names[0].removeprefix('hub:')).name.partition('.')[0]}"
-    number = 1
-    while (path := DEFAULT_FOLDER / f"{stem}-{number}").exists():
-        number += 1
-    return path
+    return free_path(f"{kind}-{Path(names[0].removeprefix('hub:')).name.partition('.')[0]}")
 
 
 def free_memory() -> None:
