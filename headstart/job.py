@@ -32,7 +32,17 @@ from headstart.data.images import Look, vary_image
 from headstart.data.labels import Labels
 from headstart.data.mixing import Mixed, mix, replay
 from headstart.data.preferences import desirable_weight
-from headstart.data.prepare import Prepared, Sides, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
+from headstart.data.prepare import (
+    Coding,
+    Prepared,
+    Sides,
+    form_sides,
+    prepare,
+    reject_bad_rows,
+    reject_dropped,
+    reject_spelled,
+    segment,
+)
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
@@ -68,6 +78,7 @@ from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.guard import Guarded, load_guard, without_learned
 from headstart.evaluate.measure import Measured, RowResult, answer_limit, best_only, choose_answered, measure
 from headstart.evaluate.rehearse import answering_bytes, measure_pace
+from headstart.evaluate.robust import VARIABLE, Variant, affordable, write_variants
 from headstart.evaluate.watch import Watch, build_watch
 from headstart.files import read_json, seconds_per_byte
 from headstart.lineage import describe_parent, read_known
@@ -122,6 +133,7 @@ class Data:
     prepared: Prepared
     guard: Sequence[Guarded] = ()
     lineage: dict[str, Any] | None = None
+    variants: Sequence[Variant] = ()
     _proofs: dict[int | None, Segmented] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -162,8 +174,9 @@ class Data:
 
     @property
     def beside(self) -> list[Segmented]:
-        """The rows that are scored beside the run's own: those of what is mixed in, and the guard's."""
-        return [*(mixed.proof for mixed in self.prepared.mixed), *(part.rows for part in self.guard)]
+        """The rows that are scored beside the run's own: those of what is mixed in, the guard's, and own ones written otherwise."""
+        parts: list[Guarded | Variant] = [*self.guard, *self.variants]
+        return [*(mixed.proof for mixed in self.prepared.mixed), *(part.rows for part in parts)]
 
     @property
     def acceptable(self) -> bool:
@@ -228,15 +241,16 @@ class Job:
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
     def measure_beside(self, rows: Measured, tokens_per_pack: int, labels: Labels | None = None) -> Measured:
-        """Score what is mixed in and the guard, and put their rows behind those of the run's own.
+        """Score what is mixed in, the guard and rows written otherwise, and put what they gave behind the run's own rows.
 
-        Old rows are scored as the run's own are, with its `labels`, but answered only where answers are picked.
+        Old rows and those written otherwise are scored as the run's own are, with its `labels`, but answered only where
+        answers are picked.
         """
         template = self.config.settings.data.template
         found = list(rows.rows)
         for mixed in self.data.prepared.mixed:
             if mixed.old:
-                measured = self._measure_old(mixed.proof, tokens_per_pack, labels)
+                measured = self._measure_own(mixed.proof, tokens_per_pack, labels)
             else:
                 renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
                 measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
@@ -244,6 +258,9 @@ class Job:
         for part in self.data.guard:
             measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
             found += [replace(row, part=part.name, guard=True) for row in measured]
+        for variant in self.data.variants:
+            measured = self._measure_own(variant.rows, tokens_per_pack, labels)
+            found += [replace(row, part=variant.name, varied=True) for row in measured]
         return Measured(found, rows.task)
 
     def _measure_part(
@@ -277,7 +294,7 @@ class Job:
         """Return what is watched of preferences on the way; None where nothing is."""
         return _build_watch(self.data, self.config.settings, self.engine.reader, self.layout)
 
-    def _measure_old(self, rows: Segmented, tokens_per_pack: int, labels: Labels | None) -> Sequence[RowResult]:
+    def _measure_own(self, rows: Segmented, tokens_per_pack: int, labels: Labels | None) -> Sequence[RowResult]:
         return measure(
             self.engine.reader,
             self.data.renderer,
@@ -686,6 +703,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
+    data.variants = _write_variants(data, config)
     engine = Engine(
         reader,
         adapted.trainable(),
@@ -698,6 +716,25 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     estimate = _estimate(data, engine, fitted, shape)
     facts = _describe_engine(settings, sped, kept)
     return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape, new_head)
+
+
+def _write_variants(data: Data, config: Config) -> list[Variant]:
+    """Return some rows of the proof as they would be written otherwise: as many as cost little beside the training."""
+    settings, prepared = config.settings, data.prepared
+    if settings.task not in VARIABLE:
+        return []
+    proof = data.proof(settings.eval.rows)
+    trained = build_feed(config, prepared).total * float(prepared.train.lengths.mean())
+    ways, rows = affordable(trained, float(proof.lengths.mean()))
+    if settings.eval.choices == "on":
+        rows = min(rows, settings.eval.generate or 0)
+    labels, limit = prepared.labels, settings.data.max_length or prepared.longest
+
+    def encode(records: Sequence[Record]) -> Segmented:
+        return segment(records, settings.data, data.renderer, limit, Coding(settings.task, labels), whole=True)
+
+    label = labels.names[0] if labels and settings.task == "classification" else None
+    return write_variants([proof.kept[n] for n in choose_answered(proof.kept, rows)], ways, encode, label)
 
 
 def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:
@@ -1013,7 +1050,10 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
     watches = -(-layout.steps // settings.eval.every) if settings.eval.every else 0
     twice = 2 if settings.task == "tagging" else 1  # losses, and then the tags
     if settings.eval.choices == "on":
-        chosen = scored[: settings.eval.generate or 0]
+        chosen = [
+            *scored[: settings.eval.generate or 0],
+            *(row for part in data.variants for row in part.rows.examples),
+        ]
         aims = sum(example.target_count for example in chosen)
         prompts = _tokens(chosen) - aims
         count = len(prepared.choices)
@@ -1022,7 +1062,7 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
     if _needs_reference(settings):
         rows = len(prepared.train.examples)  # once, however often they are trained on
         referred = watch + round(layout.tokens * rows / (layout.steps * (settings.batch_size or 1)))
-    return 2 * (proof * twice + sum(beside)) + watches * watch + referred
+    return 2 * twice * (proof + sum(beside)) + watches * watch + referred
 
 
 def _build_watch(data: Data, settings: Settings, reader: Reader, layout: Layout) -> Watch | None:

@@ -55,7 +55,16 @@ from headstart.report.card import model_card
 from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share, watch_result
 from headstart.report.watched import look_words, sign_words, stop_words, told_words
-from headstart.report.words import data_lines, fallen, guard_lines, plan_facts, score_table, sentence, wins_words
+from headstart.report.words import (
+    data_lines,
+    fallen,
+    guard_lines,
+    plan_facts,
+    robust_words,
+    score_table,
+    sentence,
+    wins_words,
+)
 from headstart.run import Run, RunFolder, new_run_path
 from headstart.stall import StallWatch
 from headstart.stop import StopRequest
@@ -673,6 +682,8 @@ class _Session:
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         for wins in [] if isinstance(result["wins"], str) else result["wins"]:
             self.display.line(f"  {wins_words(wins)}")
+        if varied := robust_words(result["robust"]):
+            self.display.line(f"  inputs written otherwise: {varied}")
         for told in fallen(result):
             self.display.warn(f"the chosen answers: {told}")
         self.display.line()

@@ -31,7 +31,7 @@ from headstart.evaluate.compare import interval
 from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
-from headstart.evaluate.robust import VARIABLE, Robust, compare_varied, general_rows, know_outside
+from headstart.evaluate.robust import VARIABLE, VARIED, Robust, find_robust, write_variants
 from headstart.evaluate.versus import Evaluated, Versus, build_versus
 from headstart.files import read_json, sha256
 from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
@@ -400,21 +400,16 @@ class _Model:
 def _measure_robust(reading: _Reading, clean: Measured, model: _Model) -> Robust:
     """Measure the rows as they would be written otherwise; of classes, also what is from outside the job."""
 
-    def measure_some(records: Sequence[Record]) -> tuple[Sequence[int], Measured]:
-        numbers = {str(record.where): number for number, record in enumerate(records)}
-        rows = reading.segment(records)
-        answered = range(len(rows.kept)) if model.choices else ()
-        return [numbers[str(record.where)] for record in rows.kept], model.measure(rows, answered)
-
     # Of answers out of a set, those rows that were answered.
     chosen = [n for n, row in enumerate(clean.rows) if row.answer is not None]
     numbers = chosen if any(clean.rows[n].probability is not None for n in chosen) else range(len(clean.rows))
     records = [reading.rows.kept[n] for n in numbers]
-    varied = compare_varied(records, Measured([clean.rows[n] for n in numbers], clean.task), measure_some)
-    if reading.task != "classification" or reading.labels is None:
-        return Robust(varied)
-    outside = model.measure(reading.segment(general_rows(reading.labels.names[0])), ())
-    return Robust(varied, know_outside(clean, outside))
+    label = reading.labels.names[0] if reading.labels and reading.task == "classification" else None
+    variants = {
+        variant.name: model.measure(variant.rows, range(len(variant.rows.kept)) if model.choices else ())
+        for variant in write_variants(records, len(VARIED), reading.segment, label)
+    }
+    return find_robust(clean, variants)
 
 
 def _build_grading(graders: Sequence[str | Path], config: Config, reading: _Reading) -> Grading:

@@ -104,7 +104,8 @@ class RowResult:
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
     `reference` the same as text, and `probability` that of the answer. Of preferences `truth` are the scores of the
     answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known), or its
-    reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of.
+    reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of, or the way in
+    which a row of the run's own is written otherwise (`varied`).
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -123,6 +124,7 @@ class RowResult:
     grades: Mapping[str, float | None] = field(default_factory=dict)
     ungraded: Mapping[str, str] = field(default_factory=dict)
     guard: bool = False
+    varied: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,26 @@ class Measured:
 
     def parts(self) -> dict[str, tuple[str, Metric]]:
         """Return what was mixed in, each part with the name of its metric and the metric."""
-        return self._parts(guard=False)
+        return self._parts([row for row in self.rows if row.part and not row.guard and not row.varied])
 
     def guard(self) -> dict[str, tuple[str, Metric]]:
         """Return the parts of the guard, each with the name of its metric and the metric."""
-        return self._parts(guard=True)
+        return self._parts([row for row in self.rows if row.guard])
 
-    def _parts(self, *, guard: bool) -> dict[str, tuple[str, Metric]]:
+    def variants(self) -> dict[str, Measured]:
+        """Return the run's own rows as they would be written otherwise, by the name of the way."""
+        found: dict[str, list[RowResult]] = {}
+        for row in self.rows:
+            if row.varied:
+                found.setdefault(row.part, []).append(replace(row, part=""))
+        return {name: Measured(rows, self.task) for name, rows in found.items()}
+
+    def _parts(self, among: Sequence[RowResult]) -> dict[str, tuple[str, Metric]]:
         found = {}
-        for part in dict.fromkeys(row.part for row in self.rows if row.part and row.guard == guard):
-            rows = [row for row in self.rows if row.part == part and row.guard == guard]
+        for part in dict.fromkeys(row.part for row in among):
+            rows = [row for row in among if row.part == part]
             task = "causal" if rows[0].bytes else "chat"
-            if not guard and self.task not in MIXABLE:  # what is mixed in are old rows, of the same task
+            if not rows[0].guard and self.task not in MIXABLE:  # what is mixed in are old rows, of the same task
                 task = self.task
             metrics = task_metrics(task, rows)
             # Votes that are all of one sort, say, have none.
@@ -169,7 +179,7 @@ class Measured:
 
     @property
     def own(self) -> list[RowResult]:
-        """The rows of the run's own data, without those that were mixed in and those of the guard."""
+        """The rows of the run's own data, without those that were mixed in, those of the guard and those written otherwise."""
         return [row for row in self.rows if not row.part]
 
 

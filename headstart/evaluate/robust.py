@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from headstart.data.feed import content_hash
 from headstart.data.records import Conversation, Label, Labelled, Record, Tagged
-from headstart.evaluate.compare import Compared, Interval, Rank, compare, interval
+from headstart.data.segments import Segmented
+from headstart.evaluate.compare import MIN_ROWS, Compared, Interval, Rank, compare, interval
 from headstart.evaluate.guard import general_forms
 from headstart.evaluate.measure import PRIMARY, Measured
 
 VARIABLE = ("chat", "classification", "multilabel", "regression", "tagging")  # tasks whose rows have an input
+OUTSIDE = "text from outside the job"
+ROWS_MOST = 64  # of a run's proof that are written otherwise
+SHARE = 0.1  # of what training computes that this may cost a run
 TYPED_WRONG = 0.15  # of words of four letters or more
 WORD = re.compile(r"[^\W\d_]{4,}")
 FIELD = re.compile(r"\s*[\w ]{1,40}: *\S")
 GREETING = "Hello, I hope that you are well. I have something for you to look at.\n"
 
 Vary = Callable[[str, random.Random], str]
-
-
-@dataclass(frozen=True)
-class Robust:
-    """How a model fares where inputs vary, and how well its confidence tells text from outside the job (None: not measured)."""
-
-    varied: Sequence[Varied]
-    outside: Interval | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        outside = self.outside.to_json() if self.outside else "not measured"
-        return {"varied": {item.name: item.to_json() for item in self.varied}, "outside_auroc": outside}
 
 
 def mistype(text: str, chance: random.Random) -> str:
@@ -73,13 +65,14 @@ def reorder_fields(text: str, chance: random.Random) -> str:
     return "\n".join(lines)
 
 
+# What happens most comes first, since a short run can pay for some of these alone.
 VARIED: dict[str, Vary] = {
     "typing errors": mistype,
     "lower case": lambda text, _: text.lower(),
-    "upper case": lambda text, _: text.upper(),
     "no punctuation": drop_punctuation,
-    "white space": space_out,
     "a greeting before it": lambda text, _: GREETING + text,
+    "white space": space_out,
+    "upper case": lambda text, _: text.upper(),
     "fields in another order": reorder_fields,
 }
 OF_WORDS = ("typing errors", "lower case", "upper case")  # what keeps words apart as they are
@@ -115,27 +108,106 @@ class Varied:
         return {"metric": found.name, **told, "rows": found.rows, "direction": found.direction, "p": found.p}
 
 
-def compare_varied(
-    records: Sequence[Record], clean: Measured, measure: Callable[[Sequence[Record]], tuple[Sequence[int], Measured]]
-) -> list[Varied]:
-    """Measure rows in each way in which their input varies, and compare with `clean`, the same rows as they are.
+@dataclass(frozen=True)
+class Robust:
+    """How a model fares where inputs vary, and how well its confidence tells text from outside the job (None: not measured)."""
 
-    Rows that a way doesn't change are left out; a way that changes none isn't there. `measure` returns which of the rows
-    that it was given could be read (longer ones may not), and what the model did on these.
-    """
-    found = []
+    varied: Sequence[Varied]
+    outside: Interval | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        outside = self.outside.to_json() if self.outside else "not measured"
+        return {"varied": {item.name: item.to_json() for item in self.varied}, "outside_auroc": outside}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Rows of a run's proof as they would be written otherwise, by `name`; or `OUTSIDE`."""
+
+    name: str
+    rows: Segmented
+
+
+def write_otherwise(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Give the rows in each way in which their input varies: by its name those that it changes; a way that changes none isn't there."""
     for name in VARIED:
         varied = [vary(record, name) for record in records]
-        changed = [n for n, (a, b) in enumerate(zip(records, varied, strict=True)) if a != b]
-        if not changed:
+        changed = [new for old, new in zip(records, varied, strict=True) if new != old]
+        if changed:
+            yield name, changed
+
+
+def write_variants(
+    records: Sequence[Record], ways: int, encode: Callable[[Sequence[Record]], Segmented], label: Label | None
+) -> list[Variant]:
+    """Encode rows as they would be written otherwise, in the first `ways` that change any, and text from outside the job beside them.
+
+    The latter where a `label` is at hand, which it then has.
+    """
+    written = dict(islice(write_otherwise(records), ways))
+    if written and label is not None:
+        written[OUTSIDE] = general_rows(label)
+    variants = [Variant(name, encode(some)) for name, some in written.items()]
+    return [variant for variant in variants if variant.rows.examples]
+
+
+def affordable(trained_tokens: float, row_tokens: float) -> tuple[int, int]:
+    """Return in how many ways how many rows of `row_tokens` may be written, to be scored before and after training.
+
+    First as many ways as there are with the fewest rows that can decide, then more rows; no ways where none can be paid for. To
+    score costs a forward pass, to train one and a backward pass of about twice that (Kaplan et al., 2020).
+    """
+    scored = int(SHARE * 3 * trained_tokens / (2 * max(1.0, row_tokens)))
+    ways = min(scored // MIN_ROWS, len(VARIED))
+    return ways, min(scored // max(1, ways), ROWS_MOST)
+
+
+def find_robust(measured: Measured, variants: Mapping[str, Measured]) -> Robust:
+    """Hold rows that were written otherwise against the same rows as they are, which are among those of `measured`.
+
+    The metric is the first of the task's that both have. `variants` are what the model did, by the name of the way.
+    """
+    clean = {row.where: row for row in measured.own}
+    found = []
+    for name, varied in variants.items():
+        if name == OUTSIDE:
             continue
-        read, measured = measure([varied[n] for n in changed])
-        before = Measured([clean.rows[changed[n]] for n in read], clean.task).metrics()
-        after = measured.metrics()
-        metric = next((m for m in PRIMARY[clean.task] if m in before and m in after), None)
+        before = Measured([clean[row.where] for row in varied.rows], measured.task).metrics()
+        after = varied.metrics()
+        metric = next((m for m in PRIMARY[measured.task] if m in before and m in after), None)
         if metric is not None:
             found.append(Varied(name, compare(metric, before[metric], after[metric])))
-    return found
+    outside = variants.get(OUTSIDE)
+    return Robust(found, know_outside(measured, outside) if outside else None)
+
+
+def robust_result(before: Measured, after: Measured) -> dict[str, Any] | None:
+    """Return how the tuned model fares where inputs vary, beside the untouched one, as a run's result holds it; None: not measured.
+
+    Of each way: the tuned model's rows as they are (`clean`) and written otherwise (`varied`), with their `difference`; what the
+    untouched one made of the latter (`untouched`), and what was gained on them (`gain`).
+    """
+    first, second = before.variants(), after.variants()
+    second = {
+        name: varied for name, varied in second.items() if name in first
+    }  # a run begun by an older version has none
+    told = find_robust(before, first), find_robust(after, second)
+    parts = {}
+    for item in told[1].varied:
+        metric = item.compared.name
+        gain = compare(metric, first[item.name].metrics()[metric], second[item.name].metrics()[metric])
+        untouched = {
+            "untouched": gain.before.to_json(),
+            "gain": gain.difference.to_json(),
+            "gain_direction": gain.direction,
+        }
+        parts[item.name] = {**item.to_json(), **untouched}
+    outsides = [side.outside.to_json() for side in told if side.outside]
+    if not parts and not outsides:
+        return None
+    outside = dict(zip(("before", "after"), outsides, strict=True)) if outsides else "not measured"
+    return {"varied": parts, "outside_auroc": outside}
 
 
 def general_rows(label: Label) -> list[Record]:
@@ -146,7 +218,7 @@ def general_rows(label: Label) -> list[Record]:
 
 def know_outside(inside: Measured, outside: Measured) -> Interval:
     """Return how well confidence tells the job's rows from others, as AUROC: 0.5 is chance, 1 is always."""
-    sides = [[row.probability or 0.0 for row in side.rows] for side in (inside, outside)]
+    sides = [[row.probability or 0.0 for row in side.own] for side in (inside, outside)]
     truth = np.repeat([1.0, 0.0], [len(side) for side in sides])
     metric = Rank(truth, np.array([*sides[0], *sides[1]]), "auroc")
     return interval(metric)

@@ -27,6 +27,8 @@ from headstart.report.words import (
     lineage_facts,
     named,
     old_lines,
+    outside_words,
+    robust_lines,
     score_table,
     sentence,
     speed_facts,
@@ -153,7 +155,14 @@ def _scores(result: Mapping[str, Any]) -> str:
     wins = [] if isinstance(result["wins"], str) else result["wins"]
     note += "".join(f"<p>{html.escape(_capital(wins_words(item)))}.</p>" for item in wins)
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
-    return table(["", "before", "after", "difference", ""], rows) + note + missed + _old(result) + _guard(result)
+    return (
+        table(["", "before", "after", "difference", ""], rows)
+        + note
+        + missed
+        + _old(result)
+        + _guard(result)
+        + _robust(result)
+    )
 
 
 def _old(result: Mapping[str, Any]) -> str:
@@ -186,6 +195,23 @@ def _guard(result: Mapping[str, Any]) -> str:
         "(Kaplan et al., 2020).</p>"
     )
     return "<h3>What it knew before</h3>" + table(["", "", "before", "after", "loss grew by", ""], rows) + note
+
+
+def _robust(result: Mapping[str, Any]) -> str:
+    robust = result.get("robust", "not measured")
+    if isinstance(robust, str):
+        return ""
+    rows = [[*map(cell, values), cell(clear, STYLES.get(clear, "flat"))] for *values, clear in robust_lines(robust)]
+    head = ["", "rows", "untouched model", "tuned model", "as they are", "difference to that", ""]
+    metric = next((part["metric"] for part in robust["varied"].values()), "")
+    note = (
+        f"<p>{html.escape(_capital(named(metric)))} on rows of the proof that are written otherwise, and of the tuned model on the "
+        "same rows as they are. Only rows that a way changes count in it; each is judged for itself, and none decides the verdict.</p>"
+        if rows
+        else ""
+    )
+    said = "" if isinstance(robust["outside_auroc"], str) else f"<p>{html.escape(_capital(outside_words(robust)))}.</p>"
+    return "<h3>Inputs written otherwise</h3>" + (table(head, rows) if rows else "") + note + said
 
 
 def _reasons(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,16 @@ from typing import Any
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
 from headstart.evaluate.wins import BY_LIKENESS
-from headstart.report.words import flips_words, guard_words, named, old_words, score_words, sentence, wins_words
+from headstart.report.words import (
+    flips_words,
+    guard_words,
+    named,
+    old_words,
+    robust_words,
+    score_words,
+    sentence,
+    wins_words,
+)
 
 NOT_MEASURED = "not measured"
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
@@ -35,13 +44,7 @@ def find_reasons(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "custom_fit": _custom_fit(result),
         "matching_data": _matching_data(result),
         "time_and_money": _time_and_money(result),
-        "different_situations": Reason(
-            "Different situations",
-            "Does it hold when inputs vary?",
-            how="headstart eval RUN DATA --robust, and the same of the model that it came from"
-            if result["task"] in VARIABLE
-            else "headstart compare MODEL RUN DATA, with rows from elsewhere",
-        ),
+        "different_situations": _different_situations(result),
         "shared_knowledge": _shared_knowledge(result),
         "happy_users": _happy_users(result),
         "up_to_date": _up_to_date(result),
@@ -121,6 +124,15 @@ def _up_to_date(result: Mapping[str, Any]) -> Reason:
         return Reason("Up to date", asks, how=how)
     new = score_words(result, result["difference"]["metric"], f"on {result['rows']['proof']:,} new rows")
     return Reason("Up to date", asks, f"{new}; {old_words(old)}")
+
+
+def _different_situations(result: Mapping[str, Any]) -> Reason:
+    how = (
+        "headstart eval RUN DATA --robust, with more rows"
+        if result["task"] in VARIABLE
+        else "headstart compare MODEL RUN DATA, with rows from elsewhere"
+    )
+    return Reason("Different situations", "Does it hold when inputs vary?", robust_words(result["robust"]), how)
 
 
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:

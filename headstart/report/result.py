@@ -14,6 +14,7 @@ from headstart.evaluate.graders.rows import pair_grades, ungraded
 from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured
 from headstart.evaluate.old import compare_old, old_result
+from headstart.evaluate.robust import robust_result
 from headstart.evaluate.wins import find_wins
 from headstart.report.reasons import NOT_MEASURED, find_reasons
 from headstart.report.watched import stop_words
@@ -59,6 +60,7 @@ def build_result(
         "answered": sum(row.answer is not None for row in after.own),
         "ungraded": ungraded({"before": before, "after": after}),
         "guard": guard or NOT_MEASURED,
+        "robust": robust_result(before, after) or NOT_MEASURED,
         "watch": watch or NOT_MEASURED,
         "old": kept_old,
         "steps": {

@@ -47,8 +47,7 @@ def score_words(result: Mapping[str, Any], metric: str, rows: str = "") -> str:
     """Say a metric before and after, with the interval of its difference."""
     before, after = result["before"][metric]["value"], result["after"][metric]["value"]
     gap = result["differences"][metric] if metric in result["differences"] else result["difference"]
-    interval = f"({gap['value']:+.3f}, 95% interval {gap['low']:+.3f} to {gap['high']:+.3f})"
-    return " ".join(filter(None, (f"{named(metric)} {before:.3f} -> {after:.3f}", rows, interval)))
+    return " ".join(filter(None, (f"{named(metric)} {before:.3f} -> {after:.3f}", rows))) + _bounds(gap)
 
 
 def _guard_verdict(result: Mapping[str, Any]) -> str:
@@ -69,6 +68,8 @@ def guard_words(guard: Mapping[str, Any]) -> str:
     parts = [f"{name} {_share(part['loss']['value'])} loss" for name, part in guard["parts"].items()]
     return f"{GUARD_VERDICTS[guard['verdict']]}: {', '.join(parts)} (the bound is {_share(guard['bound'])})"
 
+
+HOLDS = "it holds in all {ways} ways in which its rows were written otherwise: none is clearly worse"
 
 OLD_VERDICTS = {
     "kept": "what it learned before is kept",
@@ -128,6 +129,45 @@ def guard_lines(guard: Mapping[str, Any] | str) -> list[tuple[str, str, str, str
     return lines
 
 
+def robust_words(robust: Mapping[str, Any] | str) -> str:
+    """Say how it fares where inputs vary: the way that costs most, and whether it is still better than the untouched model."""
+    if isinstance(robust, str):
+        return ""
+    said, parts = [], robust["varied"]
+    if parts:
+        fell = [part for part in parts.values() if part["direction"] < 0]
+        name, worst = max(parts.items(), key=lambda item: (item[1] in fell) * abs(item[1]["difference"]["value"]))
+        sides = f"{worst['clean']['value']:.3f} -> {worst['varied']['value']:.3f}"
+        most = f"{named(worst['metric'])} {sides}{_bounds(worst['difference'])} on {worst['rows']:,} rows"
+        said.append(f"most is lost with {name}: {most}" if fell else HOLDS.format(ways=len(parts)))
+        better = sum(part["gain_direction"] > 0 for part in parts.values())
+        said.append(f"better than the untouched model in {better} of {len(parts)} ways of writing")
+    return "; ".join(filter(None, (*said, outside_words(robust))))
+
+
+def outside_words(robust: Mapping[str, Any]) -> str:
+    """Say how well confidence tells the job's rows from other text; nothing where that wasn't measured."""
+    outside = robust["outside_auroc"]
+    if isinstance(outside, str):
+        return ""
+    sides = f"{outside['before']['value']:.3f} -> {outside['after']['value']:.3f}"
+    bounds = f"95% interval {outside['after']['low']:.3f} to {outside['after']['high']:.3f}"
+    return f"its confidence tells text from outside the job with an AUROC of {sides} ({bounds}; 0.5 is chance)"
+
+
+def robust_lines(robust: Mapping[str, Any] | str) -> list[tuple[str, ...]]:
+    """Return a line a way of writing: name, rows, untouched, tuned, the tuned model's rows as they are, difference to these, how sure."""
+    if isinstance(robust, str):
+        return []
+    lines: list[tuple[str, ...]] = []
+    for name, part in robust["varied"].items():
+        gap = part["difference"]
+        values = (f"{part[side]['value']:.3f}" for side in ("untouched", "varied", "clean"))
+        shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        lines.append((name, f"{part['rows']:,}", *values, shown, clearness(part["direction"], gap["low"], gap["high"])))
+    return lines
+
+
 def flips_words(flips: Mapping[str, Any] | None) -> str:
     """Say how many rows were put right and how many were put wrong."""
     if not flips:
@@ -156,6 +196,10 @@ def needed_words(result: Mapping[str, Any]) -> str:
     if result["verdict"] == "not_measured":
         return f"too small to decide: at least {needed:,} rows are needed"
     return f"too small to decide: if the difference is what it seems, about {needed:,} rows would be needed"
+
+
+def _bounds(gap: Mapping[str, float]) -> str:
+    return f" ({gap['value']:+.3f}, 95% interval {gap['low']:+.3f} to {gap['high']:+.3f})"
 
 
 def _share(part: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,20 @@ import pytest
 from headstart.data.read import Where
 from headstart.data.records import Document, Labelled, Record, Tagged
 from headstart.evaluate.measure import Measured, RowResult
-from headstart.evaluate.robust import VARIED, compare_varied, know_outside, mistype, reorder_fields, vary
+from headstart.evaluate.robust import (
+    OUTSIDE,
+    VARIED,
+    affordable,
+    find_robust,
+    know_outside,
+    mistype,
+    reorder_fields,
+    robust_result,
+    vary,
+    write_otherwise,
+    write_variants,
+)
+from headstart.report.words import robust_lines, robust_words
 from tests.conftest import conversation
 
 ROWS: list[Record] = [
@@ -66,19 +79,72 @@ def told(records: Sequence[Record], right: bool, sure: float = 0.9) -> Measured:
     return Measured(rows, "classification")
 
 
+RECORDS: list[Record] = [Labelled(Where("f", n), f"WORD {n}", "yes") for n in range(40)]
+
+
+def written(read: Callable[[str], bool]) -> dict[str, Measured]:
+    """Return what a model makes of the rows written otherwise that is right where it can `read` them; of each way half are read."""
+    ways = {name: rows[1::2] for name, rows in write_otherwise(RECORDS)}
+    return {name: told(rows, all(read(row.texts[0]) for row in rows)) for name, rows in ways.items()}
+
+
 def test_a_model_that_reads_capitals_only_is_seen_to_fail_on_lower_case() -> None:
-    records = [Labelled(Where("f", n), f"WORD {n}", "yes") for n in range(40)]
-
-    def measure(varied: Sequence[Record]) -> tuple[Sequence[int], Measured]:
-        read = [n for n, row in enumerate(varied) if n % 2]  # of the others none fits into the model
-        return read, told([varied[n] for n in read], all(row.content.isupper() for row in varied))
-
-    found = {item.name: item.compared for item in compare_varied(records, told(records, True), measure)}
+    found = {item.name: item.compared for item in find_robust(told(RECORDS, True), written(str.isupper)).varied}
     assert "upper case" not in found  # nothing changes
     assert found["lower case"].direction == -1
     assert found["lower case"].difference.value == -1
     assert found["lower case"].rows == 20
     assert found["white space"].direction == 0
+
+
+def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them() -> None:
+    def run(right: bool, sure: float, ways: dict[str, Measured]) -> Measured:
+        ways = {
+            **ways,
+            OUTSIDE: told([replace(r, where=Where("general", n)) for n, r in enumerate(RECORDS)], True, 0.5),
+        }
+        beside = [replace(row, part=name, varied=True) for name, some in ways.items() for row in some.rows]
+        return Measured([*told(RECORDS, right, sure).rows, *beside], "classification")
+
+    nothing, capitals = written(lambda _: False), written(str.isupper)
+    before, after = run(False, 0.5, nothing), run(True, 0.9, capitals)
+    assert [row.where for row in after.own] == [str(row.where) for row in RECORDS]  # what a verdict rests on is as ever
+    assert not after.parts()
+    result = robust_result(before, after)
+    assert result is not None
+    lower, space = result["varied"]["lower case"], result["varied"]["white space"]
+    assert (lower["untouched"]["value"], lower["varied"]["value"], lower["clean"]["value"]) == (0, 0, 1)
+    assert (lower["direction"], lower["gain_direction"]) == (-1, 0)
+    assert (space["untouched"]["value"], space["varied"]["value"], space["clean"]["value"]) == (0, 1, 1)
+    assert (space["direction"], space["gain_direction"]) == (0, 1)
+    assert {side: value["value"] for side, value in result["outside_auroc"].items()} == {"before": 0.5, "after": 1}
+    said = robust_words(result)
+    assert said.startswith("most is lost with lower case: accuracy 1.000 -> 0.000 (-1.000, ")
+    assert list(result["varied"]) == ["typing errors", "lower case", "a greeting before it", "white space"]
+    assert (
+        "better than the untouched model in 1 of 4 ways" in said
+    )  # of rows with typing errors there are too few to tell
+    assert [line[-1] for line in robust_lines(result) if line[0] == "lower case"] == ["worse"]
+    # Where no way is clearly worse, none is named.
+    held = robust_result(run(False, 0.5, nothing), run(True, 0.9, {"white space": capitals["white space"]}))
+    assert robust_words(held).startswith("it holds in all 1 ways")  # type: ignore[arg-type]
+    # A run that was begun before rows were written otherwise goes on without.
+    assert robust_result(told(RECORDS, False), after) is None
+
+
+@pytest.mark.parametrize("tokens", [10**4, 2 * 10**4, 10**5, 10**6, 10**9])
+def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tokens: int) -> None:
+    # Forward and backward cost three times what scoring costs; rows are scored in each way, before and after.
+    ways, rows = affordable(tokens, 100)
+    cost, budget = ways * rows * 2 * 100, 0.1 * 3 * tokens
+    assert cost <= budget
+    assert rows >= 8  # fewer decide nothing
+    assert (ways, rows) == (len(VARIED), 64) or budget - cost < max(2 * 100 * ways, 8 * 2 * 100)
+
+
+def test_a_run_too_short_to_pay_for_it_writes_nothing_otherwise() -> None:
+    assert affordable(1_000, 100)[0] == 0
+    assert write_variants(RECORDS, 0, lambda _: pytest.fail("rows are encoded"), "yes") == []
 
 
 def test_confidence_tells_what_is_from_outside() -> None:
