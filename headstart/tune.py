@@ -35,6 +35,7 @@ from headstart.evaluate.measure import Measured, measure, own_reference
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.reference import find_references, reference_key, with_references
 from headstart.evaluate.score import output_rows, score_answers, score_rows
+from headstart.evaluate.surprise import WORD_ROWS
 from headstart.evaluate.watch import Look, Watch, find_signs
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
@@ -465,6 +466,7 @@ class _Session:
                 references=[[logprob for logprob, *_ in row.found] for row in before.own]
                 if preferred and before
                 else (),
+                words=WORD_ROWS,
                 on_progress=self._on_eval,
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),

@@ -109,6 +109,16 @@ class Encoder:
         """Encode whole texts, without what a model puts around them."""
         return self._encode_texts([(text, True) for text in texts])
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where each token of a whole text stands in it, begin and end in characters; empty where that can't be told."""
+        lead = "\n" if self._anchored[True] else ""
+        encoding = self._backend.encode(lead + text, add_special_tokens=False)
+        (ids,) = self.encode_texts([text])
+        known = len(encoding.ids) - len(ids)
+        if known < 0 or encoding.ids[known:] != ids:
+            return []
+        return [(begin - len(lead), end - len(lead)) for begin, end in encoding.offsets[known:]]
+
     def encode_split(self, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Encode rows of words, each word by itself, as words of a text that are parted by spaces.
 

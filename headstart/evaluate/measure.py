@@ -16,7 +16,15 @@ from headstart.data.mixing import MIXABLE
 from headstart.data.records import Conversation, Document, Preference, Record, Related, Tagged
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
-from headstart.engine.forward import EmbeddingReader, PreferenceReader, Reader, RewardReader, RowReader, TokenReader
+from headstart.engine.forward import (
+    EmbeddingReader,
+    PackReader,
+    PreferenceReader,
+    Reader,
+    RewardReader,
+    RowReader,
+    TokenReader,
+)
 from headstart.evaluate.choices import last_answer, weigh_choices
 from headstart.evaluate.compare import Metric
 from headstart.evaluate.entities import entities, has_entities
@@ -32,8 +40,10 @@ from headstart.evaluate.score import (
     score_compared,
     score_outputs,
     score_rows,
+    score_tokens,
     tag_rows,
 )
+from headstart.evaluate.surprise import Words, word_losses
 from headstart.models.load import model_length
 
 # What a verdict rests on: the first of these that was measured.
@@ -106,6 +116,7 @@ class RowResult:
     answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known), or its
     reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of, or the way in
     which a row of the run's own is written otherwise (`varied`).
+    `words` are those of a document with what each lost in nats, where that was asked.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -125,6 +136,7 @@ class RowResult:
     ungraded: Mapping[str, str] = field(default_factory=dict)
     guard: bool = False
     varied: bool = False
+    words: Sequence[tuple[str, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -196,13 +208,15 @@ def measure(  # noqa: PLR0911 (a line for each task)
     labels: Labels | None = None,
     choices: Sequence[str] = (),
     references: Sequence[Sequence[float]] = (),
+    words: int = 0,
     on_progress: OnProgress | None = None,
     tokens_at_once: int | None = None,
 ) -> Measured:
     """Score every row and answer those conversations that are `chosen`, by number, else `answers` of them.
 
     With `choices` the likeliest of these is the answer; else it is generated, with at most `tokens_at_once` kept.
-    `labels` are what a classifier tells, `references` what another model gave each answer of preferences. `records` and
+    `labels` are what a classifier tells, `references` what another model gave each answer of preferences. Of the first `words`
+    documents that are continued it is kept what each of their words lost. `records` and
     `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
     """
 
@@ -232,10 +246,15 @@ def measure(  # noqa: PLR0911 (a line for each task)
         rows = [record for record in records if isinstance(record, Preference)]
         rewards = score_answers(reader, examples, tokens_per_pack, told("scoring"))
         return Measured(_of_rewards(rows, rewards, score_compared(reader, examples, rewards)), task)
-    scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
+    lost: Sequence[Floats] = ()
+    if task == "causal" and words and isinstance(reader, PackReader):
+        scores, lost = score_tokens(reader, examples, tokens_per_pack, told("scoring"), first=words)
+    else:
+        scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
     if documents and isinstance(renderer, Encoder):
-        return Measured(_of_documents(documents, examples, scores, renderer), task)
+        given = [word_losses(row.content, losses, renderer) for row, losses in zip(documents, lost, strict=False)]
+        return Measured(_of_documents(documents, examples, scores, renderer, given), task)
     if not isinstance(renderer, Renderer):
         raise TypeError("conversations are rendered by a Renderer")
     conversations = [record for record in records if isinstance(record, Conversation)]
@@ -465,20 +484,25 @@ def _of_related(records: Sequence[Record], near: Neighbours) -> list[RowResult]:
 
 
 def _of_documents(
-    documents: Sequence[Document], examples: Sequence[Example], scores: RowScores, renderer: Encoder
+    documents: Sequence[Document],
+    examples: Sequence[Example],
+    scores: RowScores,
+    renderer: Encoder,
+    given: Sequence[Words],
 ) -> list[RowResult]:
     results = []
-    for document, example, nll, targets in zip(documents, examples, scores.nll, scores.targets, strict=True):
+    for number, (document, example) in enumerate(zip(documents, examples, strict=True)):
         first = example.segments[0].ids[:1]
         # A text that begins with a token of its own is predicted whole; else its first token is only read.
         unpredicted = len(renderer.decode(first.tolist()).encode())
         results.append(
             RowResult(
                 where=str(document.where),
-                nll=float(nll),
-                targets=float(targets),
+                nll=float(scores.nll[number]),
+                targets=float(scores.targets[number]),
                 asked=document.content[:EXCERPT],
                 bytes=len(document.content.encode()) - unpredicted - len(example.cut.encode()),
+                words=given[number] if number < len(given) else (),
             )
         )
     return results

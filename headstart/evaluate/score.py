@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headstart.data.forest import Pack
 from headstart.data.segments import Example
-from headstart.engine.forward import Comparing, EmbeddingReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import Comparing, EmbeddingReader, PackReader, Reader, RowReader, TokenReader
 from headstart.faults import reach
 from headstart.objectives.embeddings import SCALE
 
@@ -30,6 +31,11 @@ class RowScores:
     def __add__(self, other: RowScores) -> RowScores:
         return RowScores(np.concatenate([self.nll, other.nll]), np.concatenate([self.targets, other.targets]))
 
+    def add(self, rows: Ints, losses: Floats, weights: Floats) -> None:
+        """Add what targets of `rows` lost, each with its weight."""
+        np.add.at(self.nll, rows, losses * weights)
+        np.add.at(self.targets, rows, weights)
+
     @property
     def mean(self) -> float:
         """Return the nll per target over all rows."""
@@ -48,8 +54,38 @@ def score_rows(
         return RowScores(losses, np.ones(len(losses)))
     if isinstance(reader, Comparing):
         return _score_preferences(reader, examples, tokens_per_pack, on_pack)
-    nll = np.zeros(len(examples))
-    targets = np.zeros(len(examples))
+    scores = RowScores(np.zeros(len(examples)), np.zeros(len(examples)))
+    for _, rows, losses, weights in _each_pack(reader, examples, tokens_per_pack, on_pack):
+        scores.add(rows, losses, weights)
+    return scores
+
+
+def score_tokens(
+    reader: PackReader,
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    on_pack: Callable[[int, int], None] | None = None,
+    *,
+    first: int,
+) -> tuple[RowScores, list[Floats]]:
+    """Score `examples` as `score_rows` does, and return of the `first` of them the loss of each target in nats, in order, too."""
+    scores = RowScores(np.zeros(len(examples)), np.zeros(len(examples)))
+    found: list[list[tuple[int, int, float]]] = [[] for _ in examples[:first]]
+    for pack, rows, losses, weights in _each_pack(reader, examples, tokens_per_pack, on_pack):
+        scores.add(rows, losses, weights)
+        places, pieces = pack.positions[pack.sources[pack.target_sources]], pack.segment_numbers[pack.target_segments]
+        for n in np.flatnonzero(rows < first):
+            found[rows[n]].append((int(pieces[n]), int(places[n]), float(losses[n])))
+    return scores, [np.array([loss for *_, loss in sorted(tokens)]) for tokens in found]
+
+
+def _each_pack(
+    reader: Reader,
+    examples: Sequence[Example],
+    tokens_per_pack: int,
+    on_pack: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Pack, Ints, Floats, Floats]]:
+    """Give each pack, and of each of its losses the row, the loss and the weight."""
     # In blocks, since finding what rows share takes longer the more of them there are.
     for start in range(0, len(examples), ROWS_SHARED):
         block = examples[start : start + ROWS_SHARED]
@@ -57,11 +93,9 @@ def score_rows(
         for done, pack in enumerate(packs, 1):
             reach("evaluation.pack")
             losses, weights, rows = reader.row_losses(pack)
-            np.add.at(nll, start + rows, losses * weights)
-            np.add.at(targets, start + rows, weights)
+            yield pack, start + rows, losses, weights
             if on_pack:
                 on_pack(start + len(block) * done // len(packs), len(examples))
-    return RowScores(nll, targets)
 
 
 def score_answers(

@@ -32,6 +32,7 @@ from headstart.report.words import (
     score_table,
     sentence,
     speed_facts,
+    surprise_lines,
     trouble_facts,
     wins_words,
 )
@@ -61,11 +62,13 @@ def report_page(
     trouble = trouble_facts(result, metrics, data)
     watched = watched_section(result["watch"], metrics)
     comes_from = lineage_facts(result.get("lineage"))
+    words = _words(result.get("words"))
     body = [
         _first_screen(name, result),
         _section("Seven reasons", _reasons(result)),
         _section("Scores", _scores(result)),
         _section(SAMPLES[result["kind"]], _samples(before, after)),
+        *([_section("Words", words)] if words else []),
         *(_section(title, part) for title, part in told_sections(before, after)),
         _section("Training", _curves(metrics)),
         *([_section("What became of the answers", watched)] if watched else []),
@@ -212,6 +215,22 @@ def _robust(result: Mapping[str, Any]) -> str:
     )
     said = "" if isinstance(robust["outside_auroc"], str) else f"<p>{html.escape(_capital(outside_words(robust)))}.</p>"
     return "<h3>Inputs written otherwise</h3>" + (table(head, rows) if rows else "") + note + said
+
+
+def _words(words: Mapping[str, Any] | str | None) -> str:
+    """Return the words that the model was most surprised by."""
+    if not words or isinstance(words, str):
+        return ""
+    columns = "".join(
+        f"<div><h3>Most surprising {side}</h3>{table(['', 'times', 'bits before', 'bits after'], rows)}</div>"
+        for side in ("before", "after")
+        for rows in [[[*map(cell, line)] for line in surprise_lines(words[side])]]
+    )
+    note = (
+        "<p>What a word of the first documents that were held out cost on the mean, in bits: 1 where the model gives it a chance of "
+        "a half, 10 where of one in 1,024.</p>"
+    )
+    return f'<div class="samples">{columns}</div>{note}'
 
 
 def _reasons(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.robust import VARIABLE
+from headstart.evaluate.surprise import few_words
 from headstart.evaluate.wins import BY_LIKENESS
 from headstart.report.words import (
     flips_words,
@@ -21,6 +22,7 @@ from headstart.report.words import (
 )
 
 NOT_MEASURED = "not measured"
+WORDS = 4  # that are named
 TEXT = ("bits_per_byte", "nll")  # metrics that say how well it knows a kind of text
 
 
@@ -77,7 +79,11 @@ def _matching_data(result: Mapping[str, Any]) -> Reason:
     if metric is None or result["kind"] == "supervised":
         how = "tune it on texts of this kind first (a file of `text`): the report then has their bits per byte"
         return Reason("Matching data", asks, how=how)
-    return Reason("Matching data", asks, f"{score_words(result, metric)}, on text that was held out")
+    says = f"{score_words(result, metric)}, on text that was held out"
+    words = result["words"]
+    if not isinstance(words, str):
+        says = f"{says}; most surprising before, in bits a word: {few_words(words['before'], WORDS)}"
+    return Reason("Matching data", asks, says)
 
 
 def _time_and_money(result: Mapping[str, Any]) -> Reason:

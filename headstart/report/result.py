@@ -15,6 +15,7 @@ from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guar
 from headstart.evaluate.measure import PRIMARY, Measured
 from headstart.evaluate.old import compare_old, old_result
 from headstart.evaluate.robust import robust_result
+from headstart.evaluate.surprise import find_surprises
 from headstart.evaluate.wins import find_wins
 from headstart.report.reasons import NOT_MEASURED, find_reasons
 from headstart.report.watched import stop_words
@@ -61,6 +62,7 @@ def build_result(
         "ungraded": ungraded({"before": before, "after": after}),
         "guard": guard or NOT_MEASURED,
         "robust": robust_result(before, after) or NOT_MEASURED,
+        "words": find_surprises(before, after) or NOT_MEASURED,
         "watch": watch or NOT_MEASURED,
         "old": kept_old,
         "steps": {

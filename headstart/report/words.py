@@ -8,6 +8,7 @@ from typing import Any
 from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.measure import LABELS
+from headstart.evaluate.surprise import in_bits
 from headstart.report.watched import sign_facts
 
 FILES = 20  # that are listed
@@ -166,6 +167,11 @@ def robust_lines(robust: Mapping[str, Any] | str) -> list[tuple[str, ...]]:
         shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         lines.append((name, f"{part['rows']:,}", *values, shown, clearness(part["direction"], gap["low"], gap["high"])))
     return lines
+
+
+def surprise_lines(words: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return a line a word: itself, its times, and the bits that it cost before and after."""
+    return [(item["word"], f"{item['times']:,}", in_bits(item["before"]), in_bits(item["after"])) for item in words]
 
 
 def flips_words(flips: Mapping[str, Any] | None) -> str:

@@ -57,6 +57,12 @@ def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
     report = Path("runs/text/report.html").read_text()
     assert "Gained most" in report
     assert "bits per byte" in report
+    assert "Most surprising before" in report
+    for item in found["words"]["before"]:
+        assert item["times"] >= 1
+        assert item["before"] > 0
+        assert f"<td>{item['word']}</td>" in report
+    assert found["words"]["before"][0]["word"] in found["reasons"]["matching_data"]["says"]
     assert run_card(Path("runs/text"), '"The plan"')
 
 

@@ -1,0 +1,89 @@
+"""Which words of its text a model is surprised by: what it gave each of them, before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from headstart.data.documents import WORD
+from headstart.data.encode import Encoder
+from headstart.evaluate.score import Floats
+
+if TYPE_CHECKING:
+    from headstart.evaluate.measure import Measured
+
+WORD_ROWS = 32  # documents of which it is kept what each word was given
+SHOWN = 12
+OFTEN = (
+    3  # times that a word is to stand there, where enough do: what stands once tells more of its sentence than of it
+)
+EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+LETTER = re.compile(r"[^\W\d_]")
+
+Words = list[tuple[str, float]]
+
+
+def word_losses(text: str, losses: Floats, renderer: Encoder) -> Words:
+    """Return the words of a text with what their tokens lost in all, in nats.
+
+    `losses` [n] are those of the text's last n tokens, in order. A word is written small, without the marks around it; numbers and
+    marks are none, nor is a word of which not all was predicted. Empty where it can't be told which token stands where.
+    """
+    spans = renderer.spans(text)
+    unpredicted = len(spans) - len(losses)
+    if not spans or unpredicted < 0:
+        return []
+    found: Words = []
+    place = 0
+    for word in WORD.finditer(text):
+        begin, end = word.span()
+        while place < len(spans) and spans[place][1] <= begin:
+            place += 1
+        first, total = place, 0.0
+        while place < len(spans) and spans[place][0] < end:
+            total += float(losses[place - unpredicted]) if place >= unpredicted else 0.0
+            place += 1
+        name = EDGES.sub("", word.group()).lower()
+        if first >= unpredicted and LETTER.search(name):
+            found.append((name, total))
+    return found
+
+
+def find_surprises(before: Measured, after: Measured) -> dict[str, list[dict[str, Any]]] | None:
+    """Return the words that cost most on the mean `before` and `after`, each with its times and both means in nats; None: not measured."""
+    sides = _means(before), _means(after)
+    both = {word: times for word, (times, _) in sides[0].items() if word in sides[1]}
+    often = [word for word, times in both.items() if times >= OFTEN]
+    words = often if len(often) >= SHOWN else list(both)
+    if not words:
+        return None
+
+    def most(side: int) -> list[dict[str, Any]]:
+        ranked = sorted(words, key=lambda word: -sides[side][word][1])[:SHOWN]
+        means = (sides[0], sides[1])
+        return [
+            {"word": word, "times": both[word], "before": means[0][word][1], "after": means[1][word][1]}
+            for word in ranked
+        ]
+
+    return {"before": most(0), "after": most(1)}
+
+
+def _means(measured: Measured) -> dict[str, tuple[int, float]]:
+    """Return of each word how often it stands there, and what it cost on the mean."""
+    found: dict[str, list[float]] = {}
+    for row in measured.own:
+        for word, loss in row.words:
+            found.setdefault(word, []).append(loss)
+    return {word: (len(losses), sum(losses) / len(losses)) for word, losses in found.items()}
+
+
+def few_words(words: Sequence[dict[str, Any]], most: int) -> str:
+    """Say what a few words cost before and after, in bits."""
+    return ", ".join(f"{item['word']} {in_bits(item['before'])} -> {in_bits(item['after'])}" for item in words[:most])
+
+
+def in_bits(nats: float) -> str:
+    """Return nats as bits, in words."""
+    return f"{nats / 0.6931471805599453:.1f}"
