@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,8 @@ class Metric(ABC):
 class Ratio(Metric):
     """The sum of `values` over the sum of `weights`, both [N], `transform`ed; 0 where nothing weighs anything.
 
-    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right.
+    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right; with `grouped` rows are
+    groups of such, their values how many of them are right.
     """
 
     values: Floats
@@ -63,6 +64,7 @@ class Ratio(Metric):
     transform: Callable[[Any], Any] = _as_it_is
     decides: bool = True
     right: bool = False
+    grouped: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -252,6 +254,54 @@ class Calibration(Metric):
         )
 
 
+@dataclass(frozen=True)
+class Clustered(Metric):
+    """A metric whose rows are drawn and swapped by whole groups: its rows are the groups, `members` the rows of each."""
+
+    metric: Metric
+    members: Sequence[Draws]
+
+    @property
+    def lower_is_better(self) -> bool:  # type: ignore[override]
+        """The sense of the metric."""
+        return self.metric.lower_is_better
+
+    @property
+    def decides(self) -> bool:  # type: ignore[override]
+        """Tell whether a verdict may rest on the metric."""
+        return self.metric.decides
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def over(self, draws: Draws) -> Floats:
+        """Return the metric over each draw of groups, which hold different numbers of rows, so one by one."""
+        rows = (np.concatenate([self.members[group] for group in draw]) for draw in draws)
+        return np.array([self.metric.over(row[None])[0] for row in rows])
+
+    def joined(self, other: Clustered) -> Clustered:
+        """Return the metric over these groups and those of another."""
+        behind = [rows + len(self.metric) for rows in other.members]
+        return Clustered(self.metric.joined(other.metric), [*self.members, *behind])
+
+
+def cluster(metric: Metric, groups: Sequence[str]) -> Metric:
+    """Return a metric whose rows of one group stand or fall together, since they aren't independent; "" is no group.
+
+    An interval is then over groups: drawn whole (the cluster bootstrap; Davison and Hinkley, 1997). A ratio over groups is one over
+    their sums.
+    """
+    numbers: dict[str | int, int] = {}
+    of = np.array([numbers.setdefault(group or row, len(numbers)) for row, group in enumerate(groups)], np.int64)
+    if len(numbers) == len(groups):
+        return metric
+    if isinstance(metric, Ratio):
+        values, weights = (np.bincount(of, s, len(numbers)).astype(np.float64) for s in (metric.values, metric.weights))
+        return replace(metric, values=values, weights=weights, grouped=metric.right)
+    order = np.argsort(of, kind="stable")
+    return Clustered(metric, np.split(order, np.flatnonzero(np.diff(of[order])) + 1))
+
+
 A = TypeVar("A", Floats, Draws)
 
 
@@ -335,24 +385,40 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
     if len(before) != len(after):
         raise ValueError(f"{name}: {len(before)} rows before and {len(after)} after")
     rows = len(before)
-    if isinstance(before, Ratio) and isinstance(after, Ratio) and before.right and after.right:
+    if _counted(before) and _counted(after):
         first, second, difference, p = _compare_right(before.values, after.values)
-    elif isinstance(before, Ratio) and isinstance(after, Ratio) and after.right and not np.ptp(before.values):
+    elif isinstance(before, Ratio) and _counted(after) and not np.ptp(before.values):
         first, second, difference, p = _compare_tied(float(before.values[0]), after.values)
     else:
         samples = _resample([before, after], seed)
         count = min(before.rows_that_count, after.rows_that_count)
-        first, second = (_interval(whole(m), s, count) for m, s in zip((before, after), samples, strict=True))
-        difference = _interval(whole(after) - whole(before), samples[1] - samples[0], count)
+        first, second = (_of_draws(m, s, count) for m, s in zip((before, after), samples, strict=True))
+        gap = whole(after) - whole(before)
+        difference = _interval(gap, samples[1] - samples[0], count)
+        if isinstance(after, Ratio) and after.grouped and difference.low == difference.high:
+            difference = paired_difference(max(0.0, gap) * rows, max(0.0, -gap) * rows, rows)
         p = _swap(before, after, seed)
     return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
 
 
 def interval(metric: Metric, seed: int = 0) -> Interval:
     """Return a metric by itself with its interval: what `compare` gives for either side."""
-    if isinstance(metric, Ratio) and metric.right:
+    if _counted(metric):
         return _wilson(metric.values)
-    return _interval(whole(metric), _resample([metric], seed)[0], metric.rows_that_count)
+    return _of_draws(metric, _resample([metric], seed)[0], metric.rows_that_count)
+
+
+def _counted(metric: Metric) -> TypeGuard[Ratio]:
+    """Tell whether each row is right or wrong, so that nothing needs to be drawn."""
+    return isinstance(metric, Ratio) and metric.right and not metric.grouped
+
+
+def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
+    """Return the interval of a metric by its draws; where all groups are right, or all wrong, these don't vary: then by counting groups."""
+    found = _interval(whole(metric), samples, rows)
+    if isinstance(metric, Ratio) and metric.grouped and found.low == found.high:
+        return Interval(found.value, *_wilson_bounds(found.value, len(metric)))
+    return found
 
 
 def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
@@ -432,7 +498,7 @@ def _compare_tied(level: float, after: Floats) -> tuple[Interval, Interval, Inte
     return Interval(level, level, level), rate, gap, sign_test(int((after > level).sum()), int((after < level).sum()))
 
 
-def paired_difference(more: int, less: int, rows: int) -> Interval:
+def paired_difference(more: float, less: float, rows: int) -> Interval:
     """Return by how much more often `more` came about than `less`, of `rows` pairs, as a part of them (Agresti and Min, 2005)."""
     from scipy.special import ndtri
 
@@ -443,10 +509,33 @@ def paired_difference(more: int, less: int, rows: int) -> Interval:
 
 
 def _wilson(right: Floats) -> Interval:
-    from scipy.stats import binomtest
+    rate = float(right.mean())
+    return Interval(rate, *_wilson_bounds(rate, len(right)))
 
-    bounds = binomtest(int(right.sum()), len(right)).proportion_ci(LEVEL, "wilson")
-    return Interval(float(right.mean()), float(bounds.low), float(bounds.high))
+
+def _wilson_bounds(rate: float, rows: int) -> tuple[float, float]:
+    """Return the bounds of a rate over rows (Wilson, 1927)."""
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + LEVEL) / 2))
+    middle, half = rate + z**2 / (2 * rows), z * math.sqrt(rate * (1 - rate) / rows + (z / (2 * rows)) ** 2)
+    low, high = ((middle + side * half) / (1 + z**2 / rows) for side in (-1, 1))
+    return max(0.0, min(rate, low)), min(1.0, max(rate, high))
+
+
+def has_groups(groups: Sequence[str]) -> bool:
+    """Tell whether any group holds several rows."""
+    named = [group for group in groups if group]
+    return len(set(named)) < len(named)
+
+
+def paired_p(before: Floats, after: Floats, groups: Sequence[str], seed: int = 0) -> float:
+    """Return how likely so uneven a change of rows, [N], is by chance: the sign test; of rows in groups by swaps of whole groups."""
+    ones = np.ones(len(before))
+    first, second = (cluster(Ratio(side, ones), groups) for side in (before, after))
+    if len(first) == len(before):
+        return sign_test(int((after > before).sum()), int((after < before).sum()))
+    return _swap(first, second, seed)
 
 
 def sign_test(more: int, less: int) -> float:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headstart.evaluate.compare import sign_test
+import numpy as np
+
+from headstart.evaluate.compare import has_groups, paired_p
 from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import exact_match, won
@@ -31,7 +33,8 @@ class Flip:
 class Flips:
     """Rows that the second model fixed and broke, by what `by` says is right, of `rows` that both answered.
 
-    `p` is how likely so uneven a count is by chance alone: McNemar's exact test, two-sided (McNemar, 1947).
+    `p` is how likely so uneven a count is by chance alone: McNemar's exact test, two-sided (McNemar, 1947); where `grouped`, by
+    swaps of whole groups. It is 1 where no row flipped.
     """
 
     by: str
@@ -39,11 +42,8 @@ class Flips:
     broken: Sequence[Flip]
     both_right: int
     rows: int
-
-    @property
-    def p(self) -> float:
-        """The p-value; 1 where no row flipped."""
-        return sign_test(len(self.fixed), len(self.broken))
+    p: float
+    grouped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The flips as plain values, every one with its row."""
@@ -65,16 +65,20 @@ def find_flips(first: Measured, second: Measured, grader: Grader | None = None) 
     by = f"{grader.name} at least {grader.least:g}" if grader else "answers exactly right"
     fixed: list[Flip] = []
     broken: list[Flip] = []
-    both = rows = 0
+    known: list[tuple[bool, bool, str]] = []
     for a, b in zip(first.own, second.own, strict=True):
         was, now = is_right(a, second.task, grader), is_right(b, second.task, grader)
         if was is None or now is None:
             continue
-        rows += 1
-        both += was and now
+        known.append((was, now, b.group))
         if was != now:
             (fixed if now else broken).append(Flip(a, b))
-    return Flips(by, fixed, broken, both, rows) if rows else None
+    if not known:
+        return None
+    before, after, groups = zip(*known, strict=True)
+    both = sum(was and now for was, now, _ in known)
+    p = paired_p(np.array(before, float), np.array(after, float), groups)
+    return Flips(by, fixed, broken, both, len(known), p, has_groups(groups))
 
 
 def is_right(row: RowResult, task: str, grader: Grader | None = None) -> bool | None:
@@ -101,7 +105,9 @@ def count_flips(before: Measured, after: Measured) -> dict[str, Any]:
     found = find_flips(before, after)
     if found and (found.fixed or found.broken or found.both_right):
         counts = {"fixed": len(found.fixed), "broken": len(found.broken), "rows": found.rows}
-        return {"metric": "right", **counts, "p": found.p}
-    changes = [b.nll - a.nll for b, a in zip(before.own, after.own, strict=True)]
-    fell, rose = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    return {"metric": "loss", "fixed": fell, "broken": rose, "rows": len(changes), "p": sign_test(fell, rose)}
+        return {"metric": "right", **counts, "p": found.p, "grouped": found.grouped}
+    lost = [np.array([row.nll for row in side.own]) for side in (before, after)]
+    fell, rose = int((lost[1] < lost[0]).sum()), int((lost[1] > lost[0]).sum())
+    groups = [row.group for row in after.own]
+    p = paired_p(np.sign(lost[1] - lost[0]), np.zeros(len(groups)), groups)
+    return {"metric": "loss", "fixed": fell, "broken": rose, "rows": len(groups), "p": p, "grouped": has_groups(groups)}

@@ -116,7 +116,7 @@ class RowResult:
     answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known), or its
     reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of, or the way in
     which a row of the run's own is written otherwise (`varied`).
-    `words` are those of a document with what each lost in nats, where that was asked.
+    Rows of one `group` stand or fall together. `words` are those of a document with what each lost in nats, where that was asked.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -137,6 +137,7 @@ class RowResult:
     guard: bool = False
     varied: bool = False
     words: Sequence[tuple[str, float]] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,7 @@ def _of_rewards(rows: Sequence[Preference], rewards: Sequence[Floats], losses: R
         results.append(
             RowResult(
                 where=str(row.where),
+                group=row.group or "",
                 nll=float(loss),
                 targets=float(len(found) > 1),  # an answer that stands alone has no loss
                 asked=row.asked.messages[-1].content[:EXCERPT],
@@ -369,6 +371,7 @@ def _of_answers(
         results.append(
             RowResult(
                 where=str(conversation.where),
+                group=conversation.group or "",
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
@@ -390,6 +393,7 @@ def _of_choices(
         results.append(
             RowResult(
                 where=str(conversation.where),
+                group=conversation.group or "",
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
@@ -410,6 +414,7 @@ def _of_labels(records: Sequence[Record], losses: RowScores, outputs: Floats, la
         results.append(
             RowResult(
                 where=str(record.where),
+                group=record.group or "",
                 nll=float(losses.nll[number]),
                 targets=float(losses.targets[number]),
                 asked="\n".join(record.texts)[:EXCERPT],
@@ -435,6 +440,7 @@ def _of_tags(
         results.append(
             RowResult(
                 where=str(record.where),
+                group=record.group or "",
                 nll=float(nll),
                 targets=float(targets),
                 asked=" ".join(record.words)[:EXCERPT],
@@ -470,6 +476,7 @@ def _of_related(records: Sequence[Record], near: Neighbours) -> list[RowResult]:
         results.append(
             RowResult(
                 where=str(record.where),
+                group=record.group or "",
                 nll=float(loss),
                 targets=1.0,
                 asked="\n".join(texts)[:EXCERPT],
@@ -498,6 +505,7 @@ def _of_documents(
         results.append(
             RowResult(
                 where=str(document.where),
+                group=document.group or "",
                 nll=float(scores.nll[number]),
                 targets=float(scores.targets[number]),
                 asked=document.content[:EXCERPT],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from headstart.data.labels import Labels
-from headstart.evaluate.compare import Calibration, ClassMetric, Metric, Rank, Ratio, SeveralF1
+from headstart.evaluate.compare import Calibration, ClassMetric, Metric, Rank, Ratio, SeveralF1, cluster
 from headstart.evaluate.entities import count_entities, has_entities
 from headstart.evaluate.score import Floats, sigmoid, softmax
 
@@ -28,6 +28,13 @@ class Scored(Protocol):
     probability: float | None
     truth: Sequence[Any]
     found: Sequence[Any]
+    group: str
+
+
+def by_group(metrics: Mapping[str, Metric], rows: Sequence[Scored]) -> dict[str, Metric]:
+    """Return metrics over rows such that those of one group stand or fall together."""
+    groups = [row.group for row in rows]
+    return {name: cluster(metric, groups) for name, metric in metrics.items()}
 
 
 def task_metrics(task: str, rows: Sequence[Any]) -> dict[str, Metric]:  # noqa: PLR0911 (a line for each task)
@@ -62,7 +69,7 @@ def class_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         second = np.array([p if f == names[1] else 1 - p for p, f in zip(sure, found, strict=True)])
         metrics["auroc"] = Rank(np.array([float(t == names[1]) for t in truth]), second, "auroc")
     metrics["calibration"] = Calibration(sure, right)
-    return metrics
+    return by_group(metrics, rows)
 
 
 def _several_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -70,11 +77,12 @@ def _several_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     truth = np.array([[name in row.truth for name in names] for row in rows])
     found = np.array([[name in row.found for name in names] for row in rows])
     both = truth.sum(1) + found.sum(1)
-    return {
+    metrics: dict[str, Metric] = {
         "micro_f1": Ratio(2.0 * (truth & found).sum(1), both.astype(np.float64)),
         "macro_f1": SeveralF1(truth, found, names),
         "all_right": _rate((truth == found).all(1).astype(np.float64)),
     }
+    return by_group(metrics, rows)
 
 
 def _number_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -91,7 +99,7 @@ def _number_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         metrics[f"mae{more}"] = Ratio(np.abs(truth - found)[:, column], one, lower_is_better=True)
         metrics[f"rmse{more}"] = Ratio(errors[:, column], one, lower_is_better=True, transform=np.sqrt)
         metrics[f"spearman{more}"] = Rank(truth[:, column], found[:, column])
-    return metrics
+    return by_group(metrics, rows)
 
 
 def _tag_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -104,20 +112,20 @@ def _tag_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
         metrics["entity_precision"] = Ratio(hits, told)
         metrics["entity_recall"] = Ratio(hits, there)
     metrics["tag_accuracy"] = Ratio(right, words)
-    return metrics
+    return by_group(metrics, rows)
 
 
 def _related_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     found = np.array([float(row.found[0]) for row in rows])
     if rows[0].truth:
         truth = np.array([float(row.truth[0]) for row in rows])
-        return {"spearman": Rank(truth, found), **_loss("cross_entropy", rows)}
-    return {
+        return {**by_group({"spearman": Rank(truth, found)}, rows), **_loss("cross_entropy", rows)}
+    metrics: dict[str, Metric] = {
         "recall_at_1": _rate((found <= 1).astype(np.float64)),
         "recall_at_10": _rate((found <= 10).astype(np.float64)),
         "mrr": _mean(1 / found),
-        **_loss("cross_entropy", rows),
     }
+    return {**by_group(metrics, rows), **_loss("cross_entropy", rows)}
 
 
 def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
@@ -133,18 +141,19 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     gains = [f[:, 0] - f[:, 2] for f in found]
     metrics: dict[str, Metric] = {}
     if all(np.isfinite(gain).all() for gain in gains):
-        metrics["preference_accuracy"] = _pass_or_mean(
-            np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
-        )
+        kept = np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
+        metrics |= by_group({"preference_accuracy": _pass_or_mean(kept)}, rows)
     rates = [f[:, 0] / f[:, 1] for f in found]
-    several, votes = np.flatnonzero(~lone), np.flatnonzero(lone)
+    several, votes = np.flatnonzero(~lone).tolist(), np.flatnonzero(lone).tolist()
     if len(several):
-        metrics["likelier"] = _pass_or_mean(np.array([_won(rates[n], pairs[n], scores[n]) for n in several]))
+        likelier = _pass_or_mean(np.array([_won(rates[n], pairs[n], scores[n]) for n in several]))
         margins = [found[n][pairs[n][:, 0], 0] - found[n][pairs[n][:, 1], 0] for n in several]
-        metrics["margin"] = _mean(np.array([margin.mean() for margin in margins]))
+        margin = _mean(np.array([margin.mean() for margin in margins]))
+        metrics |= by_group({"likelier": likelier, "margin": margin}, [rows[n] for n in several])
     if len({scores[n][0] > 0.5 for n in votes}) == 2:
         wanted = np.array([float(scores[n][0] > 0.5) for n in votes])
-        metrics["wanted_auroc"] = Rank(wanted, np.array([rates[n][0] for n in votes]), "auroc")
+        told = Rank(wanted, np.array([rates[n][0] for n in votes]), "auroc")
+        metrics |= by_group({"wanted_auroc": told}, [rows[n] for n in votes])
     best = [s >= (0.5 if len(s) == 1 else s.max()) for s in scores]
     for name, chosen in (("chosen_logprob", best), ("rejected_logprob", [~b for b in best])):
         counts = np.array([float(c.sum()) for c in chosen])
@@ -153,7 +162,8 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
             # Over the rows that have such an answer: of votes a draw might else hold none, and tell nothing.
             some = means[counts > 0]
             worse = name == "rejected_logprob"
-            metrics[name] = Ratio(some, np.ones(len(some)), lower_is_better=worse, decides=False)
+            ratio = Ratio(some, np.ones(len(some)), lower_is_better=worse, decides=False)
+            metrics |= by_group({name: ratio}, [row for row, count in zip(rows, counts, strict=True) if count])
     answered = [row for row in rows if row.answer is not None]
     return {**metrics, **(_answer_metrics(answered) if answered else {})}
 
@@ -165,14 +175,20 @@ def _reward_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     several = [(r, s, np.argwhere(s[:, None] > s[None])) for r, s in zip(rewards, scores, strict=True) if len(s) > 1]
     if several:
-        metrics["reward_accuracy"] = _pass_or_mean(np.array([_won(r, p, s) for r, s, p in several]))
+        accuracy = _pass_or_mean(np.array([_won(r, p, s) for r, s, p in several]))
         leads = np.array([(r[p[:, 0]] - r[p[:, 1]]).mean() for r, _, p in several])
-        metrics["reward_margin"] = Ratio(leads, np.ones(len(leads)), decides=False)  # rewards have no unit
-        metrics |= _loss("cross_entropy", [row for row in rows if len(row.truth) > 1])
+        margin = Ratio(leads, np.ones(len(leads)), decides=False)  # rewards have no unit
+        some = [row for row in rows if len(row.truth) > 1]
+        metrics |= {
+            **by_group({"reward_accuracy": accuracy, "reward_margin": margin}, some),
+            **_loss("cross_entropy", some),
+        }
     votes = [(s[0] > 0.5, r[0]) for r, s in zip(rewards, scores, strict=True) if len(s) == 1]
     if len({wanted for wanted, _ in votes}) == 2:
         wanted, found = np.array(votes, float).T
-        metrics["reward_auroc"] = Rank(wanted, found, "auroc")
+        metrics |= by_group(
+            {"reward_auroc": Rank(wanted, found, "auroc")}, [row for row in rows if len(row.truth) == 1]
+        )
     return metrics
 
 
@@ -200,9 +216,10 @@ def _text_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     nll, targets = np.array([row.nll for row in rows]), np.array([row.targets for row in rows])
     metrics = _loss("nll", rows)
     if all(row.bytes for row in rows):
-        metrics["perplexity"] = Ratio(nll, targets, lower_is_better=True, transform=np.exp)
+        perplexity = Ratio(nll, targets, lower_is_better=True, transform=np.exp)
         sizes = np.array([float(row.bytes) for row in rows])
-        metrics["bits_per_byte"] = Ratio(nll / np.log(2), sizes, lower_is_better=True)
+        bits = Ratio(nll / np.log(2), sizes, lower_is_better=True)
+        metrics |= by_group({"perplexity": perplexity, "bits_per_byte": bits}, rows)
     answered = [row for row in rows if row.answer is not None]
     if answered and all(row.probability is not None for row in answered):  # out of a known set
         return {**class_metrics(answered), **metrics}
@@ -215,14 +232,18 @@ def _answer_metrics(answered: Sequence[Scored]) -> dict[str, Metric]:
     for name, score, of in (("exact_match", exact_match, _rate), ("rouge_l", rouge_l, _mean), ("chrf", chrf, _mean)):
         metrics[name] = of(np.array([score(row.answer or "", row.reference) for row in answered]))
     metrics["stop_rate"] = _rate(np.array([float(row.stopped) for row in answered]))
-    return metrics
+    return by_group(metrics, answered)
 
 
 def grade_metrics(rows: Sequence[Any]) -> dict[str, Metric]:
     """Return the mean score of each grader over the rows that it could grade."""
     names = dict.fromkeys(name for row in rows for name in row.grades)
-    scores = {name: [row.grades[name] for row in rows if row.grades.get(name) is not None] for name in names}
-    return {name: _pass_or_mean(np.array(found, float)) for name, found in scores.items() if found}
+    graded = {name: [row for row in rows if row.grades.get(name) is not None] for name in names}
+    metrics: dict[str, Metric] = {}
+    for name, some in graded.items():
+        if some:
+            metrics |= by_group({name: _pass_or_mean(np.array([row.grades[name] for row in some], float))}, some)
+    return metrics
 
 
 def _pass_or_mean(values: Floats) -> Ratio:
@@ -234,7 +255,7 @@ def _loss(name: str, rows: Sequence[Scored]) -> dict[str, Metric]:
     """Return the loss; of no rows that have one, nothing."""
     targets = np.array([row.targets for row in rows])
     nll = np.array([row.nll for row in rows])
-    return {name: Ratio(nll, targets, lower_is_better=True)} if targets.all() else {}
+    return by_group({name: Ratio(nll, targets, lower_is_better=True)}, rows) if targets.all() else {}
 
 
 def _mean(values: Floats) -> Ratio:

@@ -33,6 +33,7 @@ TYPES = {
     "found": pa.string(),
     "part": pa.string(),
     "guard": pa.bool_(),
+    "group": pa.string(),
     "grades": pa.string(),
     "ungraded": pa.string(),
 }

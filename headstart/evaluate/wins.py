@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headstart.evaluate.compare import Interval, paired_difference, sign_test
+import numpy as np
+
+from headstart.evaluate.compare import (
+    Interval,
+    Ratio,
+    cluster,
+    has_groups,
+    interval,
+    paired_difference,
+    paired_p,
+    sign_test,
+)
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import chrf
 
@@ -23,6 +34,7 @@ class Wins:
     wins: int
     losses: int
     ties: int
+    over_groups: tuple[Interval, float] | None = None
 
     @property
     def rows(self) -> int:
@@ -33,27 +45,34 @@ class Wins:
     def rate(self) -> Interval:
         """The win rate, a tie counting half: a half, and half of by how much more often it wins than it loses.
 
-        So its interval is that of a difference between pairs (Agresti and Min, 2005).
+        So its interval is that of a difference between pairs (Agresti and Min, 2005); of rows in groups, that over groups.
         """
+        if self.over_groups:
+            return self.over_groups[0]
         gap = paired_difference(self.wins, self.losses, self.rows)
         return Interval(*(0.5 + bound / 2 for bound in (gap.value, gap.low, gap.high)))
 
     @property
     def p(self) -> float:
-        """How likely so uneven a count is by chance (the sign test, ties left out)."""
-        return sign_test(self.wins, self.losses)
+        """How likely so uneven a count is by chance (the sign test, ties left out; of rows in groups, by swaps of whole groups)."""
+        return self.over_groups[1] if self.over_groups else sign_test(self.wins, self.losses)
 
     def to_json(self) -> dict[str, Any]:
         """The counts with the rate as plain values."""
         counts = {"by": self.by, "wins": self.wins, "losses": self.losses, "ties": self.ties, "rows": self.rows}
-        return {**counts, **self.rate.to_json(), "p": self.p}
+        return {**counts, **self.rate.to_json(), "p": self.p, "grouped": self.over_groups is not None}
 
 
-def count_wins(by: str, scores: Iterable[tuple[float, float]]) -> Wins:
-    """Count who wins, from the score of the first and of the second on each row."""
+def count_wins(by: str, scores: Iterable[tuple[float, float]], groups: Sequence[str] = ()) -> Wins:
+    """Count who wins, from the score of the first and of the second on each row; rows of one group stand or fall together."""
     pairs = list(scores)
-    wins, losses = sum(b > a for a, b in pairs), sum(a > b for a, b in pairs)
-    return Wins(by, wins, losses, len(pairs) - wins - losses)
+    won = np.array([(1.0 + np.sign(b - a)) / 2 for a, b in pairs])
+    wins, losses = int((won == 1).sum()), int((won == 0).sum())
+    over_groups = None
+    if has_groups(groups):
+        rate = interval(cluster(Ratio(won, np.ones(len(won)), right=True), groups))
+        over_groups = rate, paired_p(1 - won, won, groups)
+    return Wins(by, wins, losses, len(pairs) - wins - losses, over_groups)
 
 
 def find_wins(first: Measured, second: Measured) -> list[Wins]:
@@ -72,6 +91,7 @@ def find_wins(first: Measured, second: Measured) -> list[Wins]:
         ways = {BY_LIKENESS[second.task]: lambda row: chrf(row.answer or "", row.reference)}
     found = []
     for name, score in ways.items():
-        both = [(x, y) for a, b in pairs if (x := score(a)) is not None and (y := score(b)) is not None]
-        found += [count_wins(name, both)] if both else []
+        both = [(x, y, b.group) for a, b in pairs if (x := score(a)) is not None and (y := score(b)) is not None]
+        if both:
+            found.append(count_wins(name, [(x, y) for x, y, _ in both], [group for *_, group in both]))
     return found

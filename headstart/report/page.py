@@ -136,12 +136,14 @@ def _scores(result: Mapping[str, Any]) -> str:
         for name, before, after, difference, clear in score_table(result)
     ]
     answered = f"; of the answers, over the {result['answered']:,} rows that were answered"
+    groups = result.get("groups")
+    grouped = f" Rows of one group are drawn and swapped together: it is decided over {groups:,} groups." * bool(groups)
     note = (
         f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
         "the paired difference (bootstrap over rows; of what is right or wrong, from the counts). It is called better or worse "
         "where the interval is clear of zero and chance (swaps of before and after, or McNemar's exact test) makes such a "
-        f"difference in less than 5 of 100 cases. {html.escape(_capital(flips_words(result['flips'])))}.</p>"
+        f"difference in less than 5 of 100 cases.{grouped} {html.escape(_capital(flips_words(result['flips'])))}.</p>"
     )
     if result["task"] == "preference":
         note += (

@@ -80,7 +80,7 @@ def _matching_data(result: Mapping[str, Any]) -> Reason:
         how = "tune it on texts of this kind first (a file of `text`): the report then has their bits per byte"
         return Reason("Matching data", asks, how=how)
     says = f"{score_words(result, metric)}, on text that was held out"
-    words = result["words"]
+    words = result.get("words", NOT_MEASURED)
     if not isinstance(words, str):
         says = f"{says}; most surprising before, in bits a word: {few_words(words['before'], WORDS)}"
     return Reason("Matching data", asks, says)
@@ -138,7 +138,9 @@ def _different_situations(result: Mapping[str, Any]) -> Reason:
         if result["task"] in VARIABLE
         else "headstart compare MODEL RUN DATA, with rows from elsewhere"
     )
-    return Reason("Different situations", "Does it hold when inputs vary?", robust_words(result["robust"]), how)
+    return Reason(
+        "Different situations", "Does it hold when inputs vary?", robust_words(result.get("robust", NOT_MEASURED)), how
+    )
 
 
 def _shared_knowledge(result: Mapping[str, Any]) -> Reason:

@@ -12,7 +12,7 @@ from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
 from headstart.report.frame import document, excerpt, section
 from headstart.report.tables import cell, table
-from headstart.report.words import clearness, named, wins_words
+from headstart.report.words import chance_words, clearness, named, wins_words
 
 EXAMPLES = 5  # flips of a kind that are shown
 STYLES = {1: "good", -1: "bad", 0: "flat"}
@@ -43,7 +43,7 @@ def flip_line(flips: Flips) -> str:
     """Return what flipped, as text."""
     return (
         f"{len(flips.fixed):,} fixed, {len(flips.broken):,} broken, {flips.both_right:,} right in both, "
-        f"of {flips.rows:,} ({flips.by}; McNemar's exact test: p = {flips.p:.3g})"
+        f"of {flips.rows:,} ({flips.by}; {chance_words(grouped=flips.grouped)} {flips.p:.3g})"
     )
 
 

@@ -181,7 +181,9 @@ def flips_words(flips: Mapping[str, Any] | None) -> str:
     if flips["metric"] == "loss":
         return f"the loss fell on {flips['fixed']:,} rows and rose on {flips['broken']:,}"
     rows = "row" if flips["fixed"] == 1 else "rows"
-    chance = f"McNemar's exact p {flips['p']:.3g}" if flips["p"] >= 0.001 else "McNemar's exact p below 0.001"
+    chance = f"{chance_words(grouped=flips.get('grouped', False))} " + (
+        f"{flips['p']:.3g}" if flips["p"] >= 0.001 else "below 0.001"
+    )
     return f"{flips['fixed']:,} {rows} fixed and {flips['broken']:,} broken of {flips['rows']:,} ({chance})"
 
 
@@ -189,7 +191,12 @@ def wins_words(wins: Mapping[str, Any], side: str = "its answers", other: str = 
     """Say how often the answers of one side beat those of the other."""
     rate = f"{wins['value']:.0%} (95% interval {wins['low']:.0%} to {wins['high']:.0%})"
     counts = f"{wins['wins']:,} won, {wins['losses']:,} lost, {wins['ties']:,} ties"
-    return f"{side} win {rate} against {other}, by {wins['by']}: {counts} (sign test p {wins['p']:.2g})"
+    return f"{side} win {rate} against {other}, by {wins['by']}: {counts} ({chance_words('sign test p', grouped=wins.get('grouped', False))} {wins['p']:.2g})"
+
+
+def chance_words(test: str = "McNemar's exact p", *, grouped: bool) -> str:
+    """Name the chance of so uneven a count: that of a `test` of rows, or of rows in groups, which aren't independent."""
+    return "p by swaps of whole groups" if grouped else test
 
 
 def needed_words(result: Mapping[str, Any]) -> str:
@@ -197,11 +204,12 @@ def needed_words(result: Mapping[str, Any]) -> str:
     needed = result.get("rows_needed")
     if not needed:
         return ""
+    what = "groups" if result.get("groups") else "rows"
     if needed > ROWS_MOST:
         return "if there is a difference, it is too small to be seen in any number of rows that is at hand"
     if result["verdict"] == "not_measured":
-        return f"too small to decide: at least {needed:,} rows are needed"
-    return f"too small to decide: if the difference is what it seems, about {needed:,} rows would be needed"
+        return f"too small to decide: at least {needed:,} {what} are needed"
+    return f"too small to decide: if the difference is what it seems, about {needed:,} {what} would be needed"
 
 
 def _bounds(gap: Mapping[str, float]) -> str:

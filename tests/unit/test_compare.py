@@ -10,7 +10,21 @@ from scipy import stats
 
 from bench.coverage import CASES, simulate
 from headstart.evaluate import compare as compare_module
-from headstart.evaluate.compare import Compared, Interval, Metric, Ratio, compare, compare_all, interval, verdict
+from headstart.evaluate.compare import (
+    ClassMetric,
+    Clustered,
+    Compared,
+    Interval,
+    Metric,
+    Ratio,
+    cluster,
+    compare,
+    compare_all,
+    interval,
+    paired_p,
+    verdict,
+    whole,
+)
 from headstart.evaluate.measure import RowResult
 from headstart.evaluate.metrics import chrf, exact_match, rouge_l, task_metrics
 
@@ -193,3 +207,72 @@ def test_a_score_of_zero_everywhere_is_no_rate() -> None:
     assert interval(metrics["chrf"]) == interval(metrics["rouge_l"]) == Interval(0.0, 0.0, 0.0)
     wilson = stats.binomtest(0, 8).proportion_ci(method="wilson").high
     assert interval(metrics["exact_match"]).high == interval(metrics["stop_rate"]).high == pytest.approx(wilson)
+
+
+def grouped_rows(generator: np.random.Generator, groups: int, size: int) -> tuple[np.ndarray, list[str]]:
+    """Return values of rows whose groups differ much and whose rows hardly do, of mean 0."""
+    means = generator.normal(size=groups).repeat(size)
+    return means + 0.2 * generator.normal(size=groups * size), [f"g{n // size}" for n in range(groups * size)]
+
+
+def test_rows_of_one_group_are_no_independent_witnesses() -> None:
+    generator = np.random.default_rng(7)
+    covered = {"rows": 0, "groups": 0}
+    for _ in range(100):
+        values, groups = grouped_rows(generator, 12, 6)
+        ratio = Ratio(values, np.ones(len(values)))
+        for name, metric in (("rows", ratio), ("groups", cluster(ratio, groups))):
+            found = interval(metric)
+            covered[name] += found.low <= 0 <= found.high
+    assert covered["groups"] >= 89  # 95 of 100, less three standard errors of the simulation
+    assert covered["rows"] < 75
+
+
+def test_a_ratio_over_groups_is_that_over_their_rows() -> None:
+    generator = np.random.default_rng(3)
+    values, weights = generator.random(40), generator.integers(1, 9, 40).astype(float)
+    groups = [f"g{n}" for n in generator.integers(0, 9, 36)] + [""] * 4  # four that stand alone
+    ratio = Ratio(values, weights, transform=np.exp)
+    summed = cluster(ratio, groups)
+    members = [np.flatnonzero(np.array(groups) == name) for name in dict.fromkeys(groups[:36])]
+    by_hand = Clustered(ratio, [*members, *(np.array([n]) for n in range(36, 40))])
+    assert len(summed) == len(by_hand) == len(members) + 4
+    draws = generator.integers(0, len(summed), (50, len(summed)))
+    assert summed.over(draws) == pytest.approx(by_hand.over(draws))
+    assert whole(summed) == pytest.approx(whole(ratio))
+    assert cluster(ratio, [""] * 40) is ratio
+    assert cluster(ratio, [str(n) for n in range(40)]) is ratio
+
+
+def test_other_metrics_are_drawn_and_swapped_by_groups_too() -> None:
+    truth = ["a", "b"] * 20
+    groups = [f"g{n // 4}" for n in range(40)]
+    before = cluster(ClassMetric.of(truth, ["a"] * 40), groups)
+    after = cluster(ClassMetric.of(truth, truth), groups)
+    assert len(before) == 10
+    found = compare("macro_f1", before, after)
+    assert (found.rows, found.direction, found.after.value) == (10, 1, 1.0)
+    assert found.before.value == pytest.approx(1 / 3)
+    joined = before.joined(after)
+    assert len(joined) == 20
+    assert joined.over(np.arange(10, 20)[None])[0] == 1.0
+    fewer = compare("macro_f1", cluster(before.metric, ["g"] * 40), cluster(after.metric, ["g"] * 40))  # type: ignore[attr-defined]
+    assert fewer.direction == 0  # one group is one witness
+
+
+def test_groups_that_are_all_right_are_as_sure_as_so_many_rows() -> None:
+    ones, groups = np.ones(40), [f"g{n // 4}" for n in range(40)]
+    right = Ratio(ones, ones, right=True)
+    wrong = Ratio(0 * ones, ones, right=True)
+    alone = interval(Ratio(np.ones(10), np.ones(10), right=True))
+    assert interval(cluster(right, groups)) == alone
+    found = compare("accuracy", cluster(wrong, groups), cluster(right, groups))
+    assert (
+        found.difference
+        == compare(
+            "accuracy", Ratio(np.zeros(10), np.ones(10), right=True), Ratio(np.ones(10), np.ones(10), right=True)
+        ).difference
+    )
+    assert found.direction == 1
+    assert paired_p(0 * ones, ones, groups) == pytest.approx(2 / 2**10, abs=1e-3)  # as the sign test over ten
+    assert paired_p(0 * ones, ones, [""] * 40) == pytest.approx(2 / 2**40)
