@@ -26,6 +26,11 @@ TYPED_WRONG = 0.15  # of words of four letters or more
 WORD = re.compile(r"[^\W\d_]{4,}")
 FIELD = re.compile(r"\s*[\w ]{1,40}: *\S")
 GREETING = "Hello, I hope that you are well. I have something for you to look at.\n"
+OTHER = (
+    "The weather has been mild for most of the week, with some rain on Tuesday. The trains ran as usual, though the one at noon was "
+    "late. In the garden the first roses are out, and the neighbours have painted their fence green. The library is closed on "
+    "Monday, and the market opens an hour later than in spring.\n\n"
+)
 
 Vary = Callable[[str, random.Random], str]
 
@@ -54,6 +59,12 @@ def space_out(text: str, chance: random.Random) -> str:
     return f"\n{re.sub(' ', lambda _: ' ' * chance.choice((1, 1, 2, 3)), text)}  \n"
 
 
+def first_line_last(text: str, _: random.Random) -> str:
+    """Put the first line behind the rest: mostly it says what is to be done. A text of one line stays as it is."""
+    first, rest = [*text.split("\n", 1), ""][:2]
+    return f"{rest.strip()}\n\n{first.strip()}" if first.strip() and rest.strip() else text
+
+
 def reorder_fields(text: str, chance: random.Random) -> str:
     """Put the lines of `name: value` into another order; a text that isn't made of such lines stays as it is."""
     lines = text.split("\n")
@@ -71,6 +82,8 @@ VARIED: dict[str, Vary] = {
     "lower case": lambda text, _: text.lower(),
     "no punctuation": drop_punctuation,
     "a greeting before it": lambda text, _: GREETING + text,
+    "the first line last": first_line_last,
+    "other text before it": lambda text, _: OTHER + text,
     "white space": space_out,
     "upper case": lambda text, _: text.upper(),
     "fields in another order": reorder_fields,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import html
+import re
 from importlib import resources
 
 TEXT_MAX = 4_000
+PIECE = re.compile(r"\S+\s*|\s+")
 
 
 def document(title: str, body: str) -> str:
@@ -25,5 +28,27 @@ def section(title: str, body: str) -> str:
 
 def excerpt(text: str) -> str:
     """Return a text of data as HTML, cut where it is long, which is said."""
-    cut = text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]} [{len(text) - TEXT_MAX:,} more characters]"
-    return html.escape(cut)
+    return html.escape(_cut(text))
+
+
+def marked(text: str, other: str) -> str:
+    """Return a text of data as HTML, with the words marked that `other` doesn't have at their place.
+
+    White space is no difference, and where no word is the same none is marked.
+    """
+    ours, theirs = (PIECE.findall(_cut(side)) for side in (text, other))
+    words = [[piece.strip() for piece in side] for side in (ours, theirs)]
+    steps = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_opcodes()
+    if all(kind != "equal" for kind, *_ in steps):
+        return excerpt(text)
+    parts = []
+    for kind, begin, end, *_ in steps:
+        part = "".join(ours[begin:end])
+        inner = part.rstrip()
+        different = kind != "equal" and inner
+        parts.append(f"<mark>{html.escape(inner)}</mark>{part[len(inner) :]}" if different else html.escape(part))
+    return "".join(parts)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]} [{len(text) - TEXT_MAX:,} more characters]"

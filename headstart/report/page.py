@@ -13,7 +13,7 @@ from headstart.display import in_bytes, in_time
 from headstart.evaluate.graders.rows import ungraded_lines
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.report.charts import Change, Series, change_chart, line_chart
-from headstart.report.frame import document
+from headstart.report.frame import document, marked
 from headstart.report.frame import excerpt as _text
 from headstart.report.frame import section as _section
 from headstart.report.tables import cell, table
@@ -137,7 +137,9 @@ def _scores(result: Mapping[str, Any]) -> str:
     ]
     answered = f"; of the answers, over the {result['answered']:,} rows that were answered"
     groups = result.get("groups")
-    grouped = f" Rows of one group are drawn and swapped together: it is decided over {groups:,} groups." * bool(groups)
+    grouped = (
+        f" Rows of one group are drawn and swapped together: it is decided over {groups:,} groups." if groups else ""
+    )
     note = (
         f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
@@ -263,7 +265,9 @@ def _samples(before: Measured, after: Measured) -> str:
     chosen = [("Gained most", ordered[-1])]
     chosen += [("Gained least", ordered[0])] if len(ordered) > 1 else []
     chosen += [("At random", pair) for pair in random.Random(0).sample(middle, min(3, len(middle)))]  # noqa: S311
-    return "".join(_sample(title, *pair, is_open=number == 0) for number, (title, pair) in enumerate(chosen))
+    shown = "".join(_sample(title, *pair, is_open=number == 0) for number, (title, pair) in enumerate(chosen))
+    note = "<p>Marked is what stands elsewhere or not at all in the reference, and in the reference what the tuned model left out.</p>"
+    return shown + note * ("<mark>" in shown)
 
 
 def _gain(before: RowResult, after: RowResult) -> float:
@@ -281,10 +285,10 @@ def _sample(title: str, before: RowResult, after: RowResult, *, is_open: bool) -
         return f'{head}<pre class="asked">{_text(after.asked)}</pre></details>'
     texts = (("before", "before", before), ("after", "after", after))
     columns = "".join(
-        f'<div class="{style}"><h4>{name}{"" if row.stopped else " (cut at the limit)"}</h4><pre>{_text(row.answer or "")}</pre></div>'
+        f'<div class="{style}"><h4>{name}{"" if row.stopped else " (cut at the limit)"}</h4><pre>{marked(row.answer or "", after.reference)}</pre></div>'
         for name, style, row in texts
     )
-    columns += f"<div><h4>reference</h4><pre>{_text(after.reference)}</pre></div>"
+    columns += f"<div><h4>reference</h4><pre>{marked(after.reference, after.answer)}</pre></div>"
     return f'{head}<pre class="asked">{_text(after.asked)}</pre><div class="samples">{columns}</div></details>'
 
 

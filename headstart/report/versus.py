@@ -10,7 +10,7 @@ from headstart.evaluate.compare import Compared
 from headstart.evaluate.flips import Flip, Flips
 from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
-from headstart.report.frame import document, excerpt, section
+from headstart.report.frame import document, excerpt, marked, section
 from headstart.report.tables import cell, table
 from headstart.report.words import chance_words, clearness, named, wins_words
 
@@ -90,7 +90,7 @@ def _flip(flip: Flip, pair: Pair) -> str:
         ("reference", "", flip.second.reference),
     )
     columns = "".join(
-        f'<div class="{style}"><h4>{html.escape(name)}</h4><pre>{excerpt(text or "")}</pre></div>'
+        f'<div class="{style}"><h4>{html.escape(name)}</h4><pre>{marked(text or "", flip.second.reference)}</pre></div>'
         for name, style, text in texts
     )
     head = f"<details><summary>{html.escape(flip.second.where)}</summary>"

@@ -24,6 +24,7 @@ from headstart.evaluate.measure import Measured, RowResult
 from headstart.files import json_text, read_json, write_json
 from headstart.report.card import model_card
 from headstart.report.charts import POINTS_MAX, Series, line_chart, nice_ticks, thin_out
+from headstart.report.frame import marked
 from headstart.report.page import report_page
 from headstart.report.result import build_result
 from headstart.report.told import told_sections
@@ -318,3 +319,17 @@ def test_an_interval_without_zero_that_rests_on_few_rows_may_be_chance() -> None
     assert found.p == 0.0625
     assert clearness(found.direction, found.difference.low, found.difference.high) == "may be chance"
     assert [clearness(d, -1.0, 1.0) for d in (1, 0, -1)] == ["better", "unclear", "worse"]
+
+
+def test_what_differs_from_the_reference_is_marked_and_nothing_else() -> None:
+    reference = "Plan: more fluids;\nstop amlodipine"
+    assert marked("Plan: more  fluids; stop amlodipine", reference) == "Plan: more  fluids; stop amlodipine"
+    assert (
+        marked("Plan: less fluids; <b>stop", reference) == "Plan: <mark>less</mark> fluids; <mark>&lt;b&gt;stop</mark>"
+    )
+    assert marked(reference, "Plan: more fluids;") == "Plan: more fluids;\n<mark>stop amlodipine</mark>"
+    assert marked("Nothing alike", reference) == "Nothing alike"  # to mark all tells nothing
+    assert marked("", reference) == ""
+    long = marked("same " * 2_000, "same " * 2_000)
+    assert long.endswith("[6,000 more characters]")
+    assert "<mark>" not in long

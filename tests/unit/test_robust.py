@@ -69,6 +69,12 @@ def test_each_way_does_what_it_says() -> None:
         reorder_fields("One line.\nAnother: line\nAnd more\nand more", chance)
         == "One line.\nAnother: line\nAnd more\nand more"
     )
+    asked = conversation("Write the note:\n\nDoctor: hello\nPatient: hi", "A note.")
+    assert vary(asked, "the first line last").messages[0].content == "Doctor: hello\nPatient: hi\n\nWrite the note:"  # type: ignore[union-attr]
+    assert vary(labelled, "the first line last") == labelled
+    longer = vary(labelled, "other text before it").text  # type: ignore[union-attr]
+    assert longer.endswith(labelled.text)  # type: ignore[union-attr]
+    assert len(longer) > 5 * len(labelled.text)  # type: ignore[union-attr]
     assert vary(labelled, "white space").text.split() == labelled.text.split()  # type: ignore[union-attr]
 
 
@@ -120,10 +126,9 @@ def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them
     assert {side: value["value"] for side, value in result["outside_auroc"].items()} == {"before": 0.5, "after": 1}
     said = robust_words(result)
     assert said.startswith("most is lost with lower case: accuracy 1.000 -> 0.000 (-1.000, ")
-    assert list(result["varied"]) == ["typing errors", "lower case", "a greeting before it", "white space"]
-    assert (
-        "better than the untouched model in 1 of 4 ways" in said
-    )  # of rows with typing errors there are too few to tell
+    ways = ["typing errors", "lower case", "a greeting before it", "other text before it", "white space"]
+    assert list(result["varied"]) == ways
+    assert "better than the untouched model in 1 of 5 ways" in said  # of typing errors there are too few to tell
     assert [line[-1] for line in robust_lines(result) if line[0] == "lower case"] == ["worse"]
     # Where no way is clearly worse, none is named.
     held = robust_result(run(False, 0.5, nothing), run(True, 0.9, {"white space": capitals["white space"]}))
