@@ -18,7 +18,6 @@ from headstart.data.render import Renderer
 from headstart.data.segments import Example
 from headstart.engine.forward import (
     EmbeddingReader,
-    PackReader,
     PreferenceReader,
     Reader,
     RewardReader,
@@ -43,7 +42,7 @@ from headstart.evaluate.score import (
     score_tokens,
     tag_rows,
 )
-from headstart.evaluate.surprise import Words, word_losses
+from headstart.evaluate.surprise import word_losses
 from headstart.models.load import model_length
 
 # What a verdict rests on: the first of these that was measured.
@@ -216,9 +215,9 @@ def measure(  # noqa: PLR0911 (a line for each task)
     """Score every row and answer those conversations that are `chosen`, by number, else `answers` of them.
 
     With `choices` the likeliest of these is the answer; else it is generated, with at most `tokens_at_once` kept.
-    `labels` are what a classifier tells, `references` what another model gave each answer of preferences. Of the first `words`
-    documents that are continued it is kept what each of their words lost. `records` and
-    `examples` are the same rows. The answer that is compared is that of a row's last trained turn.
+    `labels` are what a classifier tells, `references` what another model gave each answer of preferences; of the first `words`
+    documents to continue it is kept what their words lost. `records` and `examples` are the same rows. The answer that is
+    compared is that of a row's last trained turn.
     """
 
     def told(what: str) -> Callable[[int, int], None] | None:
@@ -247,15 +246,12 @@ def measure(  # noqa: PLR0911 (a line for each task)
         rows = [record for record in records if isinstance(record, Preference)]
         rewards = score_answers(reader, examples, tokens_per_pack, told("scoring"))
         return Measured(_of_rewards(rows, rewards, score_compared(reader, examples, rewards)), task)
-    lost: Sequence[Floats] = ()
-    if task == "causal" and words and isinstance(reader, PackReader):
-        scores, lost = score_tokens(reader, examples, tokens_per_pack, told("scoring"), first=words)
-    else:
-        scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     documents = [record for record in records if isinstance(record, Document)]
     if documents and isinstance(renderer, Encoder):
-        given = [word_losses(row.content, losses, renderer) for row, losses in zip(documents, lost, strict=False)]
-        return Measured(_of_documents(documents, examples, scores, renderer, given), task)
+        first = words if task == "causal" else 0
+        scores, lost = score_tokens(reader, examples, tokens_per_pack, told("scoring"), first)
+        return Measured(_of_documents(documents, examples, scores, renderer, lost), task)
+    scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
     if not isinstance(renderer, Renderer):
         raise TypeError("conversations are rendered by a Renderer")
     conversations = [record for record in records if isinstance(record, Conversation)]
@@ -267,9 +263,8 @@ def measure(  # noqa: PLR0911 (a line for each task)
         return Measured(_of_choices(conversations, scores, dict(zip(chosen, weighed, strict=True)), choices), task)
     pairs = [(conversations[i], examples[i]) for i in chosen]
     answered = _answer(reader, renderer, pairs, told("answering"), tokens_at_once)
-    return Measured(
-        _of_answers(conversations, examples, scores, dict(zip(chosen, answered, strict=True)), renderer), task
-    )
+    new = dict(zip(chosen, answered, strict=True))
+    return Measured(_of_answers(conversations, examples, scores, new, renderer), task)
 
 
 def _answer(
@@ -495,8 +490,9 @@ def _of_documents(
     examples: Sequence[Example],
     scores: RowScores,
     renderer: Encoder,
-    given: Sequence[Words],
+    lost: Sequence[Floats],
 ) -> list[RowResult]:
+    """Return what became of documents; `lost` is what each target of the first of them lost."""
     results = []
     for number, (document, example) in enumerate(zip(documents, examples, strict=True)):
         first = example.segments[0].ids[:1]
@@ -510,7 +506,7 @@ def _of_documents(
                 targets=float(scores.targets[number]),
                 asked=document.content[:EXCERPT],
                 bytes=len(document.content.encode()) - unpredicted - len(example.cut.encode()),
-                words=given[number] if number < len(given) else (),
+                words=word_losses(document.content, lost[number], renderer) if number < len(lost) else (),
             )
         )
     return results

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headstart.data.forest import Pack
 from headstart.data.segments import Example
-from headstart.engine.forward import Comparing, EmbeddingReader, PackReader, Reader, RowReader, TokenReader
+from headstart.engine.forward import Comparing, EmbeddingReader, Reader, RowReader, TokenReader
 from headstart.faults import reach
 from headstart.objectives.embeddings import SCALE
 
@@ -31,11 +30,6 @@ class RowScores:
     def __add__(self, other: RowScores) -> RowScores:
         return RowScores(np.concatenate([self.nll, other.nll]), np.concatenate([self.targets, other.targets]))
 
-    def add(self, rows: Ints, losses: Floats, weights: Floats) -> None:
-        """Add what targets of `rows` lost, each with its weight."""
-        np.add.at(self.nll, rows, losses * weights)
-        np.add.at(self.targets, rows, weights)
-
     @property
     def mean(self) -> float:
         """Return the nll per target over all rows."""
@@ -54,38 +48,19 @@ def score_rows(
         return RowScores(losses, np.ones(len(losses)))
     if isinstance(reader, Comparing):
         return _score_preferences(reader, examples, tokens_per_pack, on_pack)
-    scores = RowScores(np.zeros(len(examples)), np.zeros(len(examples)))
-    for _, rows, losses, weights in _each_pack(reader, examples, tokens_per_pack, on_pack):
-        scores.add(rows, losses, weights)
-    return scores
+    return score_tokens(reader, examples, tokens_per_pack, on_pack)[0]
 
 
 def score_tokens(
-    reader: PackReader,
+    reader: Reader,
     examples: Sequence[Example],
     tokens_per_pack: int,
     on_pack: Callable[[int, int], None] | None = None,
-    *,
-    first: int,
+    first: int = 0,
 ) -> tuple[RowScores, list[Floats]]:
     """Score `examples` as `score_rows` does, and return of the `first` of them the loss of each target in nats, in order, too."""
     scores = RowScores(np.zeros(len(examples)), np.zeros(len(examples)))
     found: list[list[tuple[int, int, float]]] = [[] for _ in examples[:first]]
-    for pack, rows, losses, weights in _each_pack(reader, examples, tokens_per_pack, on_pack):
-        scores.add(rows, losses, weights)
-        places, pieces = pack.positions[pack.sources[pack.target_sources]], pack.segment_numbers[pack.target_segments]
-        for n in np.flatnonzero(rows < first):
-            found[rows[n]].append((int(pieces[n]), int(places[n]), float(losses[n])))
-    return scores, [np.array([loss for *_, loss in sorted(tokens)]) for tokens in found]
-
-
-def _each_pack(
-    reader: Reader,
-    examples: Sequence[Example],
-    tokens_per_pack: int,
-    on_pack: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Pack, Ints, Floats, Floats]]:
-    """Give each pack, and of each of its losses the row, the loss and the weight."""
     # In blocks, since finding what rows share takes longer the more of them there are.
     for start in range(0, len(examples), ROWS_SHARED):
         block = examples[start : start + ROWS_SHARED]
@@ -93,9 +68,17 @@ def _each_pack(
         for done, pack in enumerate(packs, 1):
             reach("evaluation.pack")
             losses, weights, rows = reader.row_losses(pack)
-            yield pack, start + rows, losses, weights
+            rows = start + rows
+            np.add.at(scores.nll, rows, losses * weights)
+            np.add.at(scores.targets, rows, weights)
+            if start < first:
+                places, pieces = pack.positions[pack.sources[pack.target_sources]], pack.target_segments
+                for n in np.flatnonzero(rows < first):
+                    place = int(pack.segment_numbers[pieces[n]]), int(places[n])
+                    found[rows[n]].append((*place, float(losses[n])))
             if on_pack:
                 on_pack(start + len(block) * done // len(packs), len(examples))
+    return scores, [np.array([loss for *_, loss in sorted(tokens)]) for tokens in found]
 
 
 def score_answers(

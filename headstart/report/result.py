@@ -67,6 +67,24 @@ def build_result(
         "words": find_surprises(before, after) or NOT_MEASURED,
         "watch": watch or NOT_MEASURED,
         "old": kept_old,
+        **_far(progress, plan),
+        "speed": build_speed(progress, plan),
+        "memory": {
+            "peak_bytes": machine.device_peak_bytes(device),
+            "run_bytes": machine.peak_since(device),
+            "planned_bytes": plan["memory_bytes"],
+            "out_of_memory_steps": progress.smaller_at,
+            "tokens_per_pack": progress.tokens_per_pack or plan["tokens_per_pack"],
+        },
+        "plan": plan,
+        "environment": machine.describe(),
+    }
+    return {**result, "reasons": find_reasons(result)}
+
+
+def _far(progress: Progress, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how far the run came: its steps and its tokens."""
+    return {
         "steps": {
             "taken": progress.step,
             "planned": plan["steps"],
@@ -82,18 +100,7 @@ def build_result(
             "shared_frac": 1 - progress.tokens_seen / max(1, progress.row_tokens_seen),
             "rows_seen": progress.seen,
         },
-        "speed": build_speed(progress, plan),
-        "memory": {
-            "peak_bytes": machine.device_peak_bytes(device),
-            "run_bytes": machine.peak_since(device),
-            "planned_bytes": plan["memory_bytes"],
-            "out_of_memory_steps": progress.smaller_at,
-            "tokens_per_pack": progress.tokens_per_pack or plan["tokens_per_pack"],
-        },
-        "plan": plan,
-        "environment": machine.describe(),
     }
-    return {**result, "reasons": find_reasons(result)}
 
 
 def watch_result(progress: Progress, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

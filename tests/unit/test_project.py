@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import headstart
 from headstart.errors import CODES
 
 PACKAGE = Path(__file__).parents[2] / "headstart"
@@ -101,6 +102,14 @@ def test_help_is_there_at_once_and_imports_nothing_heavy() -> None:
         # The processor's time, and not the clock's: other work on this machine doesn't count.
         taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(taken) < 0.3
+
+
+def test_the_version_is_told_and_is_that_of_the_package() -> None:
+    from typer.testing import CliRunner
+
+    from headstart.cli import app
+
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"headstart {headstart.__version__}\n"
 
 
 def test_functions_stay_short() -> None:
