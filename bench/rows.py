@@ -212,7 +212,7 @@ def write_tokens(files: Files, spec: Mapping[str, Any]) -> dict[str, Any]:
     Returns what the tokens say of the run: rows, tokens, targets, the longest row.
     """
     from headstart.config import Override, build_config
-    from headstart.job import build_data, build_feed
+    from headstart.dataset import build_data, build_feed
 
     settings = {"data.train": [str(files.train)], "data.eval": [str(files.held_out)], **headstart_settings(spec)}
     config = build_config(None, [Override(key, value, "bench") for key, value in settings.items()])

@@ -30,6 +30,7 @@ from headstart.data.private import redact
 from headstart.data.read import Note, Row, find_files, read_parts
 from headstart.data.records import Conversation, Labelled, Preference, Record
 from headstart.data.segments import ROWS_AT_ONCE, Example
+from headstart.dataset import build_renderer, row_length
 from headstart.engine.forward import RewardReader, TokenReader
 from headstart.errors import DataError, Problem
 from headstart.evaluate.entities import entities, has_entities
@@ -37,7 +38,7 @@ from headstart.evaluate.measure import OnProgress, spread_tags
 from headstart.evaluate.metrics import tell
 from headstart.evaluate.score import output_rows, score_answers, tag_rows
 from headstart.files import new_file
-from headstart.job import build_reader, build_renderer, row_length
+from headstart.job import build_reader
 from headstart.models.load import load_tokenizer, need_labels
 from headstart.models.source import find_model
 from headstart.verbs import PACK_TOKENS, Names, load_here, reading_config

@@ -15,9 +15,9 @@ from headstart.config import Config, flat
 from headstart.data.hub import pin_dataset
 from headstart.data.mixing import read_mix
 from headstart.data.read import HUB_PREFIX, SourceFile
+from headstart.dataset import Data
 from headstart.errors import DataError, Problem, RunError, UsageError
 from headstart.files import sha256
-from headstart.job import Data
 from headstart.lineage import file_fault
 from headstart.models.source import Source, weights_hash
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from headstart.data.check import Findings
     from headstart.data.mend import Mended
     from headstart.data.segments import Example
+    from headstart.dataset import Data
     from headstart.evaluate.compare import Compared
     from headstart.evaluate.robust import Robust
-    from headstart.job import Data
 
 SHOWN = 20
 FIRST = 3  # rows that are named of a finding; the others are in --json

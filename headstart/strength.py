@@ -14,13 +14,14 @@ from headstart import machine
 from headstart.begin import WRITES
 from headstart.choose import CHOICE_ROWS
 from headstart.config import Config
+from headstart.dataset import Data, build_data
 from headstart.engine.forward import PreferenceReader, Reader
 from headstart.errors import DataError, ModelError, Problem, RunError, UsageError
 from headstart.evaluate.compare import Compared, compare
 from headstart.evaluate.guard import BOUND, FEW, KEPT, UNCLEAR, compare_guard, guard_result
 from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, measure, own_reference
 from headstart.files import new_folder, read_json, sha256, write_json
-from headstart.job import Data, build_data, build_reader, build_terms
+from headstart.job import build_reader, build_terms
 from headstart.lineage import file_fault
 from headstart.models.load import Loaded, load_model
 from headstart.models.source import find_model

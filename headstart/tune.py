@@ -22,6 +22,7 @@ from headstart.begin import WRITES
 from headstart.config import AUTO, Config, Override, as_names, build_config
 from headstart.data.labels import Labels
 from headstart.data.segments import Example, lengths_of
+from headstart.dataset import build_data
 from headstart.display import Display, in_bytes, in_time
 from headstart.energy import EnergyMeter
 from headstart.engine.checkpoint import Checkpoints
@@ -39,7 +40,7 @@ from headstart.evaluate.surprise import WORD_ROWS
 from headstart.evaluate.watch import Look, Watch, find_signs
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
-from headstart.job import Job, beside, build_data, build_job
+from headstart.job import Job, beside, build_job
 from headstart.models.fast import slow_down
 from headstart.models.save import save_result, saved_scale
 from headstart.origin import (

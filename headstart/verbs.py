@@ -24,6 +24,7 @@ from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows,
 from headstart.data.read import HUB_PREFIX, find_files, kind_of
 from headstart.data.records import Record
 from headstart.data.segments import Segmented
+from headstart.dataset import Data, build_data, build_renderer, row_length
 from headstart.display import Display
 from headstart.engine.forward import Reader
 from headstart.errors import DataError, Problem, UsageError
@@ -34,7 +35,7 @@ from headstart.evaluate.predictions import Predictions
 from headstart.evaluate.robust import VARIABLE, VARIED, Robust, find_robust, write_variants
 from headstart.evaluate.versus import Evaluated, Versus, build_versus
 from headstart.files import read_json, sha256
-from headstart.job import Data, Job, build_data, build_job, build_reader, build_renderer, row_length
+from headstart.job import Job, build_job, build_reader
 from headstart.models.load import (
     Loaded,
     find_labels,

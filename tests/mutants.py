@@ -59,7 +59,7 @@ MUTANTS_OF_RUNS = [
         "        self._check_there()\n        try:\n            with self._timed_save():\n                tensors",
         "        try:\n            with self._timed_save():\n                tensors",
     ),
-    ("job.py", 'NOTHING = (0, "off", ("off",), "exact")', 'NOTHING = (0, "off", ("off",))'),
+    ("dataset.py", 'NOTHING = (0, "off", ("off",), "exact")', 'NOTHING = (0, "off", ("off",))'),
     ("tune.py", " if part > 1 and settings.task in WRITES else None", " if part > 1 else None"),
     ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),

@@ -6,8 +6,8 @@ import headstart
 from bench.contenders.common import now, peak_bytes, read_spec, report
 from bench.rows import headstart_settings
 from headstart.data.forest import build_packs
+from headstart.dataset import build_feed
 from headstart.engine.optim import Schedule
-from headstart.job import build_feed
 
 
 def main() -> None:

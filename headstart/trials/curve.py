@@ -9,10 +9,10 @@ from typing import Any
 
 from headstart.begin import WRITES, decide_adapter
 from headstart.config import Config, Override, as_names, build_config
+from headstart.dataset import Data, build_data
 from headstart.display import Display
 from headstart.errors import DivergedError, Problem, UsageError
 from headstart.files import write_atomic, write_json
-from headstart.job import Data, build_data
 from headstart.report.reasons import curve_words
 from headstart.report.trials import PRETRAINED, RANDOM, curve_page
 from headstart.report.words import VERDICTS, named

@@ -28,6 +28,7 @@ from headstart import faults, machine, verify
 from headstart.config import Override, build_config
 from headstart.data import chats as chats_on_disk
 from headstart.data.store import is_whole
+from headstart.dataset import build_data
 from headstart.display import Display
 from headstart.engine import loop
 from headstart.engine.checkpoint import Checkpoints
@@ -44,7 +45,6 @@ from headstart.errors import (
     UsageError,
 )
 from headstart.files import TEMPORARY_PREFIX, read_json
-from headstart.job import build_data
 from headstart.run import RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences, verify_resume

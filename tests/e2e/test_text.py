@@ -91,7 +91,7 @@ def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:
 
 
 def test_a_run_and_eval_cut_documents_alike(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.job.DOCUMENT_TOKENS", 12)
+    monkeypatch.setattr("headstart.dataset.DOCUMENT_TOKENS", 12)
     lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
     Path("train.jsonl").write_text("".join(lines[:40]), encoding="utf-8")
     Path("held.jsonl").write_text("".join(lines[40:]), encoding="utf-8")

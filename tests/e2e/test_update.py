@@ -11,10 +11,10 @@ import pytest
 import headstart
 from headstart.config import Override
 from headstart.data.feed import content_hash
+from headstart.dataset import Data, build_data
 from headstart.display import Display
 from headstart.errors import DataError, UsageError
 from headstart.files import read_json, sha256
-from headstart.job import Data, build_data
 from headstart.lineage import read_known
 from headstart.models.source import find_model
 from headstart.run import RunFolder

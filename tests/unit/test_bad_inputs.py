@@ -32,8 +32,9 @@ from headstart.data.check import find
 from headstart.data.prepare import form_sides, prepare
 from headstart.data.read import Row, find_files, read
 from headstart.data.render import Renderer
+from headstart.dataset import Data, build_data
 from headstart.errors import DataError, HeadstartError, ModelError, Problem, RunError, UsageError
-from headstart.job import Data, _check_vocabulary, build_data
+from headstart.job import _check_vocabulary
 from headstart.report.words import data_lines
 from headstart.run import RunFolder
 from tests.conftest import is_test

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from headstart.config import Override, build_config
+from headstart.dataset import build_data
 from headstart.engine.loop import Progress
 from headstart.errors import HeadstartError
 from headstart.evaluate.guard import GENERAL, compare_guard, general_forms, guard_result
 from headstart.evaluate.measure import Measured, RowResult
-from headstart.job import build_data
 from headstart.report.result import build_result
 from tests.unit.test_report import PLAN, SOURCE, rows
 

@@ -23,6 +23,8 @@ ORDER = [
     ("verbs", "tune"),
     ("origin", "rate"),
     ("job", "stop", "stall", "track"),
+    ("fit",),
+    ("dataset",),
     ("lineage",),
     ("begin",),
     ("run",),
