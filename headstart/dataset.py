@@ -25,15 +25,7 @@ from headstart.data.feed import Feed, hashes_of
 from headstart.data.formats import Detection
 from headstart.data.images import Look, vary_image
 from headstart.data.mixing import Mixed, mix, replay
-from headstart.data.prepare import (
-    Prepared,
-    Sides,
-    form_sides,
-    prepare,
-    reject_bad_rows,
-    reject_dropped,
-    reject_spelled,
-)
+from headstart.data.prepare import Prepared, Sides, form_sides, prepare, reject_bad_rows, reject_dropped, reject_spelled
 from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
@@ -43,15 +35,7 @@ from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.guard import Guarded, load_guard, without_learned
 from headstart.evaluate.robust import Variant
 from headstart.lineage import describe_parent, read_known
-from headstart.models.load import (
-    find_base,
-    is_encoder,
-    load_config,
-    load_look,
-    load_tokenizer,
-    model_length,
-    stop_ids,
-)
+from headstart.models.load import find_base, is_encoder, load_config, load_look, load_tokenizer, model_length, stop_ids
 from headstart.models.source import Source, find_model
 from headstart.objectives.labels import class_losses, number_losses, several_losses
 

@@ -10,19 +10,14 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.begin import (
-    WRITES,
-)
+from headstart.begin import WRITES
 from headstart.choose import EVALS_PER_RUN
 from headstart.config import Config, Settings
 from headstart.data.render import Renderer
 from headstart.data.segments import Example
 from headstart.dataset import Data, build_feed
 from headstart.engine.engine import Engine
-from headstart.engine.forward import (
-    PreferenceReader,
-    Reader,
-)
+from headstart.engine.forward import PreferenceReader, Reader
 from headstart.engine.plan import (
     MEMORY_SHARE,
     STATES_PER_WEIGHT,

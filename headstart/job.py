@@ -10,10 +10,7 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.begin import (
-    COMPARED,
-    WRITES,
-)
+from headstart.begin import COMPARED, WRITES
 from headstart.choose import CHOICE_ROWS, Facts, choose
 from headstart.config import Config, Settings
 from headstart.data.encode import Encoder
@@ -21,10 +18,7 @@ from headstart.data.feed import Feed
 from headstart.data.images import Look
 from headstart.data.labels import Labels
 from headstart.data.preferences import desirable_weight
-from headstart.data.prepare import (
-    Coding,
-    segment,
-)
+from headstart.data.prepare import Coding, segment
 from headstart.data.records import Preference, Record
 from headstart.data.segments import Segmented
 from headstart.data.templates import template_ids
@@ -40,10 +34,7 @@ from headstart.engine.forward import (
     RewardReader,
     TokenReader,
 )
-from headstart.engine.plan import (
-    Estimate,
-    Layout,
-)
+from headstart.engine.plan import Estimate, Layout
 from headstart.engine.work import Shape, probe_pack, read_shape
 from headstart.errors import ModelError, Problem, UsageError
 from headstart.evaluate.graders.rows import Grading
@@ -55,13 +46,7 @@ from headstart.fit import estimate_run, fit_memory, needs_reference, plan_watch
 from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
 from headstart.models.labels import zero_head
-from headstart.models.load import (
-    POOLINGS,
-    load_merged,
-    load_model,
-    make_room,
-    pad_aside,
-)
+from headstart.models.load import POOLINGS, load_merged, load_model, make_room, pad_aside
 from headstart.models.source import Source
 from headstart.objectives.embeddings import embedding_loss
 from headstart.objectives.labels import summed
