@@ -35,7 +35,7 @@ LIMIT_OVER_CHOSEN = 2.0  # an answer may be twice as long as the chosen one, so 
 LIMIT_EXTRA = 16
 TIME_FRAC = 0.1  # of training: as much as scoring the watched rows may take
 PASS_TOKENS = 40  # that go forward in the time of a pass of one token a prompt, which has all weights to read
-LEAST_TIMES = 2  # in the middle and at the end of a run that is too short for a tenth
+LEAST_TIMES = 1  # at the end of a run that is too short for a tenth
 NGRAM = 4
 
 Untouched = Callable[[], AbstractContextManager[PackReader]]

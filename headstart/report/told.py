@@ -24,8 +24,10 @@ LEADS = {  # of answers that are held against each other: what heads their table
 
 def told_sections(before: Measured, after: Measured) -> list[tuple[str, str]]:
     """Return the sections of a report, title and body, that suit the task."""
-    if after.task == "chat":
-        before, after = (Measured([r for r in m.rows if r.probability is not None], m.task) for m in (before, after))
+    sides = (
+        [row for row in side.own if after.task != "chat" or row.probability is not None] for side in (before, after)
+    )
+    before, after = (Measured(rows, after.task) for rows in sides)
     if after.task in ("classification", "images") or (after.task == "chat" and after.rows):
         return [
             ("Classes", _classes(_of_rows(before), _of_rows(after))),

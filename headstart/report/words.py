@@ -7,6 +7,7 @@ from typing import Any
 
 from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
+from headstart.evaluate.compare import MIN_ROWS
 from headstart.evaluate.measure import LABELS
 from headstart.evaluate.surprise import in_bits
 from headstart.report.watched import sign_facts
@@ -134,7 +135,8 @@ def robust_words(robust: Mapping[str, Any] | str) -> str:
     """Say how it fares where inputs vary: the way that costs most, and whether it is still better than the untouched model."""
     if isinstance(robust, str):
         return ""
-    said, parts = [], robust["varied"]
+    said = []
+    parts = {name: part for name, part in robust["varied"].items() if part["rows"] >= MIN_ROWS}
     if parts:
         fell = [part for part in parts.values() if part["direction"] < 0]
         name, worst = max(parts.items(), key=lambda item: (item[1] in fell) * abs(item[1]["difference"]["value"]))

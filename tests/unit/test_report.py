@@ -333,3 +333,14 @@ def test_what_differs_from_the_reference_is_marked_and_nothing_else() -> None:
     long = marked("same " * 2_000, "same " * 2_000)
     assert long.endswith("[6,000 more characters]")
     assert "<mark>" not in long
+
+
+def test_classes_are_counted_over_the_runs_own_rows_as_they_are() -> None:
+    own = [RowResult(f"f:{n}", 1.0, 1.0, "asked", "ab"[n % 2], "a", True, probability=0.9) for n in range(20)]
+    beside = [
+        replace(row, where=f"{row.where}!", reference="a", **part)
+        for part in ({"part": "typing errors", "varied": True}, {"part": "an earlier run"})
+        for row in own
+    ]
+    alone, both = Measured(own, "classification"), Measured([*own, *beside], "classification")
+    assert told_sections(both, both) == told_sections(alone, alone)

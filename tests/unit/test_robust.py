@@ -128,7 +128,8 @@ def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them
     assert said.startswith("most is lost with lower case: accuracy 1.000 -> 0.000 (-1.000, ")
     ways = ["typing errors", "lower case", "a greeting before it", "other text before it", "white space"]
     assert list(result["varied"]) == ways
-    assert "better than the untouched model in 1 of 5 ways" in said  # of typing errors there are too few to tell
+    assert result["varied"]["typing errors"]["rows"] < 8  # too few to tell
+    assert "better than the untouched model in 1 of 4 ways" in said
     assert [line[-1] for line in robust_lines(result) if line[0] == "lower case"] == ["worse"]
     # Where no way is clearly worse, none is named.
     held = robust_result(run(False, 0.5, nothing), run(True, 0.9, {"white space": capitals["white space"]}))
