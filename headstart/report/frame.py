@@ -8,6 +8,7 @@ import re
 from importlib import resources
 
 TEXT_MAX = 4_000
+ALIKE = 0.5
 PIECE = re.compile(r"\S+\s*|\s+")
 
 
@@ -34,15 +35,15 @@ def excerpt(text: str) -> str:
 def marked(text: str, other: str) -> str:
     """Return a text of data as HTML, with the words marked that `other` doesn't have at their place.
 
-    White space is no difference, and where no word is the same none is marked.
+    White space is no difference. Where less than half is alike nothing is marked: it would be most of the text.
     """
     ours, theirs = (PIECE.findall(_cut(side)) for side in (text, other))
     words = [[piece.strip() for piece in side] for side in (ours, theirs)]
-    steps = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_opcodes()
-    if all(kind != "equal" for kind, *_ in steps):
+    matcher = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False)
+    if matcher.ratio() < ALIKE:
         return excerpt(text)
     parts = []
-    for kind, begin, end, *_ in steps:
+    for kind, begin, end, *_ in matcher.get_opcodes():
         part = "".join(ours[begin:end])
         inner = part.rstrip()
         different = kind != "equal" and inner
