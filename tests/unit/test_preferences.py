@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.objectives import STRANGERS, draw_pairs, ours
 from headstart.choose import choose_preference
 from headstart.config import Override, build_config
 from headstart.data.formats import Formatted, Named, format_rows
@@ -340,6 +341,25 @@ def test_losses_of_pairs_are_those_worked_out_by_hand(objective: str, terms: dic
     assert float(PAIRWISE[objective](PAIRS, Terms(objective, **terms))) == pytest.approx(value, rel=1e-12)
 
 
+# What TRL 1.16.0 gives for twelve drawn pairs, the mean (`python -m bench.objectives`); orpo in float32.
+OF_TRL = {
+    "dpo": 0.655481145,
+    "dpo_norm": 0.589262120,
+    "hinge": 0.851496161,
+    "ipo": 2.094131504,
+    "robust": 0.605979865,
+    "simpo": 0.951996674,
+    "cpo": 1.345364712,
+    "orpo": 0.047544155,
+    "kto": 0.604784611,
+}
+
+
+@pytest.mark.parametrize(("objective", "value"), OF_TRL.items())
+def test_losses_are_those_of_trl(objective: str, value: float) -> None:
+    assert ours(objective, draw_pairs(), STRANGERS) == pytest.approx(value, rel=1e-7)
+
+
 def test_dpo_has_the_gradient_of_its_paper() -> None:
     """-beta * sigmoid(-beta * lead) for the chosen answer, its negative for the rejected one."""
     chosen, rejected = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (-10.0, -14.0))
@@ -404,6 +424,7 @@ def test_what_is_watched_is_told_of_pairs_and_of_lone_answers() -> None:
 class Scored:
     answer = None
     bytes = 0
+    group = ""
 
     def __init__(self, truth: list[float], found: list[tuple[float, int, float | None]]) -> None:
         self.truth, self.found = truth, found
