@@ -32,6 +32,7 @@ from headstart.data.render import Renderer
 from headstart.data.replay import Known
 from headstart.data.segments import Segmented
 from headstart.errors import DataError, Problem, UsageError
+from headstart.evaluate.compare import MIN_ROWS
 from headstart.evaluate.guard import Guarded, load_guard, without_learned
 from headstart.evaluate.robust import Variant
 from headstart.lineage import describe_parent, read_known
@@ -201,6 +202,7 @@ def build_data(config: Config, today: datetime.date | None = None) -> Data:
     if settings.eval.choices == "on" and not prepared.choices:
         cure = "leave out eval.choices"
         raise UsageError(Problem("config.no_effect", "no few answers stand again and again", "eval.choices", cure))
+    _note_groups(prepared)
     if settings.data.positions == "continue":
         _check_positions(prepared, model_length(load_config(source)))
     return Data(config, source, tokenizer, renderer, prepared, guard, describe_parent(source, config))
@@ -384,6 +386,17 @@ def row_length(task: str, source: Source, tokenizer: Any) -> int:
         return load_look(source).patches
     length = min(model_length(load_config(source)), int(min(tokenizer.model_max_length, 1 << 20)))
     return min(length, DOCUMENT_TOKENS) if task in ("causal", "masked") else length
+
+
+def _note_groups(prepared: Prepared) -> None:
+    """Say so where the rows of the proof are of too few groups for a verdict: those of one stand or fall together."""
+    groups = [record.group for record in prepared.proof.kept] if isinstance(prepared.proof.kept, list) else []
+    count = len({group or number for number, group in enumerate(groups)})
+    if count < MIN_ROWS <= len(groups):
+        what = f"the {len(groups):,} rows of the proof are of {count:,} {'group' if count == 1 else 'groups'}"
+        prepared.formed[0].notes.append(
+            f"{what}, and a verdict needs {MIN_ROWS}: rows of one group stand or fall together"
+        )
 
 
 def _check_positions(prepared: Prepared, length: int) -> None:

@@ -1,4 +1,4 @@
-"""Settings -> objects: the data, the model, the engine and the plan of a run. Nothing is trained or written here."""
+"""Settings and data -> objects: the model, the engine and the plan of a run. Nothing is trained or written here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from headstart import machine
@@ -39,7 +40,15 @@ from headstart.engine.work import Shape, probe_pack, read_shape
 from headstart.errors import ModelError, Problem, UsageError
 from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.measure import Measured, RowResult, choose_answered, measure
-from headstart.evaluate.robust import VARIABLE, Variant, affordable, write_variants
+from headstart.evaluate.robust import (
+    VARIABLE,
+    Variant,
+    affordable,
+    general_rows,
+    spare_tokens,
+    variant_reading,
+    write_variants,
+)
 from headstart.evaluate.watch import Watch
 from headstart.files import read_json
 from headstart.fit import estimate_run, fit_memory, needs_reference, plan_watch
@@ -117,7 +126,7 @@ class Job:
             found += [replace(row, part=part.name, guard=True) for row in measured]
         for variant in self.data.variants:
             measured = self._measure_own(variant.rows, tokens_per_pack, labels)
-            found += [replace(row, part=variant.name, varied=True) for row in measured]
+            found += variant.mark(measured)
         return Measured(found, rows.task)
 
     def _measure_part(
@@ -291,18 +300,26 @@ def _write_variants(data: Data, config: Config) -> list[Variant]:
     settings, prepared = config.settings, data.prepared
     if settings.task not in VARIABLE:
         return []
-    proof = data.proof(settings.eval.rows)
-    trained = build_feed(config, prepared).total * float(prepared.train.lengths.mean())
-    ways, rows = affordable(trained, float(proof.lengths.mean()))
-    if settings.eval.choices == "on":
-        rows = min(rows, settings.eval.generate or 0)
-    labels, limit = prepared.labels, settings.data.max_length or prepared.longest
+    proof, labels = data.proof(settings.eval.rows), prepared.labels
+    limit = settings.data.max_length or prepared.longest
+    reading = variant_reading(settings.data)
 
     def encode(records: Sequence[Record]) -> Segmented:
-        return segment(records, settings.data, data.renderer, limit, Coding(settings.task, labels), whole=True)
+        return segment(records, reading, data.renderer, limit, Coding(settings.task, labels), whole=True)
 
-    label = labels.names[0] if labels and settings.task == "classification" else None
-    return write_variants([proof.kept[n] for n in choose_answered(proof.kept, rows)], ways, encode, label)
+    outside = encode(general_rows(labels.names[0])) if labels and settings.task == "classification" else None
+    trained = build_feed(config, prepared).total * float(prepared.train.lengths.mean())
+    cost = float(proof.lengths.mean()) * (2 if settings.task == "tagging" else 1)  # losses, and then the tags
+    picked = settings.eval.choices == "on"
+    if picked:  # each row's answer is weighed against all others
+        cost += len(prepared.choices) * float(np.mean([row.target_count for row in proof.examples]))
+    spare = spare_tokens(trained)
+    if outside and outside.lengths.sum() > spare / 2:
+        outside = None  # what a short run can pay for are its own rows
+    ways, rows = affordable(spare - (float(outside.lengths.sum()) if outside else 0.0), cost)
+    rows = min(rows, settings.eval.generate or 0) if picked else rows
+    chosen = choose_answered(proof.kept, rows)
+    return write_variants({n: proof.kept[n] for n in chosen}, ways, encode, outside)
 
 
 def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.config import Config, Override, as_names, build_config, known_keys, setting
+from headstart.begin import COMPARED
+from headstart.config import Config, DataSettings, Override, as_names, build_config, known_keys, setting
 from headstart.data.check import Findings, find
 from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash
@@ -20,9 +21,10 @@ from headstart.data.images import Look
 from headstart.data.labels import Labels, find_choices
 from headstart.data.masking import find_masking
 from headstart.data.mend import Mended, Mending
+from headstart.data.preferences import parted
 from headstart.data.prepare import LABELLED, Coding, form_rows, reject_bad_rows, reject_spelled, segment
 from headstart.data.read import HUB_PREFIX, find_files, kind_of
-from headstart.data.records import Record
+from headstart.data.records import Preference, Record
 from headstart.data.segments import Segmented
 from headstart.dataset import Data, build_data, build_renderer, row_length
 from headstart.display import Display
@@ -32,7 +34,16 @@ from headstart.evaluate.compare import interval
 from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
-from headstart.evaluate.robust import VARIABLE, VARIED, Robust, find_robust, write_variants
+from headstart.evaluate.robust import (
+    OUTSIDE,
+    VARIABLE,
+    VARIED,
+    Robust,
+    find_robust,
+    general_rows,
+    variant_reading,
+    write_variants,
+)
 from headstart.evaluate.versus import Evaluated, Versus, build_versus
 from headstart.files import read_json, sha256
 from headstart.job import Job, build_job, build_reader
@@ -248,7 +259,7 @@ class _Reading:
     renderer: Encoder | Look
     rows: Segmented
     notes: Sequence[str]
-    segment: Callable[[Sequence[Record]], Segmented]
+    encode_variants: Callable[[Sequence[Record]], Segmented]
 
     def keys(self) -> list[tuple[str, str]]:
         """Return what each row is: where it stands and, since it may have been cut, what it says."""
@@ -280,10 +291,14 @@ def _read(model: str, config: Config) -> _Reading:
     masking = None
     if task == "masked" and isinstance(renderer, Encoder):
         masking = find_masking(renderer, 0, whole_words=settings.whole_words)
+    if task in COMPARED and settings.group_by is None:
+        formed.formatted.examples = list(
+            parted([row for row in formed.formatted.examples if isinstance(row, Preference)])
+        )
     coding = Coding(task, labels, masking, formed.formatted.examples)
 
-    def encode(records: Sequence[Record]) -> Segmented:
-        return segment(records, settings, renderer, max_length, coding, whole=True)
+    def encode(records: Sequence[Record], reading: DataSettings = settings) -> Segmented:
+        return segment(records, reading, renderer, max_length, coding, whole=True)
 
     rows = encode(formed.formatted.examples)
     problems = [*formed.formatted.problems, *rows.problems]
@@ -302,7 +317,7 @@ def _read(model: str, config: Config) -> _Reading:
         notes.append(f"{rows.cut:,} rows cut to {max_length:,} tokens")
     if problems:
         notes.append(f"{len(problems):,} rows left out, which can't be used; first {problems[0].where}")
-    return _Reading(source, task, labels, renderer, rows, notes, encode)
+    return _Reading(source, task, labels, renderer, rows, notes, lambda some: encode(some, variant_reading(settings)))
 
 
 def _known_choices(model: str) -> tuple[str, ...]:
@@ -404,13 +419,15 @@ def _measure_robust(reading: _Reading, clean: Measured, model: _Model) -> Robust
     # Of answers out of a set, those rows that were answered.
     chosen = [n for n, row in enumerate(clean.rows) if row.answer is not None]
     numbers = chosen if any(clean.rows[n].probability is not None for n in chosen) else range(len(clean.rows))
-    records = [reading.rows.kept[n] for n in numbers]
     label = reading.labels.names[0] if reading.labels and reading.task == "classification" else None
-    variants = {
-        variant.name: model.measure(variant.rows, range(len(variant.rows.kept)) if model.choices else ())
-        for variant in write_variants(records, len(VARIED), reading.segment, label)
-    }
-    return find_robust(clean, variants)
+    outside = None if label is None else reading.encode_variants(general_rows(label))
+    rows = list(clean.rows)
+    for variant in write_variants(
+        {n: reading.rows.kept[n] for n in numbers}, len(VARIED), reading.encode_variants, outside
+    ):
+        answered = range(len(variant.rows.kept)) if model.choices and variant.name != OUTSIDE else ()
+        rows += variant.mark(model.measure(variant.rows, answered).rows)
+    return find_robust(Measured(rows, clean.task))
 
 
 def _build_grading(graders: Sequence[str | Path], config: Config, reading: _Reading) -> Grading:

@@ -415,7 +415,7 @@ def prepare(
         raise DataError(problems)
     compared = task in ("preference", "reward")
     if compared and settings.group_by is None:
-        train.formatted.examples = list(parted(_of(Preference, train.formatted.examples)))
+        _part(train, evaluation)
     try:
         parts = split_parts(train, evaluation, settings, known, watch=watch)
     except DataError as error:  # most likely for want of the rows that can't be used
@@ -486,6 +486,11 @@ class Coding:
     masking: Masking | None = None
     train: Sequence[Record] = ()
     unpaired: bool = False
+
+
+def _part(*sides: Formed | None) -> None:
+    for side in filter(None, sides):
+        side.formatted.examples = list(parted(_of(Preference, side.formatted.examples)))
 
 
 def segment(  # noqa: PLR0911 (a line for each task)

@@ -74,6 +74,12 @@ class Ratio(Metric):
         """Return how many rows of like weight would say as much: fewer where a few hold most of the tokens."""
         return float(self.weights.sum() ** 2 / (self.weights**2).sum()) if self.weights.any() else len(self)
 
+    @property
+    def level(self) -> float | None:
+        """Return at what all rows stand; None where they differ."""
+        rates = self.values[self.weights > 0] / self.weights[self.weights > 0]
+        return float(rates[0]) if len(rates) and np.allclose(rates, rates[0], rtol=1e-12, atol=0) else None
+
     def over(self, draws: Draws) -> Floats:
         """Return the metric over each draw of rows."""
         above, below = self.values[draws].sum(1), self.weights[draws].sum(1)
@@ -274,10 +280,26 @@ class Clustered(Metric):
     def __len__(self) -> int:
         return len(self.members)
 
+    @property
+    def rows_that_count(self) -> float:
+        """Return how many groups of like size would say as much (Kish, 1965)."""
+        sizes = np.array([len(rows) for rows in self.members], np.float64)
+        return float(sizes.sum() ** 2 / (sizes**2).sum())
+
     def over(self, draws: Draws) -> Floats:
-        """Return the metric over each draw of groups, which hold different numbers of rows, so one by one."""
-        rows = (np.concatenate([self.members[group] for group in draw]) for draw in draws)
-        return np.array([self.metric.over(row[None])[0] for row in rows])
+        """Return the metric over each draw of groups; those that come to the same number of rows go together."""
+        largest = max(map(len, self.members))
+        table = np.array([[*rows, *[-1] * (largest - len(rows))] for rows in self.members], np.int64)
+        found = np.zeros(len(draws))
+        at_once = max(1, DRAWS_AT_ONCE // (largest * draws.shape[1]))
+        for start in range(0, len(draws), at_once):
+            rows = table[draws[start : start + at_once]].reshape(len(draws[start : start + at_once]), -1)
+            sizes = (rows >= 0).sum(1)
+            for size in np.unique(sizes):
+                some = np.flatnonzero(sizes == size)
+                drawn = rows[some]
+                found[start + some] = self.metric.over(drawn[drawn >= 0].reshape(len(some), size))
+        return found
 
     def joined(self, other: Clustered) -> Clustered:
         """Return the metric over these groups and those of another."""
@@ -323,6 +345,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def hull(self, low: float, high: float) -> Interval:
+        """Return the interval that holds other bounds, too."""
+        return Interval(self.value, min(self.low, low), max(self.high, high))
 
     def to_json(self) -> dict[str, float]:
         """The three numbers by name."""
@@ -387,16 +413,23 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
     rows = len(before)
     if _counted(before) and _counted(after):
         first, second, difference, p = _compare_right(before.values, after.values)
-    elif isinstance(before, Ratio) and _counted(after) and not np.ptp(before.values):
-        first, second, difference, p = _compare_tied(float(before.values[0]), after.values)
+    elif (
+        isinstance(before, Ratio)
+        and isinstance(after, Ratio)
+        and after.right
+        and not before.right
+        and before.level is not None
+    ):
+        p = _swap(before, after, seed) if after.grouped else _tied_p(before.level, after.values)
+        first, second, difference = _compare_tied(before.level, interval(after, seed))
     else:
         samples = _resample([before, after], seed)
         count = min(before.rows_that_count, after.rows_that_count)
         first, second = (_of_draws(m, s, count) for m, s in zip((before, after), samples, strict=True))
         gap = whole(after) - whole(before)
         difference = _interval(gap, samples[1] - samples[0], count)
-        if isinstance(after, Ratio) and after.grouped and difference.low == difference.high:
-            difference = paired_difference(max(0.0, gap) * rows, max(0.0, -gap) * rows, rows)
+        if isinstance(before, Ratio) and isinstance(after, Ratio) and after.grouped:
+            difference = _with_counts_of(before, after, difference)
         p = _swap(before, after, seed)
     return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
 
@@ -414,11 +447,25 @@ def _counted(metric: Metric) -> TypeGuard[Ratio]:
 
 
 def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
-    """Return the interval of a metric by its draws; where all groups are right, or all wrong, these don't vary: then by counting groups."""
+    """Return the interval of a metric by its draws.
+
+    Where rows in groups are right or wrong, draws of few groups hardly vary, or not at all: so it is at least as wide as if
+    rows were independent and, where the draws don't vary, as if each group were one row.
+    """
     found = _interval(whole(metric), samples, rows)
-    if isinstance(metric, Ratio) and metric.grouped and found.low == found.high:
-        return Interval(found.value, *_wilson_bounds(found.value, len(metric)))
-    return found
+    if not isinstance(metric, Ratio) or not metric.grouped:
+        return found
+    count = len(metric) if found.low == found.high else int(metric.weights.sum())
+    return found.hull(*_wilson_bounds(found.value, count))
+
+
+def _with_counts_of(before: Ratio, after: Ratio, difference: Interval) -> Interval:
+    """Return the interval of the difference where rows in groups are right or wrong: as `_of_draws` has it."""
+    changes, rows = after.values - before.values, float(after.weights.sum())
+    more, less = float(changes.clip(min=0).sum()), float(-changes.clip(max=0).sum())
+    share = len(after) / rows if difference.low == difference.high else 1.0
+    counted = paired_difference(more * share, less * share, round(rows * share))
+    return difference.hull(counted.low, counted.high)
 
 
 def compare_all(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> list[Compared]:
@@ -488,14 +535,14 @@ def _compare_right(before: Floats, after: Floats) -> tuple[Interval, Interval, I
     return _wilson(before), _wilson(after), difference, sign_test(fixed, broken)
 
 
-def _compare_tied(level: float, after: Floats) -> tuple[Interval, Interval, Interval, float]:
-    """Compare rows that are right or wrong, [N], with rows that all stood at `level`, as ties at 0.5: nothing is open but the rate.
-
-    So the difference is as sure as the rate, by Wilson's interval; draws of rows that all went one way wouldn't vary at all.
-    """
-    rate = _wilson(after)
+def _compare_tied(level: float, rate: Interval) -> tuple[Interval, Interval, Interval]:
+    """Compare a rate with rows that all stood at `level`, as ties at 0.5: nothing is open but the rate, so the difference is as sure."""
     gap = Interval(rate.value - level, rate.low - level, rate.high - level)
-    return Interval(level, level, level), rate, gap, sign_test(int((after > level).sum()), int((after < level).sum()))
+    return Interval(level, level, level), rate, gap
+
+
+def _tied_p(level: float, after: Floats) -> float:
+    return sign_test(int((after > level).sum()), int((after < level).sum()))
 
 
 def paired_difference(more: float, less: float, rows: int) -> Interval:

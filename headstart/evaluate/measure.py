@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -100,6 +101,8 @@ LABELS = {
 }
 LIMIT_OVER_REFERENCE = 1.5
 LIMIT_EXTRA = 16
+GROUP_MAX = 40
+WORD_TOKENS = 50_000  # of documents whose words are kept
 EXCERPT = 1_000  # characters of a document that the report may show
 
 OnProgress = Callable[[str, int, int], None]
@@ -113,9 +116,10 @@ class RowResult:
     right and what was told (classes, numbers, tags; of related texts the score and cosine, or the rank), `answer` and
     `reference` the same as text, and `probability` that of the answer. Of preferences `truth` are the scores of the
     answers and `found` of each its log-probability, its tokens, and what the reference gave it (None: not known), or its
-    reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard (`guard`) that it is of, or the way in
-    which a row of the run's own is written otherwise (`varied`).
-    Rows of one `group` stand or fall together. `words` are those of a document with what each lost in nats, where that was asked.
+    reward, 1 and 0; the other fields are those of the best. `part` names the data set that was mixed in, or the part of the guard
+    (`guard`) that it is of, or the way in which it is written otherwise: `varied` is then the number of the own row that it is, -1 of
+    text from outside the job. Rows of one `group` stand or fall together. `words` are those of a document with what each lost in
+    nats, where that was asked.
     `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
     """
 
@@ -134,7 +138,7 @@ class RowResult:
     grades: Mapping[str, float | None] = field(default_factory=dict)
     ungraded: Mapping[str, str] = field(default_factory=dict)
     guard: bool = False
-    varied: bool = False
+    varied: int | None = None
     words: Sequence[tuple[str, float]] = ()
     group: str = ""
 
@@ -162,7 +166,7 @@ class Measured:
 
     def parts(self) -> dict[str, tuple[str, Metric]]:
         """Return what was mixed in, each part with the name of its metric and the metric."""
-        return self._parts([row for row in self.rows if row.part and not row.guard and not row.varied])
+        return self._parts([row for row in self.rows if row.part and not row.guard and row.varied is None])
 
     def guard(self) -> dict[str, tuple[str, Metric]]:
         """Return the parts of the guard, each with the name of its metric and the metric."""
@@ -172,7 +176,7 @@ class Measured:
         """Return the run's own rows as they would be written otherwise, by the name of the way."""
         found: dict[str, list[RowResult]] = {}
         for row in self.rows:
-            if row.varied:
+            if row.varied is not None:
                 found.setdefault(row.part, []).append(replace(row, part=""))
         return {name: Measured(rows, self.task) for name, rows in found.items()}
 
@@ -248,7 +252,7 @@ def measure(  # noqa: PLR0911 (a line for each task)
         return Measured(_of_rewards(rows, rewards, score_compared(reader, examples, rewards)), task)
     documents = [record for record in records if isinstance(record, Document)]
     if documents and isinstance(renderer, Encoder):
-        first = words if task == "causal" else 0
+        first = first_of(examples, words) if task == "causal" else 0
         scores, lost = score_tokens(reader, examples, tokens_per_pack, told("scoring"), first)
         return Measured(_of_documents(documents, examples, scores, renderer, lost), task)
     scores = score_rows(reader, examples, tokens_per_pack, told("scoring"))
@@ -289,6 +293,30 @@ def _answer(
         tokens_at_once=tokens_at_once,
         head=reader.answer_head,
     )
+
+
+def short_group(record: Record) -> str:
+    """Return the group of a row, "" where it has none; what is longer than a name (a whole prompt, say) as its hash."""
+    group = record.group or ""
+    return (
+        group
+        if len(group) <= GROUP_MAX
+        else hashlib.sha256(group.encode(errors="surrogatepass")).hexdigest()[:GROUP_MAX]
+    )
+
+
+def grouped_like(measured: Measured, other: Measured) -> Measured:
+    """Return what a model did on rows, in the groups that the same rows have in `other`: an older version wrote none down."""
+    if [row.where for row in measured.own] != [row.where for row in other.own]:
+        return measured
+    groups = iter(row.group for row in other.own)
+    return Measured([row if row.part else replace(row, group=next(groups)) for row in measured.rows], measured.task)
+
+
+def first_of(examples: Sequence[Example], most: int, tokens: int = WORD_TOKENS) -> int:
+    """Return how many of the first `most` documents have at most so many tokens between them."""
+    ends = np.cumsum([example.token_count for example in examples[:most]])
+    return int((ends <= tokens).sum())
 
 
 def own_reference(measured: Measured) -> Measured:
@@ -366,7 +394,7 @@ def _of_answers(
         results.append(
             RowResult(
                 where=str(conversation.where),
-                group=conversation.group or "",
+                group=short_group(conversation),
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
@@ -388,7 +416,7 @@ def _of_choices(
         results.append(
             RowResult(
                 where=str(conversation.where),
-                group=conversation.group or "",
+                group=short_group(conversation),
                 nll=float(scores.nll[index]),
                 targets=float(scores.targets[index]),
                 asked=asked[-1].content if asked else "",
@@ -409,7 +437,7 @@ def _of_labels(records: Sequence[Record], losses: RowScores, outputs: Floats, la
         results.append(
             RowResult(
                 where=str(record.where),
-                group=record.group or "",
+                group=short_group(record),
                 nll=float(losses.nll[number]),
                 targets=float(losses.targets[number]),
                 asked="\n".join(record.texts)[:EXCERPT],
@@ -435,7 +463,7 @@ def _of_tags(
         results.append(
             RowResult(
                 where=str(record.where),
-                group=record.group or "",
+                group=short_group(record),
                 nll=float(nll),
                 targets=float(targets),
                 asked=" ".join(record.words)[:EXCERPT],
@@ -471,7 +499,7 @@ def _of_related(records: Sequence[Record], near: Neighbours) -> list[RowResult]:
         results.append(
             RowResult(
                 where=str(record.where),
-                group=record.group or "",
+                group=short_group(record),
                 nll=float(loss),
                 targets=1.0,
                 asked="\n".join(texts)[:EXCERPT],
@@ -501,12 +529,14 @@ def _of_documents(
         results.append(
             RowResult(
                 where=str(document.where),
-                group=document.group or "",
+                group=short_group(document),
                 nll=float(scores.nll[number]),
                 targets=float(scores.targets[number]),
                 asked=document.content[:EXCERPT],
                 bytes=len(document.content.encode()) - unpredicted - len(example.cut.encode()),
-                words=word_losses(document.content, lost[number], renderer) if number < len(lost) else (),
+                words=word_losses(document.content, lost[number], renderer)
+                if number < len(lost) and not example.cut
+                else (),
             )
         )
     return results

@@ -110,7 +110,7 @@ def _column(name: str, rows: Sequence[RowResult]) -> list[Any]:
 
 def _row(values: Mapping[str, Any]) -> RowResult:
     """Return a row as it was before it was written."""
-    known = {field.name: values[field.name] for field in fields(RowResult)}
+    known = {field.name: values[field.name] for field in fields(RowResult) if values.get(field.name) is not None}
     return RowResult(**{name: json.loads(value) if name in AS_JSON else value for name, value in known.items()})
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from headstart.config import DataSettings
 from headstart.data.feed import content_hash
 from headstart.data.records import Conversation, Label, Labelled, Record, Tagged
 from headstart.data.segments import Segmented
 from headstart.evaluate.compare import MIN_ROWS, Compared, Interval, Rank, compare, interval
 from headstart.evaluate.guard import general_forms
-from headstart.evaluate.measure import PRIMARY, Measured
+from headstart.evaluate.measure import PRIMARY, Measured, RowResult
 
 VARIABLE = ("chat", "classification", "multilabel", "regression", "tagging")  # tasks whose rows have an input
 OUTSIDE = "text from outside the job"
@@ -112,13 +112,14 @@ class Varied:
 
     name: str
     compared: Compared
+    rows: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         found = self.compared
         sides = {"clean": found.before, "varied": found.after, "difference": found.difference}
         told = {name: side.to_json() for name, side in sides.items()}
-        return {"metric": found.name, **told, "rows": found.rows, "direction": found.direction, "p": found.p}
+        return {"metric": found.name, **told, "rows": self.rows, "direction": found.direction, "p": found.p}
 
 
 @dataclass(frozen=True)
@@ -136,62 +137,78 @@ class Robust:
 
 @dataclass(frozen=True)
 class Variant:
-    """Rows of a run's proof as they would be written otherwise, by `name`; or `OUTSIDE`."""
+    """Rows as they would be written otherwise, by `name`, and the number of each among the rows as they are; or `OUTSIDE`, without."""
 
     name: str
     rows: Segmented
+    numbers: Sequence[int]
 
-
-def write_otherwise(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    """Give the rows in each way in which their input varies: by its name those that it changes; a way that changes none isn't there."""
-    for name in VARIED:
-        varied = [vary(record, name) for record in records]
-        changed = [new for old, new in zip(records, varied, strict=True) if new != old]
-        if changed:
-            yield name, changed
+    def mark(self, rows: Sequence[RowResult]) -> list[RowResult]:
+        """Return what a model made of these rows, such that it is known what they are."""
+        return [replace(row, part=self.name, varied=n) for row, n in zip(rows, self.numbers, strict=True)]
 
 
 def write_variants(
-    records: Sequence[Record], ways: int, encode: Callable[[Sequence[Record]], Segmented], label: Label | None
+    records: Mapping[int, Record],
+    ways: int,
+    encode: Callable[[Sequence[Record]], Segmented],
+    outside: Segmented | None = None,
 ) -> list[Variant]:
-    """Encode rows as they would be written otherwise, in the first `ways` that change any, and text from outside the job beside them.
+    """Write rows, by their numbers, otherwise in the first `ways` that change any, and put text from `outside` the job beside them.
 
-    The latter where a `label` is at hand, which it then has.
+    What can't be read then, since it is too long, isn't there.
     """
-    written = dict(islice(write_otherwise(records), ways))
-    if written and label is not None:
-        written[OUTSIDE] = general_rows(label)
-    variants = [Variant(name, encode(some)) for name, some in written.items()]
-    return [variant for variant in variants if variant.rows.examples]
+    variants: list[Variant] = []
+    for name in VARIED:
+        changed = {n: new for n, old in records.items() if (new := vary(old, name)) != old}
+        if not changed or len(variants) == ways:
+            continue
+        rows = encode(list(changed.values()))
+        known = {id(record): n for n, record in changed.items()}
+        if rows.kept:
+            variants.append(Variant(name, rows, [known[id(record)] for record in rows.kept]))
+    if variants and outside is not None:
+        variants.append(Variant(OUTSIDE, outside, [-1] * len(outside.kept)))
+    return variants
 
 
-def affordable(trained_tokens: float, row_tokens: float) -> tuple[int, int]:
-    """Return in how many ways how many rows of `row_tokens` may be written, to be scored before and after training.
+def variant_reading(settings: DataSettings) -> DataSettings:
+    """Return how rows that were written otherwise are read: what gets too long by that is left out, since it is no fault of the row's."""
+    return settings.model_copy(update={"over_length": "drop"}) if settings.over_length == "error" else settings
 
-    First as many ways as there are with the fewest rows that can decide, then more rows; no ways where none can be paid for. To
-    score costs a forward pass, to train one and a backward pass of about twice that (Kaplan et al., 2020).
+
+def spare_tokens(trained_tokens: float) -> float:
+    """Return how many tokens of rows written otherwise a run can pay for, to be scored before and after training.
+
+    To score costs a forward pass, to train one and a backward pass of about twice that (Kaplan et al., 2020).
     """
-    scored = int(SHARE * 3 * trained_tokens / (2 * max(1.0, row_tokens)))
-    ways = min(scored // MIN_ROWS, len(VARIED))
-    return ways, min(scored // max(1, ways), ROWS_MOST)
+    return SHARE * 3 * trained_tokens / 2
 
 
-def find_robust(measured: Measured, variants: Mapping[str, Measured]) -> Robust:
-    """Hold rows that were written otherwise against the same rows as they are, which are among those of `measured`.
+def affordable(tokens: float, row_tokens: float) -> tuple[int, int]:
+    """Return in how many ways how many rows that cost `row_tokens` may be written for so many tokens.
 
-    The metric is the first of the task's that both have. `variants` are what the model did, by the name of the way.
+    First as many ways as there are with the fewest rows that can decide, then more rows; no ways where none can be paid for.
     """
-    clean = {row.where: row for row in measured.own}
+    rows = int(tokens / max(1.0, row_tokens))
+    ways = max(0, min(rows // MIN_ROWS, len(VARIED)))
+    return ways, min(rows // max(1, ways), ROWS_MOST)
+
+
+def find_robust(measured: Measured) -> Robust:
+    """Hold the rows of `measured` that were written otherwise against the same rows as they are.
+
+    The metric is the first of the task's that both have.
+    """
+    variants, own = measured.variants(), measured.own
+    outside = variants.pop(OUTSIDE, None)
     found = []
     for name, varied in variants.items():
-        if name == OUTSIDE:
-            continue
-        before = Measured([clean[row.where] for row in varied.rows], measured.task).metrics()
+        before = Measured([own[row.varied or 0] for row in varied.rows], measured.task).metrics()
         after = varied.metrics()
         metric = next((m for m in PRIMARY[measured.task] if m in before and m in after), None)
         if metric is not None:
-            found.append(Varied(name, compare(metric, before[metric], after[metric])))
-    outside = variants.get(OUTSIDE)
+            found.append(Varied(name, compare(metric, before[metric], after[metric]), len(varied.rows)))
     return Robust(found, know_outside(measured, outside) if outside else None)
 
 
@@ -199,28 +216,32 @@ def robust_result(before: Measured, after: Measured) -> dict[str, Any] | None:
     """Return how the tuned model fares where inputs vary, beside the untouched one, as a run's result holds it; None: not measured.
 
     Of each way: the tuned model's rows as they are (`clean`) and written otherwise (`varied`), with their `difference`; what the
-    untouched one made of the latter (`untouched`), and what was gained on them (`gain`).
+    untouched one made of the latter (`untouched`), and what was gained on them (`gain`). Ways in which both didn't see the
+    same rows (a run that goes on with other settings, or was begun by an older version) are left out.
     """
     first, second = before.variants(), after.variants()
-    second = {
-        name: varied for name, varied in second.items() if name in first
-    }  # a run begun by an older version has none
-    told = find_robust(before, first), find_robust(after, second)
+    same = [name for name in second if name in first and _places(first[name]) == _places(second[name])]
     parts = {}
-    for item in told[1].varied:
+    for item in find_robust(after).varied:
+        if item.name not in same:
+            continue
         metric = item.compared.name
         gain = compare(metric, first[item.name].metrics()[metric], second[item.name].metrics()[metric])
-        untouched = {
+        gained = {
             "untouched": gain.before.to_json(),
             "gain": gain.difference.to_json(),
             "gain_direction": gain.direction,
         }
-        parts[item.name] = {**item.to_json(), **untouched}
-    outsides = [side.outside.to_json() for side in told if side.outside]
-    if not parts and not outsides:
-        return None
-    outside = dict(zip(("before", "after"), outsides, strict=True)) if outsides else "not measured"
-    return {"varied": parts, "outside_auroc": outside}
+        parts[item.name] = {**item.to_json(), **gained}
+    outside: dict[str, Any] | str = "not measured"
+    if OUTSIDE in same:
+        sides = {"before": know_outside(before, first[OUTSIDE]), "after": know_outside(after, second[OUTSIDE])}
+        outside = {name: side.to_json() for name, side in sides.items()}
+    return {"varied": parts, "outside_auroc": outside} if parts or OUTSIDE in same else None
+
+
+def _places(measured: Measured) -> list[tuple[str, int | None]]:
+    return [(row.where, row.varied) for row in measured.rows]
 
 
 def general_rows(label: Label) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
 WORD_ROWS = 32  # documents of which it is kept what each word was given
 SHOWN = 12
-OFTEN = (
-    3  # times that a word is to stand there, where enough do: what stands once tells more of its sentence than of it
-)
+# Times that a word is to stand there, where enough do: what stands once tells more of its sentence than of it.
+OFTEN = 3
+LETTERS_MOST = 40  # of a word: what is longer is an address, or of a script that parts no words
 EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 LETTER = re.compile(r"[^\W\d_]")
 
@@ -28,7 +29,7 @@ def word_losses(text: str, losses: Floats, renderer: Encoder) -> Words:
     """Return the words of a text with what their tokens lost in all, in nats.
 
     `losses` [n] are those of the text's last n tokens, in order. A word is written small, without the marks around it; numbers and
-    marks are none, nor is a word of which not all was predicted. Empty where it can't be told which token stands where.
+    marks are none, nor is what is very long, or a word of which not all was predicted. Empty where it can't be told which token stands where.
     """
     spans = renderer.spans(text)
     unpredicted = len(spans) - len(losses)
@@ -45,7 +46,7 @@ def word_losses(text: str, losses: Floats, renderer: Encoder) -> Words:
             total += float(losses[place - unpredicted]) if place >= unpredicted else 0.0
             place += 1
         name = EDGES.sub("", word.group()).lower()
-        if first >= unpredicted and LETTER.search(name):
+        if first >= unpredicted and len(name) <= LETTERS_MOST and LETTER.search(name):
             found.append((name, total))
     return found
 
@@ -86,4 +87,4 @@ def few_words(words: Sequence[dict[str, Any]], most: int) -> str:
 
 def in_bits(nats: float) -> str:
     """Return nats as bits, in words."""
-    return f"{nats / 0.6931471805599453:.1f}"
+    return f"{nats / math.log(2):.1f}"

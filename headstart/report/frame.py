@@ -8,7 +8,8 @@ import re
 from importlib import resources
 
 TEXT_MAX = 4_000
-ALIKE = 0.5
+ALIKE = 0.5  # of the words, for the others to be marked
+PAIRS_MOST = 40_000  # of words that are held against each other
 PIECE = re.compile(r"\S+\s*|\s+")
 
 
@@ -37,10 +38,11 @@ def marked(text: str, other: str) -> str:
 
     White space is no difference. Where less than half is alike nothing is marked: it would be most of the text.
     """
-    ours, theirs = (PIECE.findall(_cut(side)) for side in (text, other))
+    ours, theirs = (PIECE.findall(side[:TEXT_MAX]) for side in (text, other))
     words = [[piece.strip() for piece in side] for side in (ours, theirs)]
     matcher = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False)
-    if matcher.ratio() < ALIKE:
+    # To find what is alike takes long where words stand again and again, as in a text that goes round in circles.
+    if len(ours) * len(theirs) > PAIRS_MOST or matcher.quick_ratio() < ALIKE or matcher.ratio() < ALIKE:
         return excerpt(text)
     parts = []
     for kind, begin, end, *_ in matcher.get_opcodes():
@@ -48,7 +50,7 @@ def marked(text: str, other: str) -> str:
         inner = part.rstrip()
         different = kind != "equal" and inner
         parts.append(f"<mark>{html.escape(inner)}</mark>{part[len(inner) :]}" if different else html.escape(part))
-    return "".join(parts)
+    return "".join(parts) + html.escape(_cut(text)[TEXT_MAX:])
 
 
 def _cut(text: str) -> str:

@@ -12,7 +12,7 @@ from headstart.evaluate.compare import compare_all, has_groups, to_json, verdict
 from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
 from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guard_result
-from headstart.evaluate.measure import PRIMARY, Measured
+from headstart.evaluate.measure import PRIMARY, Measured, grouped_like
 from headstart.evaluate.old import compare_old, old_result
 from headstart.evaluate.robust import robust_result
 from headstart.evaluate.surprise import find_surprises
@@ -39,6 +39,7 @@ def build_result(
     names the runs whose rows were to be kept, each with the difference that it had made in each metric; it is None where
     none were.
     """
+    before = grouped_like(before, after)
     first, second = pair_grades([before, after])
     compared = compare_all(first.metrics(), second.metrics())
     measured = {item.name: item for item in compared}

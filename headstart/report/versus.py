@@ -75,7 +75,7 @@ def _flips(pair: Pair) -> str:
     flips = pair.flips
     if flips is None:
         return ""
-    parts = [f"<p>{html.escape(flip_line(flips))}.</p>"]
+    parts = [f"<p>{html.escape(flip_line(flips))}. Marked is what stands elsewhere or not at all in the reference.</p>"]
     for title, some in (("Fixed", flips.fixed), ("Broken", flips.broken)):
         shown = "".join(_flip(flip, pair) for flip in some[:EXAMPLES])
         more = f"<p>and {len(some) - EXAMPLES:,} more, in --json.</p>" if len(some) > EXAMPLES else ""

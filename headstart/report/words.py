@@ -71,7 +71,7 @@ def guard_words(guard: Mapping[str, Any]) -> str:
     return f"{GUARD_VERDICTS[guard['verdict']]}: {', '.join(parts)} (the bound is {_share(guard['bound'])})"
 
 
-HOLDS = "it holds in all {ways} ways in which its rows were written otherwise: none is clearly worse"
+HOLDS = "in none of {ways} ways of writing is it clearly worse than on the rows as they are"
 
 OLD_VERDICTS = {
     "kept": "what it learned before is kept",

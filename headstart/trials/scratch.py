@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from headstart.config import Config, LoraSettings, Override, Settings, build_con
 from headstart.display import Display, in_time
 from headstart.errors import DivergedError, Problem, UsageError
 from headstart.evaluate.compare import interval
-from headstart.evaluate.measure import Measured
+from headstart.evaluate.measure import Measured, grouped_like
 from headstart.evaluate.versus import Evaluated, Pair, build_versus
 from headstart.files import read_json, write_atomic, write_json
 from headstart.origin import find_changes, refuse
@@ -192,6 +192,7 @@ def _pair(tuned: Outcome, random: Outcome) -> Pair | None:
         sides.append(Evaluated(name, own, values))
     if [row.where for row in sides[0].measured.rows] != [row.where for row in sides[1].measured.rows]:
         return None
+    sides = [replace(side, measured=grouped_like(side.measured, sides[0].measured)) for side in sides]
     return build_versus(sides, {}).pairs[0]
 
 

@@ -276,3 +276,35 @@ def test_groups_that_are_all_right_are_as_sure_as_so_many_rows() -> None:
     assert found.direction == 1
     assert paired_p(0 * ones, ones, groups) == pytest.approx(2 / 2**10, abs=1e-3)  # as the sign test over ten
     assert paired_p(0 * ones, ones, [""] * 40) == pytest.approx(2 / 2**40)
+
+
+def test_groups_never_make_an_interval_narrower_than_independent_rows() -> None:
+    groups = [f"g{n // 5}" for n in range(100)]
+    ones, right = np.ones(100), np.ones(100)
+    right[3] = 0.0  # one group holds all that varies
+    one_wrong = Ratio(right, ones, right=True)
+    alone, grouped = interval(one_wrong), interval(cluster(one_wrong, groups))
+    assert grouped.low <= alone.low
+    assert grouped.high >= alone.high
+    all_right = Ratio(ones, ones, right=True)
+    by_rows = compare("accuracy", all_right, one_wrong).difference
+    by_groups = compare("accuracy", cluster(all_right, groups), cluster(one_wrong, groups)).difference
+    assert by_groups.low <= by_rows.low
+    assert by_groups.high >= by_rows.high > 0
+
+
+def test_groups_that_all_left_a_tie_gain_no_more_than_there_is() -> None:
+    groups = [f"g{n // 2}" for n in range(40)]
+    before, after = Ratio(np.full(40, 0.5), np.ones(40)), Ratio(np.ones(40), np.ones(40), right=True)
+    found = compare("preference_accuracy", cluster(before, groups), cluster(after, groups))
+    # Wilson's lower bound of n of n is n / (n + z^2), here over twenty groups.
+    assert found.difference.low == pytest.approx(20 / (20 + 1.959964**2) - 0.5, abs=1e-6)
+    assert (found.difference.value, found.difference.high, found.direction) == (0.5, 0.5, 1)
+
+
+def test_groups_of_unlike_size_count_as_fewer() -> None:
+    rows = ClassMetric.of(["a", "b"] * 50, ["a", "b"] * 50)
+    even = cluster(rows, [f"g{n // 10}" for n in range(100)])
+    uneven = cluster(rows, ["g"] * 91 + [""] * 9)
+    assert (even.rows_that_count, len(uneven)) == (10, 10)
+    assert uneven.rows_that_count == pytest.approx(100**2 / (91**2 + 9))

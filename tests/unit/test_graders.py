@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -331,6 +332,8 @@ def test_half_a_surrogate_is_kept_spelled(tmp_path: Path) -> None:
     kept = Predictions.open(tmp_path / "kept", {})
     kept.write(0, [row(1, "x", g=1.0)], {"a:1": {"unused": "\ud800é"}})
     kept.finish(1, {})
+    # What is read again is what was written.
+    assert Predictions.open(tmp_path / "kept", {}).read(0) == [replace(row(1, "x", g=1.0), truth=[], found=[])]
     assert json.loads(pq.read_table(kept.predictions_file)["item"][0].as_py()) == {"unused": "\ud800é"}
 
 

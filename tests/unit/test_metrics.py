@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,9 +25,11 @@ from headstart.evaluate.compare import (
     verdict,
 )
 from headstart.evaluate.entities import count_entities, entities
-from headstart.evaluate.measure import RowResult
+from headstart.evaluate.measure import Measured, RowResult, first_of, grouped_like, short_group
 from headstart.evaluate.metrics import best_threshold, task_metrics
+from tests.conftest import conversation, example
 
+ASKED = conversation("Hello", "Hi.")
 TAGS = ["O", "B-a", "I-a", "B-b", "I-b", "B-a-x", "I-a-x"]
 DRAWS = np.random.default_rng(5).integers(0, 60, (8, 60))
 
@@ -180,3 +184,28 @@ def test_rows_before_and_after_stand_behind_each_other_as_they_are(task: str) ->
         else:
             expected = [metric.over(own)[0] for metric in (before[name], after[name])]
         assert [joined.over(own)[0], joined.over(own + 30)[0]] == pytest.approx(expected), name
+
+
+def test_rows_that_an_older_version_kept_have_the_groups_of_the_same_rows_now() -> None:
+    old = Measured([RowResult(f"f:{n}", 1.0, 1.0) for n in range(4)], "chat")
+    guard = RowResult("g:1", 1.0, 1.0, part="general text", guard=True)
+    new = Measured([*(replace(row, group="ab"[n // 2]) for n, row in enumerate(old.rows)), guard], "chat")
+    assert [row.group for row in grouped_like(old, new).rows] == ["a", "a", "b", "b"]
+    assert grouped_like(Measured(old.rows[:3], "chat"), new).rows == old.rows[:3]  # of other rows nothing is known
+
+
+def test_a_group_that_is_a_whole_prompt_is_kept_as_its_hash() -> None:
+    names = [short_group(replace(ASKED, group=group)) for group in (None, "patient 7", "p" * 900, "p" * 901)]
+    assert names[:2] == ["", "patient 7"]
+    assert len(set(names)) == 4
+    assert max(map(len, names)) == 40
+
+
+def test_words_are_kept_of_documents_up_to_a_number_of_tokens() -> None:
+    rows = [example([1] * size) for size in (4, 6, 1)]
+    assert [first_of(some, most, 10) for some, most in ((rows, 32), (rows, 1), (rows[::-1], 32), ([], 32))] == [
+        2,
+        1,
+        2,
+        0,
+    ]

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from headstart.config import DataSettings
 from headstart.data.read import Where
 from headstart.data.records import Document, Labelled, Record, Tagged
+from headstart.data.segments import Segmented
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.robust import (
     OUTSIDE,
@@ -20,12 +22,13 @@ from headstart.evaluate.robust import (
     mistype,
     reorder_fields,
     robust_result,
+    spare_tokens,
+    variant_reading,
     vary,
-    write_otherwise,
     write_variants,
 )
 from headstart.report.words import robust_lines, robust_words
-from tests.conftest import conversation
+from tests.conftest import conversation, example
 
 ROWS: list[Record] = [
     conversation("Name: Ann Miller\nAge: 61, of Leeds.\nReason: dizzy since 3.5 days", "Ann Miller, dizzy."),
@@ -85,39 +88,48 @@ def told(records: Sequence[Record], right: bool, sure: float = 0.9) -> Measured:
     return Measured(rows, "classification")
 
 
-RECORDS: list[Record] = [Labelled(Where("f", n), f"WORD {n}", "yes") for n in range(40)]
+RECORDS: dict[int, Record] = {n: Labelled(Where("f", n), f"WORD {n}", "yes") for n in range(40)}
+WRITTEN = ["typing errors", "lower case", "a greeting before it", "other text before it", "white space"]
 
 
-def written(read: Callable[[str], bool]) -> dict[str, Measured]:
-    """Return what a model makes of the rows written otherwise that is right where it can `read` them; of each way half are read."""
-    ways = {name: rows[1::2] for name, rows in write_otherwise(RECORDS)}
-    return {name: told(rows, all(read(row.texts[0]) for row in rows)) for name, rows in ways.items()}
+def read_half(records: Sequence[Record]) -> Segmented:
+    """Return every second row: of the others none fits into the model."""
+    half = list(records)[1::2]
+    return Segmented([example([1, 2], line=n) for n in range(len(half))], half)
+
+
+def measured(right: bool, sure: float, read: Callable[[str], bool], where: str = "") -> Measured:
+    """Return what a model made of the rows and, where it can `read` all of a way, of those written otherwise; and text from outside."""
+    outside = [Labelled(Where("general", n), "Some text.", "yes") for n in range(40)]
+    rows = list(told(list(RECORDS.values()), right, sure).rows)
+    for variant in write_variants(RECORDS, len(VARIED), read_half, Segmented([], outside)):
+        if variant.name == OUTSIDE:
+            rows += variant.mark(told(variant.rows.kept, True, 0.5).rows)
+        else:
+            readable = all(read(row.texts[0]) for row in variant.rows.kept)
+            rows += variant.mark(told(variant.rows.kept, readable).rows)
+    return Measured([replace(row, where=where) for row in rows] if where else rows, "classification")
 
 
 def test_a_model_that_reads_capitals_only_is_seen_to_fail_on_lower_case() -> None:
-    found = {item.name: item.compared for item in find_robust(told(RECORDS, True), written(str.isupper)).varied}
-    assert "upper case" not in found  # nothing changes
+    robust = find_robust(measured(True, 0.9, str.isupper))
+    found = {item.name: item.compared for item in robust.varied}
+    assert list(found) == WRITTEN  # upper case changes nothing
     assert found["lower case"].direction == -1
     assert found["lower case"].difference.value == -1
     assert found["lower case"].rows == 20
     assert found["white space"].direction == 0
+    assert robust.outside is not None
+    assert robust.outside.value == 1
 
 
 def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them() -> None:
-    def run(right: bool, sure: float, ways: dict[str, Measured]) -> Measured:
-        ways = {
-            **ways,
-            OUTSIDE: told([replace(r, where=Where("general", n)) for n, r in enumerate(RECORDS)], True, 0.5),
-        }
-        beside = [replace(row, part=name, varied=True) for name, some in ways.items() for row in some.rows]
-        return Measured([*told(RECORDS, right, sure).rows, *beside], "classification")
-
-    nothing, capitals = written(lambda _: False), written(str.isupper)
-    before, after = run(False, 0.5, nothing), run(True, 0.9, capitals)
-    assert [row.where for row in after.own] == [str(row.where) for row in RECORDS]  # what a verdict rests on is as ever
+    before, after = measured(False, 0.5, lambda _: False), measured(True, 0.9, str.isupper)
+    assert [row.where for row in after.own] == [f"f:{n}" for n in RECORDS]  # what a verdict rests on is as ever
     assert not after.parts()
     result = robust_result(before, after)
     assert result is not None
+    assert list(result["varied"]) == WRITTEN
     lower, space = result["varied"]["lower case"], result["varied"]["white space"]
     assert (lower["untouched"]["value"], lower["varied"]["value"], lower["clean"]["value"]) == (0, 0, 1)
     assert (lower["direction"], lower["gain_direction"]) == (-1, 0)
@@ -126,31 +138,50 @@ def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them
     assert {side: value["value"] for side, value in result["outside_auroc"].items()} == {"before": 0.5, "after": 1}
     said = robust_words(result)
     assert said.startswith("most is lost with lower case: accuracy 1.000 -> 0.000 (-1.000, ")
-    ways = ["typing errors", "lower case", "a greeting before it", "other text before it", "white space"]
-    assert list(result["varied"]) == ways
     assert result["varied"]["typing errors"]["rows"] < 8  # too few to tell
     assert "better than the untouched model in 1 of 4 ways" in said
     assert [line[-1] for line in robust_lines(result) if line[0] == "lower case"] == ["worse"]
-    # Where no way is clearly worse, none is named.
-    held = robust_result(run(False, 0.5, nothing), run(True, 0.9, {"white space": capitals["white space"]}))
-    assert robust_words(held).startswith("it holds in all 1 ways")  # type: ignore[arg-type]
-    # A run that was begun before rows were written otherwise goes on without.
-    assert robust_result(told(RECORDS, False), after) is None
+    held = robust_result(before, measured(True, 0.9, lambda _: True))
+    assert robust_words(held).startswith("in none of 4 ways of writing is it clearly worse")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tokens", [10**4, 2 * 10**4, 10**5, 10**6, 10**9])
-def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tokens: int) -> None:
+def test_rows_that_stand_in_one_line_are_told_apart() -> None:
+    """All rows of a JSON array on one line stand at `file.json:1`."""
+    result = robust_result(
+        measured(False, 0.5, lambda _: False, "f.json:1"), measured(True, 0.9, str.isupper, "f.json:1")
+    )
+    assert result is not None
+    assert {name: part["clean"]["value"] for name, part in result["varied"].items()} == dict.fromkeys(WRITTEN, 1.0)
+
+
+def test_what_was_not_written_otherwise_on_both_sides_is_not_compared() -> None:
+    after = measured(True, 0.9, str.isupper)
+    assert robust_result(told(list(RECORDS.values()), False), after) is None  # begun by an older version
+    fewer = [row for row in after.rows if row.part != "lower case" or row.varied != 1]
+    result = robust_result(Measured(fewer, after.task), after)  # begun with other settings
+    assert result is not None
+    assert list(result["varied"]) == [name for name in WRITTEN if name != "lower case"]
+
+
+def test_what_gets_too_long_by_it_is_left_out_and_no_error() -> None:
+    assert variant_reading(DataSettings(over_length="error")).over_length == "drop"
+    assert variant_reading(DataSettings(over_length="cut")).over_length == "cut"
+
+
+@pytest.mark.parametrize("trained", [10**4, 2 * 10**4, 10**5, 10**6, 10**9])
+def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(trained: int) -> None:
     # Forward and backward cost three times what scoring costs; rows are scored in each way, before and after.
-    ways, rows = affordable(tokens, 100)
-    cost, budget = ways * rows * 2 * 100, 0.1 * 3 * tokens
+    ways, rows = affordable(spare_tokens(trained), 100)
+    cost, budget = ways * rows * 2 * 100, 0.1 * 3 * trained
     assert cost <= budget
     assert rows >= 8  # fewer decide nothing
     assert (ways, rows) == (len(VARIED), 64) or budget - cost < max(2 * 100 * ways, 8 * 2 * 100)
 
 
 def test_a_run_too_short_to_pay_for_it_writes_nothing_otherwise() -> None:
-    assert affordable(1_000, 100)[0] == 0
-    assert write_variants(RECORDS, 0, lambda _: pytest.fail("rows are encoded"), "yes") == []
+    assert affordable(spare_tokens(1_000), 100)[0] == 0
+    assert affordable(-5.0, 100)[0] == 0
+    assert write_variants(RECORDS, 0, lambda _: pytest.fail("rows are encoded"), Segmented([], [])) == []
 
 
 def test_confidence_tells_what_is_from_outside() -> None:

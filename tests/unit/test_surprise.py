@@ -14,7 +14,7 @@ from headstart.data.read import Where
 from headstart.data.records import Document
 from headstart.data.render import Renderer
 from headstart.engine.forward import PackReader
-from headstart.evaluate.measure import Measured, RowResult
+from headstart.evaluate.measure import Measured, RowResult, measure
 from headstart.evaluate.score import score_rows, score_tokens
 from headstart.evaluate.surprise import SHOWN, find_surprises, word_losses
 from headstart.models.load import load_tokenizer, stop_ids
@@ -81,6 +81,21 @@ def test_a_word_costs_what_its_tokens_cost(tiny_model: Path, renderer: Renderer,
     }
     expected = [(names[word], cost) for word, cost, first in wanted if word in names and first >= 1 - predicted]
     assert word_losses(text, costs[1 - predicted :], renderer) == expected
+
+
+def test_what_is_no_word_of_a_language_is_left_out(renderer: Renderer) -> None:
+    text = "see " + "x" * 41 + " now"
+    losses = np.ones(len(renderer.spans(text)))
+    assert [word for word, _ in word_losses(text, losses, renderer)] == ["see", "now"]
+
+
+def test_documents_that_were_cut_tell_no_words(tiny_model: Path, renderer: Renderer) -> None:
+    documents = [Document(Where("f", n), text) for n, text in enumerate(TEXTS)]
+    rows = segment_documents(documents, renderer, max_length=12, over_length="cut", whole=True)
+    assert [bool(example.cut) for example in rows.examples] == [True, False, True]
+    reader = PackReader(AutoModelForCausalLM.from_pretrained(tiny_model))
+    found = measure(reader, renderer, documents, rows.examples, task="causal", tokens_per_pack=40, words=3)
+    assert [bool(row.words) for row in found.rows] == [False, True, False]
 
 
 def test_the_most_surprising_words_are_those_of_the_largest_means() -> None:
