@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -575,6 +576,7 @@ def _read_guard(
         return []
     template = "plain" if settings.task == "causal" else settings.data.template
 
+    @functools.cache  # several parts are of one task
     def renderer(task: str) -> Renderer:
         found = build_renderer(source, tokenizer, task, template, today)
         if not isinstance(found, Renderer):
