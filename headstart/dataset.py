@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -359,6 +360,7 @@ def _read_guard(
         return []
     template = "plain" if settings.task == "causal" else settings.data.template
 
+    @functools.cache  # several parts are of one task
     def renderer(task: str) -> Renderer:
         found = build_renderer(source, tokenizer, task, template, today)
         if not isinstance(found, Renderer):

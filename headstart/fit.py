@@ -52,6 +52,7 @@ class Fitted:
     memory: Memory
 
 
+@machine.settled()
 def fit_memory(config: Config, data: Data, engine: Engine) -> Fitted:
     """Find packs that fit into the memory, the fastest way first: as chosen, in smaller packs, with activations recomputed.
 

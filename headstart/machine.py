@@ -130,6 +130,29 @@ def peak_since(device: str) -> int:
     return peak if peak > _highest_bytes or Path("/proc/self/clear_refs").exists() else memory_used_bytes()
 
 
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While modules are loaded, which make objects by the hundred thousand that all stay, look for none to collect."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Collect what can be, and for a while look only at what came since: each `trim_memory` is then quick."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def trim_memory() -> None:
     """Give memory that is free back to the system, where the allocator keeps it and can be told to."""
     gc.collect()

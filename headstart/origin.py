@@ -79,7 +79,7 @@ def _describe_file(file: SourceFile) -> dict[str, Any]:
         "name": file.name,
         "path": str(file.path.resolve()),
         "bytes": file.path.stat().st_size,
-        "sha256": sha256(file.path),
+        "sha256": file.sha256 or sha256(file.path),
         "revision": file.revision,
     }
 

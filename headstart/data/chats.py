@@ -20,6 +20,7 @@ from headstart.config import DataSettings
 from headstart.data.feed import Keys, content_hash, digest_of
 from headstart.data.formats import Detection, Formatted, Formatting, Named, named_columns
 from headstart.data.labels import CHOICES_MAX, choose_answers
+from headstart.data.near import once_each
 from headstart.data.prepare import (
     FITTING,
     Coding,
@@ -38,7 +39,7 @@ from headstart.data.records import Conversation, Message, Record
 from headstart.data.render import Renderer
 from headstart.data.replay import UNKNOWN, Known
 from headstart.data.segments import Outcome, Segmented, encode_rows
-from headstart.data.store import Store, StoredRows, StoreWriter, file_hash, find_store, store_key
+from headstart.data.store import Store, StoredRows, StoreWriter, find_store, hashed, store_key
 from headstart.errors import DataError, Problem
 
 STORED_BYTES = 4 << 20  # smaller data is encoded anew at each start, which takes a second or two
@@ -123,7 +124,7 @@ def prepare_chats(
         problems,
         choices=choices,
         coding=Coding("chat"),
-        replayed=known.replayed(len(named.train), [*named.watch, *named.proof], seed),
+        replayed=known.replayed(len(named.train), (named.watch, named.proof), seed),
     )
 
 
@@ -197,9 +198,10 @@ class _Stored:
     def find(files: Sequence[SourceFile], settings: DataSettings, renderer: Renderer, max_length: int) -> _Stored:
         """Return the conversations of files, encoded first if need be. Raises _UnlikeError where a stream can't take them."""
         over_length = "cut" if settings.over_length == "cut" else "drop"
+        files = hashed(files)
         key = store_key(
             "chat",
-            [[kind_of(file.path), file_hash(file.path)] for file in files],
+            [[kind_of(file.path), file.sha256] for file in files],
             renderer.identity,
             asdict(named_columns(settings)),
             [settings.format, settings.train_on, settings.reasoning, settings.group_by, settings.redact],
@@ -214,7 +216,7 @@ class _Stored:
         problems = [_to_problem(values, names) for values in known["problems"]]
         formatted = Formatted(Detection(**known["detection"]), problems=problems)
         notes = [_renamed(note, names) for note in known["notes"]]
-        stored = _Stored(store, Formed(list(files), known["rows"], formatted, notes), names)
+        stored = _Stored(store, Formed(files, known["rows"], formatted, notes), names)
         stored.formed.reread = lambda: stored.records
         return stored
 
@@ -246,9 +248,10 @@ class _Stored:
         """Return the answers that stand again and again, as `find_choices` does, in these rows and in `more`."""
         if self.store.column("thought")[rows].any():
             return ()
-        _, first, counts = np.unique(self.store.column("answer")[rows], return_index=True, return_counts=True)
-        if len(first) > CHOICES_MAX:
+        answers = self.store.column("answer")[rows]
+        if len(once_each(answers)) > CHOICES_MAX:
             return ()
+        _, first, counts = np.unique(answers, return_index=True, return_counts=True)
         texts = [self._answer(int(row)) for row in rows[first]]
         told = Counter(dict(zip(texts, counts.tolist(), strict=True)))
         told.update(record.messages[-1].content for record in more if isinstance(record, Conversation))

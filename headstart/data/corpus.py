@@ -24,12 +24,13 @@ from headstart.data.encode import Encoder
 from headstart.data.feed import content_hash, side_of
 from headstart.data.formats import Detection, Formatted, format_rows, named_columns
 from headstart.data.masking import find_masking
+from headstart.data.near import once_each
 from headstart.data.prepare import Coding, Formed, Parts, Prepared, form_rows, segment, spelled_problem, split_held
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, read, read_parts
 from headstart.data.records import Document
 from headstart.data.segments import ROWS_AT_ONCE, Segmented
-from headstart.data.store import Store, StoredRows, StoreWriter, file_hash, find_store, store_key
+from headstart.data.store import Store, StoredRows, StoreWriter, find_store, hashed, store_key
 from headstart.errors import DataError, Problem
 
 STREAM_BYTES = 64 << 20  # data larger than this goes through in a stream, if it is text to continue
@@ -83,7 +84,7 @@ class _Spec:
         held = hashlib.sha256("".join(map(content_hash, self.others)).encode()).hexdigest()
         return store_key(
             "corpus",
-            [file_hash(file.path) for file in self.files],
+            [file.sha256 for file in self.files],
             self.encoder.identity,
             reading,
             self.coding.task,
@@ -149,6 +150,7 @@ def prepare_corpus(
 
     Raises DataError where there is nothing to train or to score on; problems of single rows are in the result.
     """
+    files = hashed(files)
     evaluation = form_rows(settings.eval, settings, "unsupervised", task) if settings.eval else None
     named = [r for r in evaluation.formatted.examples if isinstance(r, Document)] if evaluation else []
     masking = find_masking(encoder, seed, whole_words=settings.whole_words) if task == "masked" else None
@@ -162,7 +164,7 @@ def prepare_corpus(
     to_watch, to_prove = (segment(side, settings, encoder, max_length, coding, whole=True) for side in (watched, proof))
     problems = [*corpus.problems, *to_watch.problems, *to_prove.problems]
     spec = _Spec(files, settings, encoder, coding, max_length, None, ())
-    formed = Formed(list(files), corpus.rows, Formatted(corpus.detection), corpus.notes)
+    formed = Formed(files, corpus.rows, Formatted(corpus.detection), corpus.notes)
     formed.reread = lambda: itertools.chain.from_iterable(_documents(spec, _Tally()))
     parts = Parts([], watched, proof, corpus.held_out, corpus.duplicates, corpus.leaked)
     train = Segmented(corpus.train, [], corpus.dropped)
@@ -269,7 +271,7 @@ def _describe(tally: _Tally, max_length: int, fit: Fit | None) -> dict[str, Any]
     return {
         "rows": tally.rows,
         "detection": {**detection, "rows": tally.rows, "fitting": tally.fitting},
-        "duplicates": len(tally.digests) - len(np.unique(np.frombuffer(tally.digests, np.uint64))),
+        "duplicates": len(tally.digests) - len(once_each(np.frombuffer(tally.digests, np.uint64))),
         "leaked": tally.leaked,
         "dropped": [[*where, length] for where, length in tally.dropped],
         "problems": [[p.code, p.what, p.where, p.cure] for p in tally.problems],

@@ -25,7 +25,7 @@ from headstart.data.labels import (
     segment_tagged,
 )
 from headstart.data.masking import Masking, find_masking, segment_masked
-from headstart.data.near import Distinct, find_near_leaks, shingle
+from headstart.data.near import Distinct, find_near_leaks, once_each, shingle
 from headstart.data.preferences import parted, preference_notes, segment_preferences
 from headstart.data.private import redacted_notes
 from headstart.data.read import Note, Row, SourceFile, Where, find_files, read
@@ -290,7 +290,7 @@ def split(train: Keys, evaluation: Keys | None, settings: DataSettings, known: K
         watch=held[watched],
         proof=held[~watched],
         held_out=held_out,
-        duplicates=len(train) - len(np.unique(train.digests)),
+        duplicates=len(train) - len(once_each(train.digests)),
         leaked=int(leaked.sum()),
         held_before=int(held_before[0].sum()),
         trained_before=int(trained_before[1].sum()),
@@ -425,7 +425,7 @@ def prepare(
     if len(parts.train) < FEW_ROWS:
         few = f"{len(parts.train)} rows to train on are few: most likely they are learned by heart"
         train.notes.append(few)
-    replayed = known.replayed(len(parts.train), [*parts.watch, *parts.proof], seed)
+    replayed = known.replayed(len(parts.train), (parts.watch, parts.proof), seed)
     learned = [*parts.train, *(record for rows in replayed for record in rows)]
     labels = None
     if task in LABELLED:

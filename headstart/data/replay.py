@@ -64,12 +64,12 @@ class Known:
         """The hashes of what was trained on."""
         return Keys.of(self.trained).digests
 
-    def replayed(self, own: int, held: Sequence[Record], seed: int) -> list[list[Record]]:
-        """Return which rows of each run are learned again beside `own` new ones, none of which is held out (`held`).
+    def replayed(self, own: int, held: Sequence[Sequence[Record]], seed: int) -> list[list[Record]]:
+        """Return which rows of each run are learned again beside `own` new ones, none of which is held out (`held`, in parts).
 
         They follow from seed and content alone: those of the least hashes, of all runs together, each once.
         """
-        without = {*hashes_of(held), *hashes_of(self.held)}
+        without = {digest for part in (*held, self.held) for digest in hashes_of(part)}
         pool: dict[str, tuple[int, Record]] = {}
         for number, old in enumerate(self.olds):
             for digest, record in zip(hashes_of(old.train), old.train, strict=True):

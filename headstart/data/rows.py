@@ -46,13 +46,15 @@ Item = Row | Problem | Note
 class SourceFile:
     """A file to read: `path` on this disk, `name` as users see it, `revision` if it came from the hub.
 
-    `encoding` is that of its text, where no byte order mark says another.
+    `encoding` is that of its text, where no byte order mark says another; `sha256` that of the bytes that its rows come from,
+    where these were hashed to find what was made of them before.
     """
 
     path: Path
     name: str
     revision: str = ""
     encoding: str = UTF_8
+    sha256: str = ""
 
 
 def fatal(problem: Problem) -> Problem:

@@ -7,20 +7,23 @@ hash of what it says) as one array each. Its manifest is written last and has th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.data.read import Where
+from headstart.data.read import SourceFile, Where
 from headstart.data.segments import Example, Segment
 from headstart.files import new_folder, read_json, remove_folder, sha256, write_json
 from headstart.machine import home
@@ -72,6 +75,11 @@ def file_hash(path: Path) -> str:
     return found
 
 
+def hashed(files: Sequence[SourceFile]) -> list[SourceFile]:
+    """Return files, each with the hash of its bytes."""
+    return [replace(file, sha256=file_hash(file.path)) for file in files]
+
+
 def find_store(key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> Store:
     """Return the store of this name, written first where it isn't there or is damaged.
 
@@ -107,7 +115,9 @@ def is_whole(folder: Path) -> bool:
     """Tell whether a store holds what was written."""
     try:
         files: Mapping[str, Any] = read_json(folder / MANIFEST)["files"]
-        return all(_is_as_written(folder / name, file) for name, file in files.items())
+        largest_first = sorted(files, key=lambda name: -files[name]["bytes"])
+        with ThreadPoolExecutor(2) as pool:  # to hash holds no lock of Python's
+            return all(pool.map(lambda name: _is_as_written(folder / name, files[name]), largest_first))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -330,17 +340,26 @@ class StoredRows(Sequence[Example]):
     def _chosen(self, values: NDArray[Any]) -> NDArray[Any]:
         return values if self._rows is None else values[self._rows]
 
+    @functools.cached_property
+    def _lengths(self) -> Ints:
+        """The tokens of each row that is stored: asked for again and again while a run is laid out."""
+        return self._chosen(self._store.lengths)
+
     @property
     def lengths(self) -> Ints:
         """The tokens of each row."""
         more = [example.token_count for example in self._more]
-        return np.concatenate([self._chosen(self._store.lengths), more]).astype(np.int64)
+        return np.concatenate([self._lengths, np.array(more, np.int64)]) if more else self._lengths
 
     @property
     def longest(self) -> int:
         """The tokens of the longest segment."""
         more = (len(segment) for example in self._more for segment in example.segments)
-        return max(int(self._chosen(self._store.longest).max(initial=0)), max(more, default=0))
+        return max(self._longest, max(more, default=0))
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return int(self._chosen(self._store.longest).max(initial=0))
 
     @property
     def target_count(self) -> int:

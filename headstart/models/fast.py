@@ -68,7 +68,8 @@ def slow_down(model: Any) -> None:
         vars(module).pop("forward", None)
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+# What a layer is called with, what it gives, and whether that is all that it gives.
+Call = tuple[tuple[Any, ...], dict[str, Any], Tensor, bool]
 
 
 def _probe(model: Any, chosen: Tensor | None = None) -> tuple[Tensor, Forest]:
@@ -92,7 +93,8 @@ def _watch_layers(model: Any) -> dict[nn.Module, tuple[Call, Forest]]:
     layers = [module for modules in _stacks(model) for module in modules]
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls[layer] = (args, kwargs, output[0] if isinstance(output, tuple) else output)
+        several = isinstance(output, tuple)
+        calls[layer] = (args, kwargs, output[0] if several else output, not several)
 
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
@@ -112,9 +114,9 @@ def _stacks(model: Any) -> Iterator[nn.ModuleList]:
 
 def _fit(layer: nn.Module, call: Call, forest: Forest) -> FusedLayer | None:
     """Return the form of a layer that gives what the layer gave; None where none does."""
-    args, kwargs, theirs = call
+    args, kwargs, theirs, alone = call
     asked = next((forest.asked[id(m)] for m in layer.modules() if id(m) in forest.asked), None)
-    if asked is None or isinstance(layer(*args, **kwargs), tuple):
+    if asked is None or not alone:
         return None
     x = args[0] if args else kwargs["hidden_states"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from headstart import machine
 from headstart.data.images import Look
 from headstart.data.labels import Labels
 from headstart.errors import ModelError, Problem
@@ -33,6 +34,7 @@ class Loaded:
     fresh: frozenset[str] = frozenset()
 
 
+@machine.loading()
 def load_tokenizer(source: Source) -> Any:
     """Load the tokenizer of a model. Raises ModelError where it has none that can be used."""
     from transformers import AutoTokenizer
@@ -47,6 +49,7 @@ def load_tokenizer(source: Source) -> Any:
         raise _load_error(source, error, "model.tokenizer") from None
 
 
+@machine.loading()
 def load_config(source: Source) -> Any:
     """Load the config of a model (of an adapter: of its base). Raises ModelError."""
     from transformers import AutoConfig

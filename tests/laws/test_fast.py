@@ -61,6 +61,20 @@ def test_fast_equals_plain(name: str, lora: Lora | None, dtype: torch.dtype) -> 
     assert_same(step(model, parameters, 60), plain, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+def test_a_plain_layer_runs_once_to_be_read() -> None:
+    model, _ = trained("llama", torch.float32, lora=None)
+    times = [0, 0]
+    for number, layer in enumerate(model.base_model.layers):
+
+        def counted(*args: Any, plain: Any = layer.forward, number: int = number, **kwargs: Any) -> Any:
+            times[number] += 1
+            return plain(*args, **kwargs)
+
+        layer.forward = counted
+    assert speed_up(model).layers == 2
+    assert times == [1, 1]
+
+
 @pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
 def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
     """An update must reach what is made of weights and adapters: the fused AdamW doesn't say that it changed them."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headstart import files, origin
 from headstart.config import DataSettings
 from headstart.data import chats, store
 from headstart.data.chats import find_chats, prepare_chats
@@ -170,6 +171,30 @@ def test_rows_are_encoded_once_for_what_their_tokens_depend_on(
     moved.write_text(moved.read_text(encoding="utf-8").replace("doctor", "Doctor"), encoding="utf-8")
     stored(renderer, DataSettings(train=(str(moved),)))
     assert len(times) == 4
+
+
+def test_a_start_reads_each_source_once_and_no_record(
+    renderer: Renderer, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DataSettings(train=(str(file),))
+    stored(renderer, settings)
+    records: list[int] = []
+    monkeypatch.setattr(store.Store, "record", lambda self, number: records.append(number))
+    monkeypatch.setattr(chats, "CHOICES_MAX", 1)  # more answers than could be choices
+    hashed: list[Path] = []
+    original = files.sha256
+    for room in (store, origin):
+        monkeypatch.setattr(room, "sha256", lambda path: hashed.append(path) or original(path))
+    found = stored(renderer, settings)
+    assert len(found.watch.kept)
+    assert len(found.proof.kept)
+    assert records == []
+    was = original(file)
+    file.write_text(file.read_text(encoding="utf-8").replace("doctor", "Doctor"), encoding="utf-8")
+    # What a run writes down is the hash of what its rows were made from, also where the file changed since.
+    assert origin._describe_file(found.formed[0].files[0])["sha256"] == was != original(file)
+    assert hashed.count(file) == 1
+    assert len(hashed) == 1 + len(json.loads(next(store_folder().glob(f"*/{store.MANIFEST}")).read_text())["files"])
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "weights.bin", "records.jsonl", "digest.npy", "manifest.json"])

@@ -67,6 +67,7 @@ def test_the_loss_is_a_part_of_what_it_was_and_the_worst_part_decides() -> None:
 
 def test_what_ships_is_small_and_never_learned_from(tiny_home: Path, small_data: Path) -> None:
     data = build_data(build_config(None, [Override("data.train", [str(small_data)], "flag")]))
+    assert data.guard[0].renderer is data.guard[1].renderer  # made once
     assert [part.name for part in data.guard] == list(GENERAL)
     texts, questions = (part.rows for part in data.guard)
     assert 30 <= len(texts.examples) <= 50

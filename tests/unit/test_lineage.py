@@ -77,7 +77,7 @@ def test_what_was_held_out_or_learned_before_is_on_its_side_of_a_new_split() -> 
         split(Keys.of(rows[:16]), None, DataSettings(), known, watch=False)
     # Replayed: half as many as there are new ones, none that is held out, of equal rows one, whichever run they are of.
     both = Known([Old("b", rows[:6], [], rows[20:24]), Old("a", rows[4:10], rows[9:10], [])], 0.5)
-    again = both.replayed(8, rows[:2], seed=3)
+    again = both.replayed(8, (rows[:1], rows[1:2]), seed=3)
     lines = [row.where.line for part in again for row in part]
     assert len(lines) == len(set(lines)) == 4
     assert set(lines) <= set(range(2, 9))

@@ -8,7 +8,17 @@ import re
 import numpy as np
 import pytest
 
-from headstart.data.near import KEPT, THRESHOLD, Distinct, find_alike, find_leaks, find_near_leaks, jaccard, shingle
+from headstart.data.near import (
+    KEPT,
+    THRESHOLD,
+    Distinct,
+    find_alike,
+    find_leaks,
+    find_near_leaks,
+    jaccard,
+    once_each,
+    shingle,
+)
 
 
 def sets(text: str) -> set[tuple[str, ...]]:
@@ -110,3 +120,10 @@ def test_near_leaks_of_rows_that_stand_twice() -> None:
     found = find_near_leaks(shingle(rows).finish(distinct.rows), distinct, np.array([False, False, False, False, True]))
     # Row 1 is the held-out row itself, which is another thing than a near one.
     assert found.other.tolist() == [4, -1, -1, 4, -1]
+
+
+@pytest.mark.parametrize("values", [[], [7], [7, 7], [2**64 - 1, 0, 5, 5, 2**63, 0]])
+def test_each_number_comes_once_ascending(values: list[int]) -> None:
+    given = np.array(values, np.uint64)
+    assert once_each(given).tolist() == sorted(set(values))
+    assert given.tolist() == values
