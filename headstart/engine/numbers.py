@@ -11,6 +11,7 @@ LEAST_RECENT = 16
 SPIKE = 8.0  # robust standard deviations
 NORMAL_MAD = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
 LEAST_SPREAD = 0.02  # of the median: what is within this of all others is no spike
+LEAST_RISE = 0.5  # nats: where losses are near nothing, a step with one hard row rises by less
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
@@ -22,4 +23,4 @@ def is_spike(loss: float, recent: Sequence[float]) -> bool:
         return False
     median = statistics.median(recent)
     deviation = statistics.median(abs(value - median) for value in recent)
-    return loss > median + SPIKE * max(NORMAL_MAD * deviation, LEAST_SPREAD * abs(median))
+    return loss > median + max(LEAST_RISE, SPIKE * max(NORMAL_MAD * deviation, LEAST_SPREAD * abs(median)))

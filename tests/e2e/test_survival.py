@@ -526,7 +526,9 @@ def test_a_spike_stands_out_by_eight_robust_deviations() -> None:
     assert not is_spike(limit - 1e-6, recent)
     assert is_spike(limit + 1e-6, recent)
     assert not is_spike(100.0, recent[:15])
-    assert is_spike(2.0 * (1 + 8 * 0.02) + 1e-6, [2.0] * 16)
+    assert is_spike(20.0 * (1 + 8 * 0.02) + 1e-6, [20.0] * 16)
+    assert not is_spike(0.03 + 0.499, [0.03] * 16)  # near nothing one hard row stands out, and is none
+    assert is_spike(0.03 + 0.501, [0.03] * 16)
 
 
 # --- a changed world ---
