@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from headstart.data.documents import WORD
 from headstart.data.encode import Encoder
@@ -52,32 +54,33 @@ def word_losses(text: str, losses: Floats, renderer: Encoder) -> Words:
 
 
 def find_surprises(before: Measured, after: Measured) -> dict[str, list[dict[str, Any]]] | None:
-    """Return the words that cost most on the mean `before` and `after`, each with its times and both means in nats; None: not measured."""
-    sides = _means(before), _means(after)
-    both = {word: times for word, (times, _) in sides[0].items() if word in sides[1]}
-    often = [word for word, times in both.items() if times >= OFTEN]
-    words = often if len(often) >= SHOWN else list(both)
-    if not words:
-        return None
+    """Return the words that cost most on the mean `before` and `after`, and those on which most was `gained` in all, as dicts.
 
-    def most(side: int) -> list[dict[str, Any]]:
-        ranked = sorted(words, key=lambda word: -sides[side][word][1])[:SHOWN]
-        means = (sides[0], sides[1])
-        return [
-            {"word": word, "times": both[word], "before": means[0][word][1], "after": means[1][word][1]}
-            for word in ranked
-        ]
+    Each with its times and both means in nats. None: not measured.
+    """
+    first, second = _costs(before), _costs(after)
+    both: list[dict[str, Any]] = [
+        {"word": word, "times": len(costs), "before": float(np.mean(costs)), "after": float(np.mean(second[word]))}
+        for word, costs in first.items()
+        if word in second
+    ]
+    often = [item for item in both if item["times"] >= OFTEN]
+    items = often if len(often) >= SHOWN else both
+    orders: dict[str, Callable[[dict[str, Any]], float]] = {
+        "before": lambda item: item["before"],
+        "after": lambda item: item["after"],
+        "gained": lambda item: item["times"] * (item["before"] - item["after"]),
+    }
+    return {name: sorted(items, key=order, reverse=True)[:SHOWN] for name, order in orders.items()} if items else None
 
-    return {"before": most(0), "after": most(1)}
 
-
-def _means(measured: Measured) -> dict[str, tuple[int, float]]:
-    """Return of each word how often it stands there, and what it cost on the mean."""
+def _costs(measured: Measured) -> dict[str, list[float]]:
+    """Return what each word cost wherever it stands."""
     found: dict[str, list[float]] = {}
     for row in measured.own:
         for word, loss in row.words:
             found.setdefault(word, []).append(loss)
-    return {word: (len(losses), sum(losses) / len(losses)) for word, losses in found.items()}
+    return found
 
 
 def few_words(words: Sequence[dict[str, Any]], most: int) -> str:

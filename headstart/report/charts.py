@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 POINTS_MAX = 300
+LARGE = 10_000  # numbers from here on are told without decimals
 WIDTH = 640
 NAME_MAX = 22
 CELLS_WITH_NUMBERS = 12
@@ -53,11 +54,11 @@ def line_chart(
     for tick in y_ticks:
         _, down = place(points[0][0], tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{down}" y2="{down}"/>')
-        parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{_number(tick)}</text>')
     for tick in marks or nice_ticks(x_low, x_high):
         if x_low <= scale(tick) <= x_high:
             across, _ = place(tick, y_low)
-            parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="middle">{tick:.4g}</text>')
+            parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="middle">{_number(tick)}</text>')
     parts.append(f'<text x="{WIDTH - right}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>')
     for line in series:
         parts += _draw(line, place)
@@ -67,12 +68,17 @@ def line_chart(
     return f'<figure>{"".join(parts)}<figcaption class="legend">{names}</figcaption></figure>'
 
 
+def _number(value: float) -> str:
+    """Return a number as people write it: 100,000 and not 1e+05."""
+    return f"{value:,.0f}" if abs(value) >= LARGE else f"{value:.4g}"
+
+
 def _said(title: str, series: Sequence[Series], x_label: str) -> str:
     """Return what a chart shows, for those who can't see it: where each line begins and ends."""
-    lines = [(line.name, *(point for point in line.points if math.isfinite(point[1]))) for line in series]
+    lines = [(line.name, [point for point in line.points if math.isfinite(point[1])]) for line in series]
     said = [
-        f"{name}: {points[0][1]:.3g} at {x_label} {points[0][0]:g}, {points[-1][1]:.3g} at {x_label} {points[-1][0]:g}"
-        for name, *points in lines
+        f"{name}: {', '.join(f'{y:.3g} at {x_label} {_number(x)}' for x, y in (points[0], points[-1]))}"
+        for name, points in lines
         if points
     ]
     return f"{title}. {'; '.join(said)}"
@@ -223,8 +229,8 @@ def scatter_chart(x_name: str, y_name: str, points: Sequence[tuple[float, float]
     for tick in nice_ticks(low, high):
         if low <= tick <= high:
             (x, _), (_, y) = place(tick, low), place(low, tick)
-            parts.append(f'<text x="{x}" y="{y0 + 16}" text-anchor="middle">{tick:.4g}</text>')
-            parts.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{tick:.4g}</text>')
+            parts.append(f'<text x="{x}" y="{y0 + 16}" text-anchor="middle">{_number(tick)}</text>')
+            parts.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{_number(tick)}</text>')
     parts += [f'<circle class="watch faint" cx="{x}" cy="{y}" r="3"/>' for x, y in (place(*point) for point in points)]
     parts.append(f'<text x="{size}" y="{size - 4}" text-anchor="end">{y_name} against {x_name}</text></svg>')
     return f"<figure>{''.join(parts)}</figure>"

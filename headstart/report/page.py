@@ -225,9 +225,10 @@ def _words(words: Mapping[str, Any] | str | None) -> str:
     """Return the words that the model was most surprised by."""
     if not words or isinstance(words, str):
         return ""
+    titles = {"gained": "Learned most", "before": "Most surprising before", "after": "Most surprising after"}
     columns = "".join(
-        f"<div><h3>Most surprising {side}</h3>{table(['', 'times', 'bits before', 'bits after'], rows)}</div>"
-        for side in ("before", "after")
+        f"<div><h4>{title}</h4>{table(['', 'times', 'bits before', 'bits after'], rows)}</div>"
+        for side, title in titles.items()
         for rows in [[[*map(cell, line)] for line in surprise_lines(words[side])]]
     )
     note = (

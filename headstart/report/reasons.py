@@ -82,7 +82,7 @@ def _matching_data(result: Mapping[str, Any]) -> Reason:
     says = f"{score_words(result, metric)}, on text that was held out"
     words = result.get("words", NOT_MEASURED)
     if not isinstance(words, str):
-        says = f"{says}; most surprising before, in bits a word: {few_words(words['before'], WORDS)}"
+        says = f"{says}; learned most, in bits a word: {few_words(words['gained'], WORDS)}"
     return Reason("Matching data", asks, says)
 
 

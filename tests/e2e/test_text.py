@@ -62,7 +62,7 @@ def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
         assert item["times"] >= 1
         assert item["before"] > 0
         assert f"<td>{item['word']}</td>" in report
-    assert found["words"]["before"][0]["word"] in found["reasons"]["matching_data"]["says"]
+    assert found["words"]["gained"][0]["word"] in found["reasons"]["matching_data"]["says"]
     assert run_card(Path("runs/text"), '"The plan"')
 
 

@@ -349,3 +349,10 @@ def test_classes_are_counted_over_the_runs_own_rows_as_they_are() -> None:
     ]
     alone, both = Measured(own, "classification"), Measured([*own, *beside], "classification")
     assert told_sections(both, both) == told_sections(alone, alone)
+
+
+def test_large_numbers_of_an_axis_are_written_out() -> None:
+    drawn = line_chart("Loss by token", [Series("loss", [(0, 3.0), (333_140, 0.5)], "train")], "tokens")
+    assert ">100,000<" in drawn
+    assert "tokens 333,140" in drawn
+    assert "e+05" not in drawn

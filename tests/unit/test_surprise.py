@@ -117,6 +117,7 @@ def test_the_most_surprising_words_are_those_of_the_largest_means() -> None:
     assert found is not None
     assert [item["word"] for item in found["before"]] == ["b", "c", "a"]
     assert [item["word"] for item in found["after"]] == ["c", "b", "a"]
+    assert [item["word"] for item in found["gained"]] == ["b", "a", "c"]  # 3.4, twice 1.5, 1
     assert found["before"][2] == {"word": "a", "times": 2, "before": 2.0, "after": 0.5}
     # Where enough words stand often, one that stands once is none.
     often = [(f"w{n}", 1.0) for n in range(SHOWN)] * 3
