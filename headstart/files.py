@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from headstart.errors import DamagedError, Problem
 from headstart.faults import reach
 
 BLOCK_BYTES = 1 << 20
@@ -100,8 +101,12 @@ def json_text(value: Any, *, ensure_ascii: bool = False, **how: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file that `write_json` wrote. Raises DamagedError, a ValueError, where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        what, cure = f"it can't be read: {error}", "put it back as it was"
+        raise DamagedError(Problem("run.damaged", what, str(path), cure)) from None
 
 
 def take_room(folder: Path, size: int) -> None:

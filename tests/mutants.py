@@ -37,7 +37,9 @@ MUTANTS = [
     ("engine/checkpoint.py", "        while aside.exists():", "        while False:"),
     ("engine/checkpoint.py", "[: -self._keep]", "[:-1]"),
     ("engine/checkpoint.py", "if old != best]", "]"),
-    ("engine/checkpoint.py", "        remove_temporaries(self._folder)\n", ""),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.evaluation, self.checkpoints)"),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.path, self.checkpoints)"),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.path, self.evaluation)"),
     ("files.py", "        path.rename(aside / path.name)\n", "        shutil.rmtree(path)\n"),
     ("files.py", "    else:\n        sync_folder(target.parent)\n", ""),
     ("files.py", "        if not target.is_dir():\n            raise\n", ""),
@@ -49,7 +51,7 @@ MUTANTS_OF_RUNS = [
     ("engine/engine.py", '                tensors[f"optim.{key}.{name}"] = value\n', "                pass\n"),
     ("engine/loop.py", "    progress.seen = feed.seen\n    progress.bad_in_a_row = 0", "    progress.bad_in_a_row = 0"),
     ("engine/loop.py", "    progress.step += 1\n    progress.seen = feed.seen\n", "    progress.step += 1\n"),
-    ("tune.py", "        self.folder.forget_after(found.step)\n", ""),
+    ("tune.py", "        self.folder.forget_after(found.step, due=self.progress.due)\n", ""),
     ("tune.py", "        self.feed.seen = self.progress.seen\n", ""),
     ("tune.py", "            if progress.end or self.stop.asked:\n                raise\n", ""),
     ("tune.py", '            self._go_on_without("the checkpoint", error)', "            raise"),
@@ -64,7 +66,12 @@ MUTANTS_OF_RUNS = [
     ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),
     ("lineage.py", ' if sha256(path) != file["sha256"] else None', " if False else None"),
-    ("run.py", "            remove_temporaries(self.path)\n", ""),
+    ("run.py", "    last = (step, not due)\n", "    last = (step, True)\n"),
+    ("engine/loop.py", "        progress.due = watched is None\n", ""),
+    ("engine/loop.py", "    if not saved and (", "    if ("),
+    ("engine/loop.py", '"" if progress.due else ended', "ended"),
+    ("tune.py", "score_rows(reader, rows, tokens, self._heed)", "score_rows(reader, rows, tokens)"),
+    ("display.py", "            self.console.quiet = True\n", ""),
 ]
 MUTANTS_OF_ORIGINS = [
     ("origin.py", '(was["sha256"], was["revision"]) != (now["sha256"], now["revision"])', "False"),
@@ -80,6 +87,9 @@ MUTANTS_OF_GRADING = [
     ("evaluate/predictions.py", "if file.exists() else None", "if False else None"),
 ]
 MUTANTS_OF_GUARDS = [
+    ("stop.py", "contextlib.suppress(OSError, RuntimeError)", "contextlib.nullcontext()"),
+    ("display.py", "            hush(self.console.file)\n", ""),
+    ("display.py", "        raise  # noqa: PLE0704 (the", "        super().on_broken_pipe()  # (the"),
     ("stop.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]"),
     ("stop.py", "            signal.signal(number, handler)\n", "            pass\n"),
     ("stall.py", "            if time.monotonic() - self._display.shown_at >= self._limit_s:", "            if True:"),
@@ -91,7 +101,8 @@ TABLE = {
     (
         "tests/e2e/test_survival.py",
         "-k",
-        "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time",
+        "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time "
+        "or broken_off or terminal",
     ): MUTANTS_OF_RUNS,
     ("tests/e2e/test_tiny_run.py", "-k", "data_changed or goes_on_from_anywhere or two_processes"): MUTANTS_OF_ORIGINS,
     ("tests/e2e/test_graders.py", "-k", "graded_before or keeps_every"): MUTANTS_OF_GRADING,

@@ -26,6 +26,7 @@ from headstart.files import (
     write_atomic,
     write_json,
 )
+from headstart.run import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +262,11 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    fill(checkpoints, 1)
-    half = tmp_path / f"{TEMPORARY_PREFIX}step-000002-x"
-    half.mkdir()
-    (half / TENSORS).write_text("half")
-    assert checkpoints.load_newest()[0].step == 1
-    assert not half.exists()
+    run = RunFolder(tmp_path)
+    for folder in (run.path, run.evaluation, run.checkpoints):
+        half = folder / f"{TEMPORARY_PREFIX}step-000002-x"
+        half.mkdir(parents=True)
+        (half / TENSORS).write_text("half")
+        (folder / f"{TEMPORARY_PREFIX}before.json-x").write_text("half")
+    with run.locked():
+        assert not list(tmp_path.rglob(f"{TEMPORARY_PREFIX}*"))

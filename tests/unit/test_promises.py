@@ -31,7 +31,7 @@ PROMISES = (
     Promise(
         "Killed at any named place and carried on, a run is the run that was never killed, bit for bit: weights, moments, "
         "metrics, order of the data, scores. LoRA with dropout and several packs a step, full, labels with an encoder, "
-        "embeddings whose adapter is merged at the end, masked text, images.",
+        "embeddings whose adapter is merged at the end, masked text, images, pairs and votes of preferences.",
         (
             f"{SURVIVAL}::test_killed_anywhere_and_gone_on_with_is_never_killed",
             f"{SURVIVAL}::test_killed_again_and_again",
@@ -61,12 +61,13 @@ PROMISES = (
     ),
     Promise(
         "A checkpoint that is cut, lost, zeroed, changed by a bit, swapped, linked, of another step, run or version is named, "
-        "set aside and never used; the newest good one is.",
+        "set aside and never used; the newest good one is. A record of the run that is cut is named.",
         (
             f"{FILES}::test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used",
             f"{FILES}::test_no_whole_checkpoint_is_an_error_that_names_each",
             f"{SURVIVAL}::test_a_checkpoint_of_another_run_is_set_aside",
             f"{SURVIVAL}::test_damaged_best_weights_are_told_and_the_last_are_kept",
+            f"{SURVIVAL}::test_a_record_that_is_cut_is_named_and_can_be_made_anew",
         ),
     ),
     Promise(
@@ -102,13 +103,23 @@ PROMISES = (
     Promise(
         "SIGTERM, SIGINT and SIGHUP save and stop with exit 75, twice stops at once with exit 130; both go on bit for bit, "
         "in the middle of a save too. Killed in the save that it was asked for, a run goes on from the one before; halted "
-        "(SIGSTOP) and let go on, it is the same.",
+        "(SIGSTOP) and let go on, it is the same. An evaluation on the way is broken off, and made anew when the run goes on.",
         (
             f"{SURVIVAL}::test_asked_to_stop_anywhere_it_saves_and_goes_on",
             f"{SURVIVAL}::test_asked_twice_it_stops_at_once_and_loses_nothing",
             f"{SURVIVAL}::test_killed_in_the_save_that_it_was_asked_for_it_loses_nothing",
+            f"{SURVIVAL}::test_an_evaluation_that_it_is_asked_to_stop_in_is_broken_off_and_made_anew",
             f"{SURVIVAL}::test_halted_and_let_go_on_it_is_the_same",
             "tests/unit/test_guards.py::test_a_signal_that_is_ignored_stays_ignored",
+        ),
+    ),
+    Promise(
+        "A terminal that is closed is a signal to save and stop, though nobody can be told; where whoever reads what a run says "
+        "is gone, the run goes on and its log with it.",
+        (
+            f"{SURVIVAL}::test_a_terminal_that_is_closed_stops_a_run_which_saves_and_goes_on",
+            "tests/unit/test_guards.py::test_a_stop_is_heard_where_it_cannot_be_told",
+            "tests/unit/test_guards.py::test_whoever_reads_what_a_run_says_may_leave",
         ),
     ),
     Promise(
