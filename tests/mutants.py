@@ -45,6 +45,12 @@ MUTANTS = [
     ("files.py", "        if not target.is_dir():\n            raise\n", ""),
     ("files.py", "        Path(name).unlink()\n\n\ndef seconds", "        pass\n\n\ndef seconds"),
 ]
+MUTANTS_OF_STORES = [
+    ("data/store.py", "        if folder.name.startswith(TEMPORARY_PREFIX):", "        if False:"),
+    ("data/store.py", "        with suppress(FileNotFoundError):", "        if True:"),
+    ("data/store.py", "    if folder.exists() and not is_whole(folder):", "    if False:"),
+    ("data/store.py", "new_folder(folder, replace=False)", "new_folder(folder)"),
+]
 MUTANTS_OF_RUNS = [
     ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),
     ("engine/engine.py", '        torch.set_rng_state(tensors["rng.torch"])\n', ""),
@@ -106,6 +112,7 @@ TABLE = {
     ): MUTANTS_OF_RUNS,
     ("tests/e2e/test_tiny_run.py", "-k", "data_changed or goes_on_from_anywhere or two_processes"): MUTANTS_OF_ORIGINS,
     ("tests/e2e/test_graders.py", "-k", "graded_before or keeps_every"): MUTANTS_OF_GRADING,
+    ("tests/unit/test_chats.py", "-k", "store"): MUTANTS_OF_STORES,
     ("tests/unit/test_guards.py", "tests/unit/test_preferences.py"): MUTANTS_OF_GUARDS,
 }
 
