@@ -121,14 +121,20 @@ def take_room(folder: Path, size: int) -> None:
 
 
 def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
-    """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash."""
+    """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash.
+
+    At most a quarter of what is free is taken for a moment; 0 where that is too little to tell.
+    """
     folder = path.absolute()
     while not folder.is_dir():
         folder = folder.parent
     handle, name = tempfile.mkstemp(dir=folder, prefix=f"{TEMPORARY_PREFIX}pace-")
     os.close(handle)
+    size = min(size, shutil.disk_usage(folder).free // 4)
     begun = time.perf_counter()
     try:
+        if size < BLOCK_BYTES:
+            return 0.0
         Path(name).write_bytes(bytes(size))
         sync_file(Path(name))
         sha256(Path(name))

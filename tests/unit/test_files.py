@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from headstart import faults
 from headstart.engine.checkpoint import MANIFEST, TENSORS, VALUES, Checkpoints
 from headstart.errors import RunError
 from headstart.files import (
+    BLOCK_BYTES,
     TEMPORARY_PREFIX,
     Lines,
     new_folder,
     read_json,
     remove_folder,
+    seconds_per_byte,
     take_room,
     write_atomic,
     write_json,
@@ -259,6 +262,20 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None
     with pytest.raises(RunError) as error:
         checkpoints.load_newest()
     assert [p.code for p in error.value.problems] == ["checkpoint.damaged", "checkpoint.none"]
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "size"), [(0, None), (4 * BLOCK_BYTES - 1, None), (9 * BLOCK_BYTES, 2.25 * BLOCK_BYTES)]
+)
+def test_the_pace_of_a_disk_is_taken_in_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, size: float | None
+) -> None:
+    written = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes))
+    monkeypatch.setattr(Path, "write_bytes", lambda _, content: written.append(len(content)))
+    assert (seconds_per_byte(tmp_path / "run") > 0) == (size is not None)
+    assert written == ([] if size is None else [size])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
