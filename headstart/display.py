@@ -179,7 +179,6 @@ class Display:
         except OSError as error:
             if self._log is None:
                 raise
-            self.console.quiet = True
             hush(self.console.file)
             self._write(f"  ! nothing more can be shown ({error.strerror or error}); it goes on, and this log does")
 

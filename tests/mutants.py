@@ -77,7 +77,6 @@ MUTANTS_OF_RUNS = [
     ("engine/loop.py", "    if not saved and (", "    if ("),
     ("engine/loop.py", '"" if progress.due else ended', "ended"),
     ("tune.py", "score_rows(reader, rows, tokens, self._heed)", "score_rows(reader, rows, tokens)"),
-    ("display.py", "            self.console.quiet = True\n", ""),
 ]
 MUTANTS_OF_ORIGINS = [
     ("origin.py", '(was["sha256"], was["revision"]) != (now["sha256"], now["revision"])', "False"),

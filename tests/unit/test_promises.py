@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
+from headstart.faults import POINTS
 from tests.conftest import is_test
+from tests.e2e.test_survival import DISK_FAULTS, KILLS, NOT_BEGUN, WAYS
 from tests.mutants import TABLE
+from tests.unit.test_files import DAMAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -223,9 +226,19 @@ def test_what_mutants_take_out_stands_in_the_code(file: str) -> None:
     assert not [old for mutants in TABLE.values() for name, old, _ in mutants if name == file and text.count(old) != 1]
 
 
+def figures() -> str:
+    """Return how much is tried, counted in the tests' own tables."""
+    mutants = sum(map(len, TABLE.values()))
+    return (
+        f"In each test run: {len([*KILLS, *NOT_BEGUN]) + 4 * len(WAYS)} kills at all {len(POINTS)} places, over {len(WAYS)} ways of "
+        f"training, four of them in a row for each;\n{len(DISK_FAULTS)} faults of a disk that end a run; {len(DAMAGES)} ways to damage a "
+        f"checkpoint. Beside it: {mutants} mutants."
+    )
+
+
 def as_markdown() -> str:
-    """Return the table as it stands in the documentation."""
-    lines = ["| promise | held by | not held yet |", "|---|---|---|"]
+    """Return the figures and the table as they stand in the documentation."""
+    lines = [figures(), "", "| promise | held by | not held yet |", "|---|---|---|"]
     for promise in PROMISES:
         tests = "<br>".join(f"`{name.partition('::')[2]}`" for name in promise.tests) or "-"
         lines.append(f"| {promise.what} | {tests} | {promise.missing or '-'} |")
