@@ -19,6 +19,7 @@ from headstart.faults import reach
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+SYSTEM_FAULT = re.compile(r"\(os error (\d+)\)")
 UNPRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
@@ -123,7 +124,7 @@ def take_room(folder: Path, size: int) -> None:
 def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
     """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash.
 
-    At most a quarter of what is free is taken for a moment; 0 where that is too little to tell.
+    At most a quarter of what is free is taken for a moment; 0 where that is too little to tell, or refused.
     """
     folder = path.absolute()
     while not folder.is_dir():
@@ -139,6 +140,8 @@ def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
         sync_file(Path(name))
         sha256(Path(name))
         return (time.perf_counter() - begun) / size
+    except OSError:  # a quota: whether there is room for what is needed shows when that is taken
+        return 0.0
     finally:
         Path(name).unlink()
 
@@ -154,7 +157,8 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
     try:
         reach("folder.made", path.name)
-        yield temporary
+        with _system_faults(path):
+            yield temporary
         reach("folder.written", path.name)
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
@@ -170,6 +174,22 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _system_faults(path: Path) -> Iterator[None]:
+    """Raise as OSError what the system refused, where a library that is written in Rust tells it in words alone.
+
+    Tensors and tokenizers are written by such ones.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = SYSTEM_FAULT.search(str(error))
+        if told is None or isinstance(error, OSError):
+            raise
+        number = int(told[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _rename_where_free(source: Path, target: Path) -> None:

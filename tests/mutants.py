@@ -19,6 +19,7 @@ MUTANTS = [
     ("files.py", "            os.fsync(file.fileno())\n        Path(name)", "        Path(name)"),
     ("files.py", "        Path(name).replace(path)", "        Path(path).write_bytes(Path(name).read_bytes())"),
     ("files.py", '    reach("file.renamed", path.name)\n    sync_folder(path.parent)', "    pass"),
+    ("files.py", "        with _system_faults(path):", "        with contextlib.nullcontext():"),
     ("files.py", "                sync_file(file)\n", ""),
     ("files.py", "        sync_folder(temporary)\n", ""),
     ("files.py", '    reach("folder.renamed", target.name)\n    sync_folder(target.parent)\n', ""),

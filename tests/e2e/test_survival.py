@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -314,6 +315,33 @@ def test_a_model_that_is_merged_is_there_whole_or_not_at_all(trials: Callable[[s
     for place, code in (("written", killed), ("written@model=ENOSPC", full), ("synced@model=EIO", full)):
         assert trial.session(f"folder.{place}" + "@model" * ("@" not in place), run) == code
         assert not (run / "model").exists()
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
+def cramped(most_bytes: int, *of_session: Any) -> None:
+    """Carry out a session in which the system writes no file of more than some bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+    session(*of_session)
+
+
+def test_what_the_system_itself_refuses_is_told_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
+    """No place of ours fails here: the best weights are written, and the larger checkpoints aren't."""
+    trial = trials("full")
+    run = trial.folder / "cramped"
+    (best,) = (trial.whole / "checkpoints").glob("best-*")
+    sizes = [
+        (trial.whole / "checkpoints" / name / "state.safetensors").stat().st_size for name in (best, "step-000006")
+    ]
+    arguments = (sum(sizes) // 2, trial.data, trial.model, run, trial.settings, "")
+    process = SESSIONS.Process(target=cramped, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == ResourceError.exit_code
+    assert trial.error(run)["code"] == "disk.failed"
+    said = (run / "log.txt").read_text()
+    assert all(f"step {step}: the checkpoint can't be written (File too large)" in said for step in (2, 4))
+    assert not list((run / "checkpoints").glob("step-*"))
     assert trial.session("", run) == 0
     assert_equal_runs(trial.whole, run)
 

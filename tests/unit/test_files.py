@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from headstart import faults
 from headstart.engine.checkpoint import MANIFEST, TENSORS, VALUES, Checkpoints
@@ -262,6 +267,39 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None
     with pytest.raises(RunError) as error:
         checkpoints.load_newest()
     assert [p.code for p in error.value.problems] == ["checkpoint.damaged", "checkpoint.none"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_rust_says_of_the_system_is_a_fault_of_the_system(tmp_path: Path) -> None:
+    """As the libraries do that write tensors and tokenizers."""
+    words = Tokenizer(WordLevel({f"{number:04}": number for number in range(1000)}))
+    for write in (lambda path: save_file({"a": torch.ones(1000)}, path), lambda path: words.save(str(path))):
+        with (
+            pytest.raises(OSError, match="File too large") as error,
+            files_of_at_most(2000),
+            new_folder(tmp_path / "a") as made,
+        ):
+            write(made / "b")
+        assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "a"))
+    with pytest.raises(KeyError, match="b"), new_folder(tmp_path / "a"):
+        {"a": 1}["b"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pace_of_a_disk_that_refuses_is_not_known(tmp_path: Path) -> None:
+    with files_of_at_most(2000):
+        assert seconds_per_byte(tmp_path) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,12 @@ PROMISES = (
         (
             f"{SURVIVAL}::test_a_disk_that_fails_ends_the_run_and_loses_nothing",
             f"{SURVIVAL}::test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on",
+            f"{SURVIVAL}::test_what_the_system_itself_refuses_is_told_and_loses_nothing",
             f"{SURVIVAL}::test_a_disk_that_stays_full_keeps_the_last_good_checkpoint",
             f"{SURVIVAL}::test_a_run_whose_folder_is_taken_away_says_so",
             f"{FILES}::test_lines_that_the_disk_refused_come_with_the_next_in_order",
             f"{FILES}::test_half_a_line_is_taken_back",
+            f"{FILES}::test_what_rust_says_of_the_system_is_a_fault_of_the_system",
             f"{FILES}::test_a_failed_write_leaves_the_old_file_and_nothing_else",
             f"{FILES}::test_a_folder_that_cannot_be_replaced_stays",
         ),
