@@ -743,7 +743,7 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
 
     With --json the object goes to stdout alone, and what a run says on its way to stderr.
     """
-    from headstart.display import Display
+    from headstart.display import Display, hush
     from headstart.machine import disk_error, resources
 
     display = Display(sys.stderr if as_json else sys.stdout)
@@ -753,6 +753,7 @@ def carry_out(work: Callable[[Display], dict[str, Any]], as_json: bool) -> dict[
     except HeadstartError as error:
         _fail(error, as_json)
     except BrokenPipeError:  # whoever read what is printed is gone
+        hush(sys.stdout)
         raise typer.Exit(141) from None
     except OSError as error:  # a cache that can't be written, a file that nobody may read
         _fail(disk_error(error), as_json)
@@ -773,7 +774,10 @@ def _fail(error: HeadstartError, as_json: bool) -> NoReturn:
     if as_json:
         _print_json(error.to_json())
     else:
-        from headstart.display import Display
+        from headstart.display import Display, hush
 
-        Display(sys.stderr).line(f"\n{error.describe()}", "red" if error.exit_code != 75 else "yellow")
+        try:
+            Display(sys.stderr).line(f"\n{error.describe()}", "red" if error.exit_code != 75 else "yellow")
+        except OSError:  # a terminal that is closed: the exit code alone can tell
+            hush(sys.stderr)
     raise typer.Exit(error.exit_code)

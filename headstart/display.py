@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -27,11 +30,31 @@ def safe(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def hush(file: IO[str]) -> None:
+    """Let a stream that can't be written to take everything, and show nothing.
+
+    What waits in its buffer would fail once more when the process ends, and hide the exit code.
+    """
+    with contextlib.suppress(OSError, ValueError):  # a file that is no file of the system
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
+
+
+class _Console(Console):
+    """A console that says when whoever read it is gone; rich's own ends the process there."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 (the BrokenPipeError that rich is about to handle)
+
+
 class Display:
     """Lines, and one bar at a time. Styles are rich's; without a terminal nothing but the words is printed.
 
     With `whole` it is that of a part of something: the whole's shows its progress and its warnings, under its `name`, and
     everything else that it says stands in its log.
+
+    Once there is a log, a terminal that is closed and a reader that is gone are no reason to end: the log goes on.
     """
 
     def __init__(
@@ -43,13 +66,13 @@ class Display:
         name: str = "",
     ) -> None:
         self._whole, self._name = whole, name
-        self.console = Console(file=file, highlight=False, soft_wrap=True)
+        self.console = _Console(file=file, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal if live is None else live
         self._log: Lines | None = None
         self._unlogged: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._label = ""
+        self._label, self._done = "", 0
         self._printed_at = 0.0
         self.shown_at = time.monotonic()  # the last sign of life
 
@@ -64,7 +87,7 @@ class Display:
         """Say a line. `text` is data: it is never read as markup."""
         self.shown_at = time.monotonic()
         for part in safe(text).split("\n") if self._whole is None else ():
-            self.console.print(f"[{style}]{escape(part)}[/]" if style else escape(part))
+            self._print(f"[{style}]{escape(part)}[/]" if style else escape(part))
         self._write(text)
 
     def aside(self, text: str) -> None:
@@ -91,7 +114,7 @@ class Display:
 
     def markup(self, text: str) -> None:
         """Say a line of rich markup, all data in it escaped by the caller."""
-        self.console.print(text)
+        self._print(text)
         self._write(Console(file=None, width=10_000, no_color=True).render_str(text).plain)
 
     def stream(self, text: str) -> None:
@@ -106,16 +129,19 @@ class Display:
             self._whole.progress(f"{self._name}: {label}", done, total, detail)
             return
         if self._live:
-            self._move_bar(safe(label), done, total, safe(detail))
+            with self._shown_or_logged():
+                self._move_bar(safe(label), done, total, safe(detail))
             return
-        if label != self._label or done == total or self.shown_at - self._printed_at >= PLAIN_EVERY_S:
-            self._label, self._printed_at = label, self.shown_at
+        late = self.shown_at - self._printed_at >= PLAIN_EVERY_S and done != self._done
+        if label != self._label or done == total or late:
+            self._label, self._done, self._printed_at = label, done, self.shown_at
             self.line(f"  {label} {done}/{total}{'  ' + detail if detail else ''}")
 
     def end_progress(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._shown_or_logged():
+                self._bar.stop()
         self._bar = self._task = None
 
     def __enter__(self) -> Display:
@@ -141,6 +167,21 @@ class Display:
             self.end_progress()
             self._label = ""
 
+    def _print(self, markup: str) -> None:
+        with self._shown_or_logged():
+            self.console.print(markup)
+
+    @contextlib.contextmanager
+    def _shown_or_logged(self) -> Iterator[None]:
+        """Show nothing more where that fails and there is a log. Raises OSError where there is none."""
+        try:
+            yield
+        except OSError as error:
+            if self._log is None:
+                raise
+            hush(self.console.file)
+            self._write(f"  ! nothing more can be shown ({error.strerror or error}); it goes on, and this log does")
+
     def _write(self, text: str) -> None:
         if self._log is None:
             self._unlogged.append(text)
@@ -150,9 +191,7 @@ class Display:
             self._log.add(safe(text))
         except OSError as error:
             if not waited:
-                self.console.print(
-                    escape(f"  ! the log can't be written ({error.strerror}): it is tried with every line")
-                )
+                self._print(escape(f"  ! the log can't be written ({error.strerror}): it is tried with every line"))
 
 
 def in_bytes(count: float) -> str:

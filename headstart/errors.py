@@ -4,7 +4,7 @@
     ├── UsageError       exit 2     a flag, a setting or a config file
     ├── DataError        exit 3     a file or rows of it
     ├── ModelError       exit 1     a model, its tokenizer or its template
-    ├── RunError         exit 1     a run folder or a checkpoint
+    ├── RunError         exit 1     a run folder or a checkpoint; DamagedError: a file of theirs
     ├── ResourceError    exit 4     memory or disk
     ├── DivergedError    exit 5     numbers that are no longer finite
     ├── StoppedError     exit 75    stopped after saving; `headstart resume` goes on
@@ -96,6 +96,7 @@ CODES: dict[str, str] = {
     "run.locked": "Two processes that write one run would destroy it.",
     "run.changed": "A run goes on bit for bit only with the settings and versions that it began with.",
     "run.incomplete": "The run has not got that far yet.",
+    "run.damaged": "Nothing is gone on with that isn't whole.",
     "checkpoint.none": "There is nothing to resume from.",
     "checkpoint.damaged": "A checkpoint is used only if every byte of it is as it was written.",
     # resources
@@ -190,6 +191,10 @@ class ModelError(HeadstartError):
 
 class RunError(HeadstartError):
     """A run folder or a checkpoint that can't be used."""
+
+
+class DamagedError(RunError, ValueError):
+    """A file that headstart wrote, and that can't be read any more."""
 
 
 class ResourceError(HeadstartError):

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from headstart.errors import DamagedError, Problem
 from headstart.faults import reach
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+SYSTEM_FAULT = re.compile(r"\(os error (\d+)\)")
 UNPRINTABLE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
@@ -100,8 +102,12 @@ def json_text(value: Any, *, ensure_ascii: bool = False, **how: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file that `write_json` wrote. Raises DamagedError, a ValueError, where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        what, cure = f"it can't be read: {error}", "put it back as it was"
+        raise DamagedError(Problem("run.damaged", what, str(path), cure)) from None
 
 
 def take_room(folder: Path, size: int) -> None:
@@ -116,18 +122,26 @@ def take_room(folder: Path, size: int) -> None:
 
 
 def seconds_per_byte(path: Path, size: int = 16 * BLOCK_BYTES) -> float:
-    """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash."""
+    """Return how long a byte takes to be written where `path` lies or would lie, synced, and read again for its hash.
+
+    At most a quarter of what is free is taken for a moment; 0 where that is too little to tell, or refused.
+    """
     folder = path.absolute()
     while not folder.is_dir():
         folder = folder.parent
     handle, name = tempfile.mkstemp(dir=folder, prefix=f"{TEMPORARY_PREFIX}pace-")
     os.close(handle)
+    size = min(size, shutil.disk_usage(folder).free // 4)
     begun = time.perf_counter()
     try:
+        if size < BLOCK_BYTES:
+            return 0.0
         Path(name).write_bytes(bytes(size))
         sync_file(Path(name))
         sha256(Path(name))
         return (time.perf_counter() - begun) / size
+    except OSError:  # a quota: whether there is room for what is needed shows when that is taken
+        return 0.0
     finally:
         Path(name).unlink()
 
@@ -143,7 +157,8 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-"))
     try:
         reach("folder.made", path.name)
-        yield temporary
+        with _system_faults(path):
+            yield temporary
         reach("folder.written", path.name)
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
@@ -159,6 +174,22 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _system_faults(path: Path) -> Iterator[None]:
+    """Raise as OSError what the system refused, where a library that is written in Rust tells it in words alone.
+
+    Tensors and tokenizers are written by such ones.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = SYSTEM_FAULT.search(str(error))
+        if told is None or isinstance(error, OSError):
+            raise
+        number = int(told[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _rename_where_free(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from headstart.config import Config, read_resolved
-from headstart.errors import Problem, RunError
+from headstart.errors import DamagedError, Problem, RunError
 from headstart.files import Lines, read_json, remove_temporaries, sync_file, write_atomic, write_json
 
 DEFAULT_FOLDER = Path("runs")
@@ -89,7 +89,8 @@ class RunFolder:
             what, cure = f"another process writes this run{self._writer()}", "wait for it, or stop it"
             raise RunError(Problem("run.locked", what, str(self.path), cure)) from None
         try:
-            remove_temporaries(self.path)
+            for folder in (self.path, self.evaluation, self.checkpoints):
+                remove_temporaries(folder)
             since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             write_json(writer, {"pid": os.getpid(), "host": platform.node(), "since": since})
             yield
@@ -132,9 +133,10 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: they are about to be taken again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def forget_after(self, step: int, *, due: bool = False) -> None:
+        """Drop the metrics of steps after `step`, and the evaluation of that step where it is `due`: they come again."""
+        last = (step, not due)
+        kept = [record for record in self.read_metrics() if (record["step"], "watch_loss" in record) <= last]
         write_atomic(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -142,9 +144,13 @@ class RunFolder:
         write_json(self.evaluation / f"{name}.json", rows)
 
     def read_evaluation(self, name: str) -> list[dict[str, Any]] | None:
-        """Return what `write_evaluation` kept, or None."""
+        """Return what `write_evaluation` kept, or None. Raises DamagedError."""
         path = self.evaluation / f"{name}.json"
-        return read_json(path) if path.exists() else None
+        try:
+            return read_json(path) if path.exists() else None
+        except DamagedError as error:
+            cure = "delete it: it is made anew when the run goes on"
+            raise DamagedError(replace(problem, cure=cure) for problem in error.problems) from None
 
 
 def _not_made(path: Path, error: OSError | ValueError) -> RunError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -44,4 +45,6 @@ class StopRequest:
             raise InterruptedRun(Problem("run.interrupted", "stopped at once", "", cure))
         self.asked = True
         if self._on_ask:
-            self._on_ask()
+            # A terminal that is closed can't be told, nor a stream in the middle of whose writing the signal came.
+            with contextlib.suppress(OSError, RuntimeError):
+                self._on_ask()

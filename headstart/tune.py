@@ -286,17 +286,22 @@ class _Session:
         self.display.warn(f"the weights are those of step {found.step} again")
         return found.step
 
-    def watch(self) -> Watched:
-        """Return the loss on the watched rows, and of preferences whether it surely goes wrong."""
+    def watch(self) -> Watched | None:
+        """Return the loss on the watched rows, and of preferences whether it surely goes wrong; None where it was to stop."""
         begun = time.perf_counter()
         reader, rows = self.job.engine.reader, self.job.data.prepared.watch.examples
         look = None
-        if self._watch is None:
-            loss = self._within_memory(rows, lambda tokens, _: score_rows(reader, rows, tokens)).mean
-        else:
-            look = self._look(self._watch)
-            loss = look.loss
-        self.progress.eval_s += time.perf_counter() - begun
+        try:
+            if self._watch is None:
+                scores = self._within_memory(rows, lambda tokens, _: score_rows(reader, rows, tokens, self._heed))
+                loss = scores.mean
+            else:
+                look = self._look(self._watch)
+                loss = look.loss
+        except StoppedError:
+            return None
+        finally:
+            self.progress.eval_s += time.perf_counter() - begun
         self.meter.take()
         if not math.isfinite(loss):
             return Watched(loss)  # the loop refuses it
@@ -308,7 +313,7 @@ class _Session:
 
     def _look(self, watch: Watch) -> Look:
         """Look at what becomes of the model: the watched rows, and now and then what it answers."""
-        loss, told = self._within_memory(watch.examples, lambda tokens, _: watch.score(tokens))
+        loss, told = self._within_memory(watch.examples, lambda tokens, _: watch.score(tokens, self._heed))
         number = self.progress.step / (self.job.config.settings.eval.every or 1)
         last = self.progress.step == self.job.layout.steps
         if not watch.prompts or (number % watch.every and not last):
@@ -319,7 +324,9 @@ class _Session:
         try:
             answers = self._within_memory(
                 watch.examples,
-                lambda tokens, part: watch.answer(untouched, tokens, tokens_kept(model) // part if part > 1 else None),
+                lambda tokens, part: watch.answer(
+                    untouched, tokens, tokens_kept(model) // part if part > 1 else None, self._heed
+                ),
             )
         except (MemoryError, RuntimeError) as error:  # to look is no reason to end
             if (said := machine.out_of_memory(error)) is None:
@@ -560,6 +567,10 @@ class _Session:
 
     def _on_eval(self, label: str, done: int, total: int) -> None:
         self.display.progress(label, done, total)
+        self._heed()
+
+    def _heed(self, *_: int) -> None:
+        """Raise StoppedError where the run was asked to stop."""
         if self.stop.asked:
             raise self._stopped()
 
@@ -628,7 +639,7 @@ class _Session:
         self.progress.eval_s += spent.eval_s
         self.progress.reference_s += spent.reference_s
         self.feed.seen = self.progress.seen
-        self.folder.forget_after(found.step)
+        self.folder.forget_after(found.step, due=self.progress.due)
         self.display.line(f"  going on from step {found.step}")
 
     def _use_best(self) -> None:

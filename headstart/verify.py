@@ -25,8 +25,9 @@ from headstart.run import RunFolder
 STEPS = 6
 # Before the first checkpoint, in the middle of a step, while older checkpoints are deleted, at the very end.
 KILLS = ("step.updated:1", "step.backward:2", "checkpoint.pruning:1", "file.written@result.json")
-# What must be the same in each line of the metrics.
-TOLD = ("step", "loss", "lr", "grad_norm", "tokens", "watch_loss")
+# What must be the same in each line of the metrics, and how the names of what else must be begin.
+TOLD = ("step", "loss", "lr", "grad_norm", "tokens")
+WATCHED = ("watch_", "sample_")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ def differences(one: Path, two: Path) -> list[str]:
             found += _other_tensors(last[0], last[1])
     found += _other_tensors(one / "model", two / "model")
     told = [
-        [{key: line[key] for key in TOLD if key in line} for line in RunFolder(run).read_metrics()]
+        [
+            {key: line[key] for key in line if key in TOLD or key.startswith(WATCHED)}
+            for line in RunFolder(run).read_metrics()
+        ]
         for run in (one, two)
     ]
     found += ["the metrics differ"] * (told[0] != told[1])

@@ -19,6 +19,7 @@ MUTANTS = [
     ("files.py", "            os.fsync(file.fileno())\n        Path(name)", "        Path(name)"),
     ("files.py", "        Path(name).replace(path)", "        Path(path).write_bytes(Path(name).read_bytes())"),
     ("files.py", '    reach("file.renamed", path.name)\n    sync_folder(path.parent)', "    pass"),
+    ("files.py", "        with _system_faults(path):", "        with contextlib.nullcontext():"),
     ("files.py", "                sync_file(file)\n", ""),
     ("files.py", "        sync_folder(temporary)\n", ""),
     ("files.py", '    reach("folder.renamed", target.name)\n    sync_folder(target.parent)\n', ""),
@@ -37,11 +38,19 @@ MUTANTS = [
     ("engine/checkpoint.py", "        while aside.exists():", "        while False:"),
     ("engine/checkpoint.py", "[: -self._keep]", "[:-1]"),
     ("engine/checkpoint.py", "if old != best]", "]"),
-    ("engine/checkpoint.py", "        remove_temporaries(self._folder)\n", ""),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.evaluation, self.checkpoints)"),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.path, self.checkpoints)"),
+    ("run.py", "in (self.path, self.evaluation, self.checkpoints)", "in (self.path, self.evaluation)"),
     ("files.py", "        path.rename(aside / path.name)\n", "        shutil.rmtree(path)\n"),
     ("files.py", "    else:\n        sync_folder(target.parent)\n", ""),
     ("files.py", "        if not target.is_dir():\n            raise\n", ""),
     ("files.py", "        Path(name).unlink()\n\n\ndef seconds", "        pass\n\n\ndef seconds"),
+]
+MUTANTS_OF_STORES = [
+    ("data/store.py", "        if folder.name.startswith(TEMPORARY_PREFIX):", "        if False:"),
+    ("data/store.py", "        with suppress(FileNotFoundError):", "        if True:"),
+    ("data/store.py", "    if folder.exists() and not is_whole(folder):", "    if False:"),
+    ("data/store.py", "new_folder(folder, replace=False)", "new_folder(folder)"),
 ]
 MUTANTS_OF_RUNS = [
     ("engine/checkpoint.py", '        if manifest.get("run", self._run) != self._run:', "        if False:"),
@@ -49,7 +58,7 @@ MUTANTS_OF_RUNS = [
     ("engine/engine.py", '                tensors[f"optim.{key}.{name}"] = value\n', "                pass\n"),
     ("engine/loop.py", "    progress.seen = feed.seen\n    progress.bad_in_a_row = 0", "    progress.bad_in_a_row = 0"),
     ("engine/loop.py", "    progress.step += 1\n    progress.seen = feed.seen\n", "    progress.step += 1\n"),
-    ("tune.py", "        self.folder.forget_after(found.step)\n", ""),
+    ("tune.py", "        self.folder.forget_after(found.step, due=self.progress.due)\n", ""),
     ("tune.py", "        self.feed.seen = self.progress.seen\n", ""),
     ("tune.py", "            if progress.end or self.stop.asked:\n                raise\n", ""),
     ("tune.py", '            self._go_on_without("the checkpoint", error)', "            raise"),
@@ -64,7 +73,11 @@ MUTANTS_OF_RUNS = [
     ("stop.py", "        if self.asked:\n", "        if False:\n"),
     ("origin.py", "        if versions.get(name) != was:", "        if False:"),
     ("lineage.py", ' if sha256(path) != file["sha256"] else None', " if False else None"),
-    ("run.py", "            remove_temporaries(self.path)\n", ""),
+    ("run.py", "    last = (step, not due)\n", "    last = (step, True)\n"),
+    ("engine/loop.py", "        progress.due = watched is None\n", ""),
+    ("engine/loop.py", "    if not saved and (", "    if ("),
+    ("engine/loop.py", '"" if progress.due else ended', "ended"),
+    ("tune.py", "score_rows(reader, rows, tokens, self._heed)", "score_rows(reader, rows, tokens)"),
 ]
 MUTANTS_OF_ORIGINS = [
     ("origin.py", '(was["sha256"], was["revision"]) != (now["sha256"], now["revision"])', "False"),
@@ -80,6 +93,9 @@ MUTANTS_OF_GRADING = [
     ("evaluate/predictions.py", "if file.exists() else None", "if False else None"),
 ]
 MUTANTS_OF_GUARDS = [
+    ("stop.py", "contextlib.suppress(OSError, RuntimeError)", "contextlib.nullcontext()"),
+    ("display.py", "            hush(self.console.file)\n", ""),
+    ("display.py", "        raise  # noqa: PLE0704 (the", "        super().on_broken_pipe()  # (the"),
     ("stop.py", " if signal.getsignal(number) != signal.SIG_IGN]", "]"),
     ("stop.py", "            signal.signal(number, handler)\n", "            pass\n"),
     ("stall.py", "            if time.monotonic() - self._display.shown_at >= self._limit_s:", "            if True:"),
@@ -91,10 +107,12 @@ TABLE = {
     (
         "tests/e2e/test_survival.py",
         "-k",
-        "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time",
+        "again_and_again or another_run or for_once or left_out or allowed or taken_away or told or ends_the_run or twice or costs_time "
+        "or broken_off or terminal",
     ): MUTANTS_OF_RUNS,
     ("tests/e2e/test_tiny_run.py", "-k", "data_changed or goes_on_from_anywhere or two_processes"): MUTANTS_OF_ORIGINS,
     ("tests/e2e/test_graders.py", "-k", "graded_before or keeps_every"): MUTANTS_OF_GRADING,
+    ("tests/unit/test_chats.py", "-k", "store"): MUTANTS_OF_STORES,
     ("tests/unit/test_guards.py", "tests/unit/test_preferences.py"): MUTANTS_OF_GUARDS,
 }
 

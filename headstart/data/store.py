@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from headstart.data.read import SourceFile, Where
 from headstart.data.segments import Example, Segment
-from headstart.files import new_folder, read_json, remove_folder, sha256, write_json
+from headstart.files import TEMPORARY_PREFIX, new_folder, read_json, remove_folder, sha256, write_json
 from headstart.machine import home
 
 FORMAT = 3  # of the files and of what rows become; another number makes all stores anew
@@ -103,8 +103,14 @@ def _forget_others(kept: Path) -> None:
 
     A run that reads one of them goes on: its files are open.
     """
-    stores = {path.parent: path.stat().st_mtime for path in kept.parent.glob(f"*/{MANIFEST}")}
-    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in stores}
+    stores, sizes = {}, {}
+    for path in kept.parent.glob(f"*/{MANIFEST}"):
+        folder = path.parent
+        if folder.name.startswith(TEMPORARY_PREFIX):  # still written by another process, or on its way out
+            continue
+        with suppress(FileNotFoundError):  # another process deletes it
+            size, used = sum(file.stat().st_size for file in folder.iterdir()), path.stat().st_mtime
+            sizes[folder], stores[folder] = size, used
     for folder in sorted(stores, key=lambda folder: stores[folder]):
         if folder != kept and sum(sizes.values()) > STORES_BYTES:
             remove_folder(folder)

@@ -18,9 +18,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart.errors import Problem, RunError
+from headstart.errors import DamagedError, Problem, RunError
 from headstart.faults import reach
-from headstart.files import new_folder, read_json, remove_folder, remove_temporaries, sha256, write_json
+from headstart.files import new_folder, read_json, remove_folder, sha256, write_json
 
 TENSORS, VALUES, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
@@ -65,7 +65,6 @@ class Checkpoints:
 
         Raises RunError where none is whole.
         """
-        remove_temporaries(self._folder)
         problems: list[Problem] = []
         for step in reversed(self._steps("step")):
             found = self._read("step", step)
@@ -73,7 +72,7 @@ class Checkpoints:
                 return found, problems
             problems.append(found)
             self._set_aside(self._path("step", step))
-        cure = "start the run anew: headstart tune"
+        cure = "headstart resume takes every step anew, since all of them are set aside; or begin a new run"
         raise RunError([*problems, Problem("checkpoint.none", "no checkpoint is whole", str(self._folder), cure)])
 
     @property
@@ -116,7 +115,9 @@ class Checkpoints:
             manifest = read_json(path / MANIFEST)
             faults = [self._other(manifest, kind, step)]
             faults += [_file_fault(path / name, written) for name, written in manifest["files"].items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DamagedError as error:
+            return error.problems[0].what
+        except (OSError, KeyError, TypeError, AttributeError) as error:
             return f"it can't be read: {error}"
         return next((fault for fault in faults if fault), "")
 

@@ -53,7 +53,7 @@ class Progress:
     `bad_steps` are those left out since their numbers were not finite, the last `bad_in_a_row` of them without another
     between; `recent` are the last losses, which tell a spike. `untouched` is what was watched before the first step, `signs`
     are those that were told since, each once, and `wrong_evals` evaluations in a row were of a model that surely went wrong.
-    `watch_s`, a part of `eval_s`, is what it took to look at answers.
+    `watch_s`, a part of `eval_s`, is what it took to look at answers. `due` is an evaluation of this step that was broken off.
     """
 
     step: int = 0
@@ -84,6 +84,7 @@ class Progress:
     untouched: dict[str, float] = field(default_factory=dict)
     signs: list[dict[str, Any]] = field(default_factory=list)
     wrong_evals: int = 0
+    due: bool = False
     end: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -142,8 +143,11 @@ class Hooks(Protocol):
     def roll_back(self) -> int | None:
         """Set weights and moments to those of the last checkpoint, and return its step; None where there is none."""
 
-    def watch(self) -> Watched:
-        """Return the loss on the watched rows, and whether it goes wrong whatever the loss says."""
+    def watch(self) -> Watched | None:
+        """Return the loss on the watched rows, and whether it goes wrong whatever the loss says.
+
+        None where that was broken off, since the run was asked to stop.
+        """
 
     def keep_best(self, progress: Progress) -> bool:
         """Keep the weights as they are: the best so far. Return whether they could be kept."""
@@ -165,6 +169,8 @@ def train(
     def allowed() -> int:
         return progress.tokens_per_pack or plan.tokens_per_pack
 
+    if progress.due and (end := _settle(feed, plan, progress, hooks)):
+        return end
     for ready in steps_of(engine, feed, examples, allowed):
         budget = allowed()
         try:
@@ -190,20 +196,32 @@ def train(
             _advance(progress, record, feed)
             hooks.on_step(record)
         reach("step.told")
-        last = feed.seen >= feed.total
-        if plan.eval_every and (progress.step % plan.eval_every == 0 or last):
-            _judge(progress, hooks.watch(), hooks)
-        out_of_patience = bool(plan.patience) and progress.worse_evals >= plan.patience
-        stop = hooks.should_stop()
-        goes_wrong = progress.wrong_evals >= WRONG_IN_A_ROW
-        progress.end = "finished" if last else "wrong" if goes_wrong else "patience" if out_of_patience else ""
-        if progress.end or stop or (plan.save_every and progress.step % plan.save_every == 0):
-            hooks.save(progress)
-        if progress.end:
-            return progress.end
-        if stop:
-            return "stopped"
+        if end := _settle(feed, plan, progress, hooks):
+            return end
     return progress.end or "finished"
+
+
+def _settle(feed: Feed, plan: LoopPlan, progress: Progress, hooks: Hooks) -> str:
+    """Do what is due after a step; return how training ends there, and nothing where it goes on.
+
+    An evaluation can take longer than a run is given to stop in: it is then broken off, and made anew when the run goes on. The
+    checkpoint of its step is there by then, and stays the one that is gone on from.
+    """
+    last = feed.seen >= feed.total
+    saved = progress.due
+    if plan.eval_every and (progress.step % plan.eval_every == 0 or last):
+        watched = hooks.watch()
+        progress.due = watched is None
+        if watched is not None:
+            _judge(progress, watched, hooks)
+    stop = hooks.should_stop()
+    out_of_patience = bool(plan.patience) and progress.worse_evals >= plan.patience
+    goes_wrong = progress.wrong_evals >= WRONG_IN_A_ROW
+    ended = "finished" if last else "wrong" if goes_wrong else "patience" if out_of_patience else ""
+    progress.end = "" if progress.due else ended
+    if not saved and (progress.end or stop or (plan.save_every and progress.step % plan.save_every == 0)):
+        hooks.save(progress)
+    return progress.end or ("stopped" if stop else "")
 
 
 def take_step(

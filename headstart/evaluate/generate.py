@@ -63,7 +63,7 @@ def generate(
     prompt is answered then follows from the model and its own numbers alone, not from what else is in flight.
 
     Prompt and answer together stay within `length`, the most tokens that the model can place. `on_batch(done, total)` is
-    called whenever answers are done. `head` is what a reader of packs found, which is tried anew where it is left out.
+    called with every token that rows in flight are given. `head` is what a reader of packs found, which is tried anew where it is left out.
     `tokens_at_once` bounds the tokens whose keys and values are kept, but for a
     prompt that is longer by itself; left out, it follows from `KEPT_BYTES`.
     """
@@ -75,7 +75,7 @@ def generate(
     with torch.no_grad():
         flight = _Flight(model, head, prompts, limits, stop_ids, tokens_at_once or tokens_kept(model), draws)
         while flight.advance():
-            if on_batch and flight.just_done:
+            if on_batch:
                 on_batch(flight.done, len(prompts))
     return [Answer(asked.ids, asked.stop is not None, asked.logprobs, asked.stop) for asked in flight.asked]
 
@@ -170,7 +170,6 @@ class _Flight:
             row = Row(Node(own, above), limit)
             self.asked.append(_Asked(row, limit, draws=None if draws is None else draws[number].tolist()))
         self.done = 0
-        self.just_done: list[_Asked] = []
         self._by_row = {asked.row: asked for asked in self.asked}
         self._waiting = [self.asked[number].row for number in tree.order(limits)]
         self._cache = Cache(model)
@@ -180,7 +179,6 @@ class _Flight:
 
     def advance(self) -> bool:
         """Give every row in flight a token, or let waiting rows in. Returns whether anything was left to do."""
-        self.just_done = []
         if new := self._next_in():
             self._take(new, self._cache.read(new))
         elif rows := self._cache.rows:
@@ -211,6 +209,7 @@ class _Flight:
         ]
         ids = torch.cat([ids for ids, _ in chosen]).tolist()
         logprobs = torch.cat([logprobs for _, logprobs in chosen]).tolist()
+        done = []
         for row, id_, logprob in zip(rows, ids, logprobs, strict=True):
             asked = self._by_row[row]
             if id_ in self._stop_ids:
@@ -219,9 +218,9 @@ class _Flight:
                 asked.ids.append(id_)
                 asked.logprobs.append(logprob)
             if asked.stop is not None or len(asked.ids) == asked.limit:
-                self.just_done.append(asked)
-        self.done += len(self.just_done)
-        self._cache.drop([asked.row for asked in self.just_done], self._waiting)
+                done.append(row)
+        self.done += len(done)
+        self._cache.drop(done, self._waiting)
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor]:
         asked = [self._by_row[row] for row in rows]

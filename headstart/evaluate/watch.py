@@ -23,7 +23,7 @@ from headstart.data.segments import Example, Segment, Segmented
 from headstart.engine.engine import Sums
 from headstart.engine.forward import PackReader, PreferenceReader
 from headstart.engine.plan import FORWARD_COST
-from headstart.evaluate.generate import Answer, Draws, generate
+from headstart.evaluate.generate import Answer, Draws, OnBatch, generate
 from headstart.evaluate.guard import BOUND
 from headstart.evaluate.measure import choose_answered
 from headstart.evaluate.score import known_of, score_answers
@@ -74,15 +74,17 @@ class Watch:
     every: int
     times: int
 
-    def score(self, tokens_per_pack: int) -> tuple[float, dict[str, float]]:
+    def score(self, tokens_per_pack: int, on_pack: OnBatch | None = None) -> tuple[float, dict[str, float]]:
         """Return the loss of the watched rows and what `tell` says of them, each a mean."""
-        outputs = torch.from_numpy(np.concatenate(score_answers(self.reader, self.examples, tokens_per_pack)))
+        outputs = torch.from_numpy(np.concatenate(score_answers(self.reader, self.examples, tokens_per_pack, on_pack)))
         known = torch.from_numpy(known_of(self.examples))
         losses, weights = self.reader.losses(outputs, known)
         free = bool(known[:, 2].isnan().all())
         return float(losses.sum() / weights.sum()), Sums(told=tell(Answers.of(outputs, known), free=free)).means
 
-    def answer(self, untouched: Untouched, tokens_per_pack: int, tokens_at_once: int | None) -> dict[str, float]:
+    def answer(
+        self, untouched: Untouched, tokens_per_pack: int, tokens_at_once: int | None, on_batch: OnBatch | None = None
+    ) -> dict[str, float]:
         """Draw an answer to each prompt, and return how long they are, how much they repeat, how many end, and how far they are
         from those of the untouched model.
         """
@@ -94,6 +96,7 @@ class Watch:
             self.stop_ids,
             self.limits,
             length,
+            on_batch,
             tokens_at_once=tokens_at_once,
             head=head,
             draws=self.draws,

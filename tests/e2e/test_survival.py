@@ -6,7 +6,9 @@ import gc
 import json
 import multiprocessing
 import os
+import pty
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -70,16 +72,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "embeddings": {**ENCODES, "method": "lora", "engine.tokens_per_pack": 32},  # the adapter is merged at the end
     "masked text": {**ENCODES, "method": "full", "task": "masked"},
     "images": {**ENCODES, "method": "full"},
+    "pairs": {"lora.dropout": 0.1, "engine.tokens_per_pack": 160},  # of which answers are drawn on the way
+    "votes": {"lora.dropout": 0.1, "engine.tokens_per_pack": 160},
 }
 BUILD = {"labels": build_encoder, "embeddings": build_encoder, "masked text": build_encoder, "images": build_network}
 
 
-def session(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str) -> None:
-    """Begin a run or go on with it, and leave with its exit code; a process of its own."""
-    os.environ[faults.VARIABLE] = fail
+def session(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str, shown: str = os.devnull) -> None:
+    """Begin a run or go on with it, shown in a file, and leave with its exit code; a process of its own."""
+    os.environ.update({faults.VARIABLE: fail, "HEADSTART_HOME": str(run.parent / "home")})
     torch.set_num_threads(1)
     gc.freeze()
-    with Path(os.devnull).open("w") as file:
+    with Path(shown).open("w") as file:
         display = Display(file, live=False)
         try:
             if (run / "config.yaml").exists():
@@ -115,7 +119,7 @@ class Trial:
             assert self.session(fail, run) == code, fail
         assert self.session("", run) == 0
         assert_equal_runs(self.whole, run)
-        assert not [path for path in run.rglob(f"{TEMPORARY_PREFIX}*") if path.parent == run]
+        assert not list(run.rglob(f"{TEMPORARY_PREFIX}*"))
         return run
 
     def error(self, run: Path) -> dict[str, Any]:
@@ -150,7 +154,8 @@ def write_rows(folder: Path, way: str) -> Path:
     if way == "images":
         return write_pictures(folder / "pictures")
     path = folder / "rows.jsonl"
-    rows = {"labels": labels, "embeddings": related, "masked text": texts}.get(way, chats)()
+    made = {"labels": labels, "embeddings": related, "masked text": texts, "pairs": pairs, "votes": votes}
+    rows = made.get(way, chats)()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -171,6 +176,15 @@ def related() -> list[dict[str, Any]]:
 
 def texts() -> list[dict[str, Any]]:
     return [{"text": " ".join(str(word % 50) for word in range(n, n + 12))} for n in range(44)]
+
+
+def pairs() -> list[dict[str, Any]]:
+    turns = [row["messages"] for row in chats()]
+    return [{"prompt": q["content"], "chosen": a["content"], "rejected": q["content"]} for q, a in turns]
+
+
+def votes() -> list[dict[str, Any]]:
+    return [{"prompt": r["prompt"], "completion": r[s], "label": s == "chosen"} for r in pairs() for s in list(r)[1:]]
 
 
 def write_pictures(folder: Path) -> Path:
@@ -305,6 +319,33 @@ def test_a_model_that_is_merged_is_there_whole_or_not_at_all(trials: Callable[[s
     assert_equal_runs(trial.whole, run)
 
 
+def cramped(most_bytes: int, *of_session: Any) -> None:
+    """Carry out a session in which the system writes no file of more than some bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+    session(*of_session)
+
+
+def test_what_the_system_itself_refuses_is_told_and_loses_nothing(trials: Callable[[str], Trial]) -> None:
+    """No place of ours fails here: the best weights are written, and the larger checkpoints aren't."""
+    trial = trials("full")
+    run = trial.folder / "cramped"
+    (best,) = (trial.whole / "checkpoints").glob("best-*")
+    sizes = [
+        (trial.whole / "checkpoints" / name / "state.safetensors").stat().st_size for name in (best, "step-000006")
+    ]
+    arguments = (sum(sizes) // 2, trial.data, trial.model, run, trial.settings, "")
+    process = SESSIONS.Process(target=cramped, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == ResourceError.exit_code
+    assert trial.error(run)["code"] == "disk.failed"
+    said = (run / "log.txt").read_text()
+    assert all(f"step {step}: the checkpoint can't be written (File too large)" in said for step in (2, 4))
+    assert not list((run / "checkpoints").glob("step-*"))
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(trials: Callable[[str], Trial]) -> None:
     trial = trials("full")
     run = trial.survive("folder.written:5+=ENOSPC", code=ResourceError.exit_code)
@@ -357,6 +398,59 @@ def test_killed_in_the_save_that_it_was_asked_for_it_loses_nothing(trials: Calla
     # Best weights and the checkpoint of step 2 are written before.
     assert trial.session(f"{asked},{place}{':3' if place.startswith('checkpoint') else ''}", run) == -signal.SIGKILL
     assert Checkpoints(run / "checkpoints").newest == 2
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
+@pytest.mark.parametrize("name", ["full", "pairs"])
+def test_an_evaluation_that_it_is_asked_to_stop_in_is_broken_off_and_made_anew(
+    trials: Callable[[str], Trial], name: str
+) -> None:
+    """It may take longer than a run is given to stop in. So may the second try, and that of the last step.
+
+    The checkpoint is not written again: between the two renames that this would take, none would be there.
+    """
+    trial = trials(name)
+    run = trial.folder / "broken-off"
+    again = "evaluation.pack=SIGTERM,folder.aside@step-000002"
+    for asked, step in (("step.told:2=SIGTERM", 2), (again, 2), ("step.told:4=SIGTERM", 6)):
+        assert trial.session(asked, run) == StoppedError.exit_code
+        assert Checkpoints(run / "checkpoints").newest == step
+        watched = [line["step"] for line in RunFolder(run).read_metrics() if "watch_loss" in line]
+        assert watched == list(range(2, step, 2))
+    assert trial.session("evaluation.scored@after", run) == -signal.SIGKILL  # the checkpoint is still that without it
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
+
+
+def on_a_terminal(data: Path, model: Path, run: Path, settings: dict[str, Any], fail: str) -> None:
+    """Carry out a run in a terminal of its own that is closed when the run halts. Leave with its exit code."""
+    child, terminal = pty.fork()
+    if not child:
+        try:
+            session(data, model, run, settings, fail, "/dev/tty")
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        finally:
+            os._exit(1)
+    while b"training" not in os.read(terminal, 1 << 16):
+        pass
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    os.close(terminal)  # sends SIGHUP; what is said from now on can't be written
+    os.kill(child, signal.SIGCONT)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_a_terminal_that_is_closed_stops_a_run_which_saves_and_goes_on(trials: Callable[[str], Trial]) -> None:
+    trial = trials("full")
+    run = trial.folder / "terminal"
+    arguments = (trial.data, trial.model, run, trial.settings, "step.backward:3=SIGSTOP")
+    process = SESSIONS.Process(target=on_a_terminal, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == StoppedError.exit_code
+    assert Checkpoints(run / "checkpoints").newest == 3
+    assert "nothing more can be shown" in (run / "log.txt").read_text()
     assert trial.session("", run) == 0
     assert_equal_runs(trial.whole, run)
 
@@ -608,6 +702,27 @@ def test_damaged_best_weights_are_told_and_the_last_are_kept(
     kept = done.result["steps"]["best"]
     assert kept is None or kept > 2
     assert kept is not None or "the model of the last step" in said
+
+
+def test_a_record_that_is_cut_is_named_and_can_be_made_anew(trials: Callable[[str], Trial]) -> None:
+    trial = trials("full")
+    run = trial.folder / "cut"
+    assert trial.session("step.told:3=SIGTERM", run) == StoppedError.exit_code
+    for name, cure in (("data.json", "put it back"), ("evaluation/before.json", "delete it")):
+        file = run / name
+        whole = file.read_bytes()
+        for left in (b"", whole[: len(whole) // 2], b"\xff" + whole[1:]):
+            file.write_bytes(left)
+            assert trial.session("", run) == RunError.exit_code
+            problem = trial.error(run)
+            assert (problem["code"], problem["where"]) == ("run.damaged", str(file))
+            assert cure in problem["cure"]
+        if cure == "put it back":
+            file.write_bytes(whole)
+        else:
+            file.unlink()
+    assert trial.session("", run) == 0
+    assert_equal_runs(trial.whole, run)
 
 
 @pytest.mark.parametrize("every", [0, 2])  # what is written first is a checkpoint, or the best weights

@@ -1,8 +1,8 @@
 """A fuzzer of the readers, guided by coverage where atheris is installed, and else by chance.
 
-    python -m tests.fuzz.readers [SECONDS]
+    python -m tests.fuzz.readers [SECONDS] [ENDING ...]
 
-Files of every ending are changed and read. What makes a reader raise is written to `fuzz-findings/` with its traceback.
+Files of every ending, or of those that are named, are changed and read. What makes a reader raise is written to `fuzz-findings/` with its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 try:
@@ -88,20 +88,23 @@ class Target:
         self.slowest = max(self.slowest, (time.monotonic() - begun, ending))
 
 
-def by_chance(target: Target, until: float) -> None:
+Files = Mapping[str, Sequence[bytes]]
+
+
+def by_chance(target: Target, begin: Files, until: float) -> None:
     """Try changed files until time is up."""
     chance = random.Random(0)
-    files = [(ending, content) for ending, contents in seeds().items() for content in contents]
+    files = [(ending, content) for ending, contents in begin.items() for content in contents]
     while time.process_time() < until:
         ending, content = chance.choice(files)
         target.run(ending, change(content, chance))
 
 
-def by_coverage(target: Target, until: float, out_of_time: Callable[[], None]) -> None:
+def by_coverage(target: Target, begin: Files, until: float, out_of_time: Callable[[], None]) -> None:
     """Let atheris choose; the first byte of what it gives says which ending the rest is read under."""
     with tempfile.TemporaryDirectory() as corpus:
-        endings = list(seeds())
-        for number, (_, contents) in enumerate(seeds().items()):
+        endings = list(begin)
+        for number, contents in enumerate(begin.values()):
             for content in contents:
                 name = f"{zlib.crc32(content):08x}"
                 (Path(corpus) / name).write_bytes(bytes([number]) + content)
@@ -120,7 +123,10 @@ def main() -> None:
     """Fuzz for some seconds of processor time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seconds", nargs="?", type=float, default=60.0)
-    until = time.process_time() + parser.parse_args().seconds
+    parser.add_argument("endings", nargs="*", help="such as .jsonl; all where none is named")
+    given = parser.parse_args()
+    begin = {ending: contents for ending, contents in seeds().items() if ending in (given.endings or seeds())}
+    until = time.process_time() + given.seconds
     with tempfile.TemporaryDirectory() as folder:
         target = Target(Path(folder))
 
@@ -138,8 +144,8 @@ def main() -> None:
             os._exit(bool(target.found))  # libFuzzer would go on behind any other end
 
         if "atheris" in sys.modules:
-            by_coverage(target, until, leave)
-        by_chance(target, until)
+            by_coverage(target, begin, until, leave)
+        by_chance(target, begin, until)
         leave()
 
 

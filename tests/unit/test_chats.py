@@ -249,9 +249,13 @@ def test_the_oldest_stores_make_room(renderer: Renderer, monkeypatch: pytest.Mon
     find_store("a", fill)  # of use again
     find_store("c", fill)
     assert sorted(path.name for path in store_folder().iterdir()) == ["a", "c"]
+    for name in (".tmp-e-x", "e"):  # written by another process
+        (store_folder() / name).mkdir()
+        (store_folder() / name / "manifest.json").touch()
+    (store_folder() / "e" / "ids.bin").symlink_to("gone")  # and deleted by it: listed, and gone when it is looked at
     monkeypatch.setattr(store, "STORES_BYTES", 0)
     find_store("d", fill)
-    assert [path.name for path in store_folder().iterdir()] == ["d"]
+    assert sorted(path.name for path in store_folder().iterdir()) == [".tmp-e-x", "d", "e"]
     assert old.record(0) == "x" * 10_000  # what is open can still be read
 
 

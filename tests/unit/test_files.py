@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from headstart import faults
 from headstart.engine.checkpoint import MANIFEST, TENSORS, VALUES, Checkpoints
 from headstart.errors import RunError
 from headstart.files import (
+    BLOCK_BYTES,
     TEMPORARY_PREFIX,
     Lines,
     new_folder,
     read_json,
     remove_folder,
+    seconds_per_byte,
     take_room,
     write_atomic,
     write_json,
 )
+from headstart.run import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +269,59 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None
     assert [p.code for p in error.value.problems] == ["checkpoint.damaged", "checkpoint.none"]
 
 
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_rust_says_of_the_system_is_a_fault_of_the_system(tmp_path: Path) -> None:
+    """As the libraries do that write tensors and tokenizers."""
+    words = Tokenizer(WordLevel({f"{number:04}": number for number in range(1000)}))
+    for write in (lambda path: save_file({"a": torch.ones(1000)}, path), lambda path: words.save(str(path))):
+        with (
+            pytest.raises(OSError, match="File too large") as error,
+            files_of_at_most(2000),
+            new_folder(tmp_path / "a") as made,
+        ):
+            write(made / "b")
+        assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "a"))
+    with pytest.raises(KeyError, match="b"), new_folder(tmp_path / "a"):
+        {"a": 1}["b"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pace_of_a_disk_that_refuses_is_not_known(tmp_path: Path) -> None:
+    with files_of_at_most(2000):
+        assert seconds_per_byte(tmp_path) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "size"), [(0, None), (4 * BLOCK_BYTES - 1, None), (9 * BLOCK_BYTES, 2.25 * BLOCK_BYTES)]
+)
+def test_the_pace_of_a_disk_is_taken_in_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, size: float | None
+) -> None:
+    written = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes))
+    monkeypatch.setattr(Path, "write_bytes", lambda _, content: written.append(len(content)))
+    assert (seconds_per_byte(tmp_path / "run") > 0) == (size is not None)
+    assert written == ([] if size is None else [size])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    fill(checkpoints, 1)
-    half = tmp_path / f"{TEMPORARY_PREFIX}step-000002-x"
-    half.mkdir()
-    (half / TENSORS).write_text("half")
-    assert checkpoints.load_newest()[0].step == 1
-    assert not half.exists()
+    run = RunFolder(tmp_path)
+    for folder in (run.path, run.evaluation, run.checkpoints):
+        half = folder / f"{TEMPORARY_PREFIX}step-000002-x"
+        half.mkdir(parents=True)
+        (half / TENSORS).write_text("half")
+        (folder / f"{TEMPORARY_PREFIX}before.json-x").write_text("half")
+    with run.locked():
+        assert not list(tmp_path.rglob(f"{TEMPORARY_PREFIX}*"))

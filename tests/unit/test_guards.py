@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import signal
 import threading
@@ -66,6 +67,31 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGTERM) != known  # those of whoever called are back
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "no terminal"), RuntimeError("reentrant call inside")])
+def test_a_stop_is_heard_where_it_cannot_be_told(error: Exception) -> None:
+    def tell() -> None:
+        raise error
+
+    with StopRequest(tell) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+
+
+def test_whoever_reads_what_a_run_says_may_leave(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:  # which is flushed when it is closed
+        display = Display(file, live=False)
+        with pytest.raises(BrokenPipeError):
+            display.line("without a log")
+        display.log_to(tmp_path / "log.txt")
+        display.line("a")
+        display.line("b")
+    told, *said = (tmp_path / "log.txt").read_text().splitlines()
+    assert said == ["a", "b"]
+    assert "nothing more can be shown (Broken pipe)" in told
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
+from headstart.faults import POINTS
 from tests.conftest import is_test
+from tests.e2e.test_survival import DISK_FAULTS, KILLS, NOT_BEGUN, WAYS
 from tests.mutants import TABLE
+from tests.unit.test_files import DAMAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +34,7 @@ PROMISES = (
     Promise(
         "Killed at any named place and carried on, a run is the run that was never killed, bit for bit: weights, moments, "
         "metrics, order of the data, scores. LoRA with dropout and several packs a step, full, labels with an encoder, "
-        "embeddings whose adapter is merged at the end, masked text, images.",
+        "embeddings whose adapter is merged at the end, masked text, images, pairs and votes of preferences.",
         (
             f"{SURVIVAL}::test_killed_anywhere_and_gone_on_with_is_never_killed",
             f"{SURVIVAL}::test_killed_again_and_again",
@@ -61,12 +64,13 @@ PROMISES = (
     ),
     Promise(
         "A checkpoint that is cut, lost, zeroed, changed by a bit, swapped, linked, of another step, run or version is named, "
-        "set aside and never used; the newest good one is.",
+        "set aside and never used; the newest good one is. A record of the run that is cut is named.",
         (
             f"{FILES}::test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used",
             f"{FILES}::test_no_whole_checkpoint_is_an_error_that_names_each",
             f"{SURVIVAL}::test_a_checkpoint_of_another_run_is_set_aside",
             f"{SURVIVAL}::test_damaged_best_weights_are_told_and_the_last_are_kept",
+            f"{SURVIVAL}::test_a_record_that_is_cut_is_named_and_can_be_made_anew",
         ),
     ),
     Promise(
@@ -79,10 +83,12 @@ PROMISES = (
         (
             f"{SURVIVAL}::test_a_disk_that_fails_ends_the_run_and_loses_nothing",
             f"{SURVIVAL}::test_what_cannot_be_written_for_once_is_told_and_the_run_goes_on",
+            f"{SURVIVAL}::test_what_the_system_itself_refuses_is_told_and_loses_nothing",
             f"{SURVIVAL}::test_a_disk_that_stays_full_keeps_the_last_good_checkpoint",
             f"{SURVIVAL}::test_a_run_whose_folder_is_taken_away_says_so",
             f"{FILES}::test_lines_that_the_disk_refused_come_with_the_next_in_order",
             f"{FILES}::test_half_a_line_is_taken_back",
+            f"{FILES}::test_what_rust_says_of_the_system_is_a_fault_of_the_system",
             f"{FILES}::test_a_failed_write_leaves_the_old_file_and_nothing_else",
             f"{FILES}::test_a_folder_that_cannot_be_replaced_stays",
         ),
@@ -102,13 +108,23 @@ PROMISES = (
     Promise(
         "SIGTERM, SIGINT and SIGHUP save and stop with exit 75, twice stops at once with exit 130; both go on bit for bit, "
         "in the middle of a save too. Killed in the save that it was asked for, a run goes on from the one before; halted "
-        "(SIGSTOP) and let go on, it is the same.",
+        "(SIGSTOP) and let go on, it is the same. An evaluation on the way is broken off, and made anew when the run goes on.",
         (
             f"{SURVIVAL}::test_asked_to_stop_anywhere_it_saves_and_goes_on",
             f"{SURVIVAL}::test_asked_twice_it_stops_at_once_and_loses_nothing",
             f"{SURVIVAL}::test_killed_in_the_save_that_it_was_asked_for_it_loses_nothing",
+            f"{SURVIVAL}::test_an_evaluation_that_it_is_asked_to_stop_in_is_broken_off_and_made_anew",
             f"{SURVIVAL}::test_halted_and_let_go_on_it_is_the_same",
             "tests/unit/test_guards.py::test_a_signal_that_is_ignored_stays_ignored",
+        ),
+    ),
+    Promise(
+        "A terminal that is closed is a signal to save and stop, though nobody can be told; where whoever reads what a run says "
+        "is gone, the run goes on and its log with it.",
+        (
+            f"{SURVIVAL}::test_a_terminal_that_is_closed_stops_a_run_which_saves_and_goes_on",
+            "tests/unit/test_guards.py::test_a_stop_is_heard_where_it_cannot_be_told",
+            "tests/unit/test_guards.py::test_whoever_reads_what_a_run_says_may_leave",
         ),
     ),
     Promise(
@@ -212,9 +228,19 @@ def test_what_mutants_take_out_stands_in_the_code(file: str) -> None:
     assert not [old for mutants in TABLE.values() for name, old, _ in mutants if name == file and text.count(old) != 1]
 
 
+def figures() -> str:
+    """Return how much is tried, counted in the tests' own tables."""
+    mutants = sum(map(len, TABLE.values()))
+    return (
+        f"In each test run: {len([*KILLS, *NOT_BEGUN]) + 4 * len(WAYS)} kills at all {len(POINTS)} places, over {len(WAYS)} ways of "
+        f"training, four of them in a row for each;\n{len(DISK_FAULTS)} faults of a disk that end a run; {len(DAMAGES)} ways to damage a "
+        f"checkpoint. Beside it: {mutants} mutants."
+    )
+
+
 def as_markdown() -> str:
-    """Return the table as it stands in the documentation."""
-    lines = ["| promise | held by | not held yet |", "|---|---|---|"]
+    """Return the figures and the table as they stand in the documentation."""
+    lines = [figures(), "", "| promise | held by | not held yet |", "|---|---|---|"]
     for promise in PROMISES:
         tests = "<br>".join(f"`{name.partition('::')[2]}`" for name in promise.tests) or "-"
         lines.append(f"| {promise.what} | {tests} | {promise.missing or '-'} |")
