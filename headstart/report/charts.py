@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 POINTS_MAX = 300
+EDGE = 24
 LARGE = 10_000  # numbers from here on are told without decimals
 WIDTH = 640
 NAME_MAX = 22
@@ -58,7 +59,8 @@ def line_chart(
     for tick in marks or nice_ticks(x_low, x_high):
         if x_low <= scale(tick) <= x_high:
             across, _ = place(tick, y_low)
-            parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="middle">{_number(tick)}</text>')
+            anchor = "middle" if across < WIDTH - right - EDGE else "end"  # what stands at the edge would be cut
+            parts.append(f'<text x="{across}" y="{height - 16}" text-anchor="{anchor}">{_number(tick)}</text>')
     parts.append(f'<text x="{WIDTH - right}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>')
     for line in series:
         parts += _draw(line, place)

@@ -356,3 +356,8 @@ def test_large_numbers_of_an_axis_are_written_out() -> None:
     assert ">100,000<" in drawn
     assert "tokens 333,140" in drawn
     assert "e+05" not in drawn
+    marked_at = line_chart(
+        "By rows", [Series("accuracy", [(300, 0.5), (3000, 0.9)], "watch")], "rows", marks=(300, 3000)
+    )
+    assert re.search(r'text-anchor="middle">300<', marked_at)
+    assert re.search(r'text-anchor="end">3000<', marked_at)  # else the page's edge cuts it
