@@ -100,6 +100,8 @@ def scratch_words(study: Mapping[str, Any]) -> str:
     """Say how many tokens of training the head start saved, by the watched rows."""
     best = study["reached"][0]
     whole = f"from random weights the same network came to loss {best['loss']:.3f} on the watched rows"
+    if study.get("at_once"):
+        return f"{whole} after {best['random']['tokens']:,} tokens; the untouched model was there before any training"
     if study["saved"] is None:
         return f"{whole}, which the run never did: the head start saved nothing"
     tokens = best["tuned"]["tokens"], best["random"]["tokens"]

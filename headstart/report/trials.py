@@ -91,6 +91,7 @@ def scratch_page(found: Mapping[str, Any], pair: Pair | None) -> str:
     """Return the page of a run beside random weights. Everything that comes from data is escaped."""
     title = f"{found['run']} beside the same network from random weights"
     saved = f"{found['saved']:.1f} times fewer tokens" if found["saved"] is not None else "The head start saved nothing"
+    saved = "There before any training" if found.get("at_once") else saved
     words = scratch_words(found)
     chart = line_chart(
         "Loss on the watched rows by tokens",
@@ -108,7 +109,7 @@ def scratch_page(found: Mapping[str, Any], pair: Pair | None) -> str:
     folder = str(Path(found["page"]).parent)
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="verdict {"good" if (found["saved"] or 0) > 1 else "flat"}">{html.escape(saved)}</p>',
+        f'<p class="verdict {"good" if found.get("at_once") or (found["saved"] or 0) > 1 else "flat"}">{html.escape(saved)}</p>',
         f'<p class="lead">{html.escape(words[:1].upper() + words[1:])}.</p>',
         _links([(name, Path(run) / "report.html") for name, run in links], folder),
         section("Loss on the watched rows", chart + note),
@@ -128,7 +129,10 @@ def _reached_table(found: Mapping[str, Any]) -> str:
         for item in found["reached"]
     ]
     head = ["loss", "", f"tokens {PRETRAINED}", "training", f"tokens {RANDOM}", "training"]
-    return table(head, rows) + "<p>As far as it was looked: at each evaluation of the watched rows.</p>"
+    return (
+        table(head, rows)
+        + "<p>As far as it was looked: at each evaluation of the watched rows; before the first step by the loss of the untouched model on the rows of the proof.</p>"
+    )
 
 
 def _cost_table(found: Mapping[str, Any]) -> str:

@@ -70,9 +70,15 @@ class Scratch:
 
     @property
     def saved(self) -> float | None:
-        """How many times the tokens random weights took for the best that they reached; None where the run never did."""
+        """How many times the tokens random weights took for the best that they reached; None where the run never did, or at once."""
         best = self.reached[0]
-        return best.random.tokens / best.tuned.tokens if best.tuned and best.random else None
+        return best.random.tokens / best.tuned.tokens if best.tuned and best.tuned.tokens and best.random else None
+
+    @property
+    def at_once(self) -> bool:
+        """Tell whether the untouched model was already as good as random weights got."""
+        best = self.reached[0].tuned
+        return best is not None and not best.tokens
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -83,6 +89,7 @@ class Scratch:
             "random": self.random.to_json(),
             "reached": [asdict(item) for item in self.reached],
             "saved": self.saved,
+            "at_once": self.at_once,
             "price": self.price,
             "costs": {"tuned": asdict(tuned), "random": asdict(random)},
             "differences": self.pair.to_json()["differences"] if self.pair else None,
@@ -160,13 +167,23 @@ def from_random(config: Config, more: Mapping[str, Any] | None = None) -> Config
 def _hold(path: Path, tuned: Outcome, random: Outcome, price: float | None, reach: Sequence[float]) -> Scratch:
     losses = [(random.loss, f"the best {RANDOM}"), (tuned.loss, f"the best {PRETRAINED}")]
     losses += [(loss, "asked for") for loss in reach]
+    sides = [*untouched_points(tuned.result or {}), *tuned.points], random.points
     reached = [
-        Reached(loss, whose, *(first_at(outcome.points, loss) for outcome in (tuned, random)))
+        Reached(loss, whose, *(first_at(points, loss) for points in sides))
         for loss, whose in losses
         if loss is not None
     ]
     costs = (_cost(tuned, price), _cost(random, price))
     return Scratch(path, tuned, random, reached, costs, price, _pair(tuned, random))
+
+
+def untouched_points(result: Mapping[str, Any]) -> list[Point]:
+    """Return where a run stood before its first step: at most at the upper bound of the untouched model's loss on the proof rows.
+
+    It isn't scored on the watched rows; which of these are which follows from hashes, so that both are drawn alike.
+    """
+    losses = [result["before"][name] for name in ("nll", "cross_entropy") if name in result.get("before", {})]
+    return [Point(0, 0, 0.0, loss["high"]) for loss in losses[:1]]
 
 
 def first_at(points: Sequence[Point], loss: float) -> Point | None:
@@ -205,7 +222,9 @@ def say_scratch(display: Display, found: Scratch) -> None:
     for item in found.reached:
         tuned, random = (f"{p.tokens:,} tokens" if p else "not reached" for p in (item.tuned, item.random))
         display.line(f"  loss {item.loss:.4f} ({item.whose}): {PRETRAINED} {tuned}, {RANDOM} {random}")
-    if found.saved is not None:
+    if found.at_once:
+        display.line(f"  {PRETRAINED} it was there before any training", "bold")
+    elif found.saved is not None:
         display.line(f"  the head start reached it with {found.saved:.1f} times fewer tokens", "bold")
     display.fact("page", str(found.path / "from_scratch.html"))
 

@@ -14,10 +14,11 @@ from headstart.energy import EnergyMeter
 from headstart.errors import UsageError
 from headstart.evaluate.score import RowScores
 from headstart.rate import Tried, judge, paired, plan_probe
+from headstart.report.reasons import scratch_words
 from headstart.report.trials import curve_page, scratch_page, seeds_page, sweep_page
 from headstart.trials.curve import Curve
 from headstart.trials.halving import Grid, Range, cost, find_proposals, parse_over, plan_rungs, promote
-from headstart.trials.scratch import first_at
+from headstart.trials.scratch import Cost, Reached, Scratch, first_at, untouched_points
 from headstart.trials.seeds import Spread
 from headstart.trials.study import Outcome, Point, same_rows
 from tests.unit.test_report import PAYLOADS
@@ -254,3 +255,23 @@ def test_a_page_says_what_was_not_measured_and_what_failed() -> None:
     assert "not measured" in found["scratch"]  # energy
     assert "The head start saved nothing" in found["scratch"]
     assert all("failed: odd" in found[name] for name in ("sweep", "curve", "seeds"))
+
+
+def test_what_the_untouched_model_could_took_no_training() -> None:
+    before = {"perplexity": {"high": 19.0}, "nll": {"value": 2.8, "low": 2.7, "high": 2.9}}
+    (start,) = untouched_points({"before": before})
+    assert (start.tokens, start.loss) == (0, 2.9)
+    assert untouched_points({"before": {"accuracy": {"high": 0.1}}}) == []
+
+    def scratch(tuned: Point | None) -> Scratch:
+        reached = [Reached(8.7, "the best from random weights", tuned, Point(50, 71_562, 9.0, 8.7))]
+        cost = Cost(1.0, None, None)
+        return Scratch(Path("x"), outcome("run", 2.6), outcome("random", 8.7), reached, (cost, cost), None, None)
+
+    at_once = scratch(start)
+    assert (at_once.at_once, at_once.saved) == (True, None)
+    assert scratch_words(at_once.to_json()).endswith("the untouched model was there before any training")
+    assert "There before any training" in scratch_page(at_once.to_json(), None)
+    later = scratch(Point(10, 35_781, 4.0, 8.0))
+    assert (later.at_once, later.saved) == (False, 2.0)
+    assert "which the run never did" in scratch_words(scratch(None).to_json())
