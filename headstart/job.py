@@ -15,7 +15,7 @@ from headstart.begin import COMPARED, WRITES
 from headstart.choose import CHOICE_ROWS, Facts, choose
 from headstart.config import Config, Settings
 from headstart.data.encode import Encoder
-from headstart.data.feed import Feed
+from headstart.data.feed import Feed, content_hash
 from headstart.data.images import Look
 from headstart.data.labels import Labels
 from headstart.data.preferences import desirable_weight
@@ -38,6 +38,7 @@ from headstart.engine.forward import (
 from headstart.engine.plan import Estimate, Layout
 from headstart.engine.work import Shape, probe_pack, read_shape
 from headstart.errors import ModelError, Problem, UsageError
+from headstart.evaluate.compare import MIN_ROWS
 from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.measure import Measured, RowResult, choose_answered, measure
 from headstart.evaluate.robust import (
@@ -317,9 +318,10 @@ def _write_variants(data: Data, config: Config) -> list[Variant]:
     if outside and outside.lengths.sum() > spare / 2:
         outside = None  # what a short run can pay for are its own rows
     ways, rows = affordable(spare - (float(outside.lengths.sum()) if outside else 0.0), cost)
-    rows = min(rows, settings.eval.generate or 0) if picked else rows
-    chosen = choose_answered(proof.kept, rows)
-    return write_variants({n: proof.kept[n] for n in chosen}, ways, encode, outside)
+    able = choose_answered(proof.kept, settings.eval.generate or 0) if picked else range(len(proof.kept))
+    ordered = sorted(able, key=lambda number: content_hash(proof.kept[number]))  # so that none is favoured
+    records = {number: proof.kept[number] for number in ordered}
+    return write_variants(records, encode, ways=ways, rows=rows, least=MIN_ROWS, outside=outside)
 
 
 def _try_kernels(reader: Reader, renderer: Encoder | Look, tell: Callable[[str], None] | None) -> None:

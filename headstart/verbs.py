@@ -37,7 +37,6 @@ from headstart.evaluate.predictions import Predictions
 from headstart.evaluate.robust import (
     OUTSIDE,
     VARIABLE,
-    VARIED,
     Robust,
     find_robust,
     general_rows,
@@ -422,9 +421,7 @@ def _measure_robust(reading: _Reading, clean: Measured, model: _Model) -> Robust
     label = reading.labels.names[0] if reading.labels and reading.task == "classification" else None
     outside = None if label is None else reading.encode_variants(general_rows(label))
     rows = list(clean.rows)
-    for variant in write_variants(
-        {n: reading.rows.kept[n] for n in numbers}, len(VARIED), reading.encode_variants, outside
-    ):
+    for variant in write_variants({n: reading.rows.kept[n] for n in numbers}, reading.encode_variants, outside=outside):
         answered = range(len(variant.rows.kept)) if model.choices and variant.name != OUTSIDE else ()
         rows += variant.mark(model.measure(variant.rows, answered).rows)
     return find_robust(Measured(rows, clean.task))

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -150,23 +151,30 @@ class Variant:
 
 def write_variants(
     records: Mapping[int, Record],
-    ways: int,
     encode: Callable[[Sequence[Record]], Segmented],
+    *,
+    ways: int = len(VARIED),
+    rows: int | None = None,
+    least: int = 1,
     outside: Segmented | None = None,
 ) -> list[Variant]:
-    """Write rows, by their numbers, otherwise in the first `ways` that change any, and put text from `outside` the job beside them.
+    """Write records, by their numbers, otherwise, and put text from `outside` the job beside them.
 
-    What can't be read then, since it is too long, isn't there.
+    In the first `ways` that change `least` of them or more, in each the first `rows` that it changes. What can't be read
+    then, since it is too long, isn't there.
     """
     variants: list[Variant] = []
     for name in VARIED:
-        changed = {n: new for n, old in records.items() if (new := vary(old, name)) != old}
-        if not changed or len(variants) == ways:
+        if len(variants) == ways:
+            break
+        varied = ((n, vary(record, name)) for n, record in records.items())
+        changed = dict(islice(((n, new) for n, new in varied if new != records[n]), rows))
+        if len(changed) < least:
             continue
-        rows = encode(list(changed.values()))
+        some = encode(list(changed.values()))
         known = {id(record): n for n, record in changed.items()}
-        if rows.kept:
-            variants.append(Variant(name, rows, [known[id(record)] for record in rows.kept]))
+        if some.kept:
+            variants.append(Variant(name, some, [known[id(record)] for record in some.kept]))
     if variants and outside is not None:
         variants.append(Variant(OUTSIDE, outside, [-1] * len(outside.kept)))
     return variants

@@ -102,7 +102,7 @@ def measured(right: bool, sure: float, read: Callable[[str], bool], where: str =
     """Return what a model made of the rows and, where it can `read` all of a way, of those written otherwise; and text from outside."""
     outside = [Labelled(Where("general", n), "Some text.", "yes") for n in range(40)]
     rows = list(told(list(RECORDS.values()), right, sure).rows)
-    for variant in write_variants(RECORDS, len(VARIED), read_half, Segmented([], outside)):
+    for variant in write_variants(RECORDS, read_half, outside=Segmented([], outside)):
         if variant.name == OUTSIDE:
             rows += variant.mark(told(variant.rows.kept, True, 0.5).rows)
         else:
@@ -168,6 +168,19 @@ def test_what_gets_too_long_by_it_is_left_out_and_no_error() -> None:
     assert variant_reading(DataSettings(over_length="cut")).over_length == "cut"
 
 
+def test_of_each_way_the_first_rows_are_taken_that_it_changes() -> None:
+    def read_all(records: Sequence[Record]) -> Segmented:
+        return Segmented([example([1, 2], line=n) for n in range(len(records))], list(records))
+
+    # Every second row is in small letters, which lower case doesn't change.
+    mixed = {n: replace(row, text=row.text.lower() if n % 2 else row.text) for n, row in RECORDS.items()}  # type: ignore[call-arg, union-attr]
+    changed = {name: [n for n, row in mixed.items() if vary(row, name) != row] for name in VARIED}
+    assert changed["lower case"] == list(range(0, 40, 2))
+    enough = {name: numbers[:8] for name, numbers in changed.items() if len(numbers) >= 8}
+    variants = {variant.name: variant.numbers for variant in write_variants(mixed, read_all, ways=3, rows=8, least=8)}
+    assert list(variants.items()) == list(enough.items())[:3]
+
+
 @pytest.mark.parametrize("trained", [10**4, 2 * 10**4, 10**5, 10**6, 10**9])
 def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(trained: int) -> None:
     # Forward and backward cost three times what scoring costs; rows are scored in each way, before and after.
@@ -181,7 +194,7 @@ def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tra
 def test_a_run_too_short_to_pay_for_it_writes_nothing_otherwise() -> None:
     assert affordable(spare_tokens(1_000), 100)[0] == 0
     assert affordable(-5.0, 100)[0] == 0
-    assert write_variants(RECORDS, 0, lambda _: pytest.fail("rows are encoded"), Segmented([], [])) == []
+    assert write_variants(RECORDS, lambda _: pytest.fail("rows are encoded"), ways=0, outside=Segmented([], [])) == []
 
 
 def test_confidence_tells_what_is_from_outside() -> None:
