@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headstart.data.read import Note, Row, find_files, read
+from headstart.data.readers.papers import close_tags
 from headstart.errors import DataError, Problem
 
 ROWS = [{"q": "one", "a": "eins"}, {"q": "two\nlines", "a": "zwei, „drei“"}, {"q": "\u2028 stays", "a": ""}]
@@ -270,3 +271,15 @@ def test_papers_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pypdf", None)
     (problem, *_) = (item for item in read(find_files([str(tmp_path / "c.pdf")])) if isinstance(item, Problem))
     assert problem.cure == 'pip install "headstart[documents]"'
+
+
+def test_a_web_page_of_tags_that_are_never_closed_is_text_and_quickly_read(tmp_path: Path) -> None:
+    """Python's parser looks through all of the rest for each of them: of 100,000 it would for hours."""
+    page = b"<p>Before.</p>" + b"<a " * 100_000
+    assert close_tags(page).count(b"<") == 2
+    assert close_tags(b"<p>1 < 2 <b") == b"<p>1 < 2 <b"  # as pages are
+    assert close_tags(page + b"</p>") == page + b"</p>"  # then they are one tag
+    (tmp_path / "open.html").write_bytes(page)
+    rows, problems, _ = read_all(tmp_path / "open.html")
+    assert not problems
+    assert sum(row.fields["text"].count("<a") for row in rows) == 100_000

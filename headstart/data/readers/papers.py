@@ -15,6 +15,7 @@ from headstart.errors import Problem
 TREE_SIZE = 8  # about as many bytes of memory take the parts of a Word file for each byte
 BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 NEEDS = {".pdf": "pypdf", ".docx": "docx", ".html": "bs4", ".htm": "bs4"}
+OPEN_MOST = 100  # tags behind the last that is closed
 SILENT = ("script", "style", "noscript", "template", "head", "nav", "footer")
 BLOCKS = ("p", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "section", "article", "blockquote", "pre")
 
@@ -88,11 +89,22 @@ def _word(path: Path) -> Iterator[str]:
             yield block.text
 
 
+def close_tags(content: bytes) -> bytes:
+    """Return a web page in which no great number of tags is never closed: what is behind the last `>` is text, and is spelled as such.
+
+    To Python's parser each of these may be a tag of all that follows, so it would look through the rest for every one.
+    """
+    end = content.rfind(b">") + 1
+    if content.startswith(BOMS) or content.count(b"<", end) <= OPEN_MOST:
+        return content
+    return content[:end] + content[end:].replace(b"<", b"&lt;")
+
+
 def _web(path: Path) -> Iterator[str]:
     from bs4 import BeautifulSoup
 
     logging.getLogger("bs4").setLevel(logging.CRITICAL)
-    content = path.read_bytes()
+    content = close_tags(path.read_bytes())
     page = BeautifulSoup(content, "html.parser")
     declared = page.declared_html_encoding
     guessed = page.original_encoding not in (None, "ascii", "utf-8", declared) and not content.startswith(BOMS)
