@@ -42,7 +42,8 @@ def test_labels_in_and_a_classifier_out(labels: Path, method: str) -> None:
     assert "Taken for another" in report
     # Some proof rows are scored written otherwise, too, before and after.
     varied = run.result["robust"]["varied"]
-    assert {"typing errors", "lower case"} <= set(varied)
+    assert "a greeting before it" in varied
+    assert all(part["rows"] >= 8 for part in varied.values())  # of typing errors, say, there are too few
     assert all(0 <= part["varied"]["value"] <= part["clean"]["value"] == 1 for part in varied.values())
     assert run.result["reasons"]["different_situations"]["measured"]
     assert "Inputs written otherwise" in report
