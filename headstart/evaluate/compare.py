@@ -420,7 +420,7 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
         and not before.right
         and before.level is not None
     ):
-        p = _swap(before, after, seed) if after.grouped else _tied_p(before.level, after.values)
+        p = _swap(before, after, seed) if after.grouped else paired_p(before.values, after.values, ())
         first, second, difference = _compare_tied(before.level, interval(after, seed))
     else:
         samples = _resample([before, after], seed)
@@ -539,10 +539,6 @@ def _compare_tied(level: float, rate: Interval) -> tuple[Interval, Interval, Int
     """Compare a rate with rows that all stood at `level`, as ties at 0.5: nothing is open but the rate, so the difference is as sure."""
     gap = Interval(rate.value - level, rate.low - level, rate.high - level)
     return Interval(level, level, level), rate, gap
-
-
-def _tied_p(level: float, after: Floats) -> float:
-    return sign_test(int((after > level).sum()), int((after < level).sum()))
 
 
 def paired_difference(more: float, less: float, rows: int) -> Interval:
