@@ -180,7 +180,8 @@ def estimate_run(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None
     weights = sum(p.numel() * p.element_size() for p in engine.trainable.values())
     every = settings.save.every
     saves = -(-layout.steps // every) if every else 1
-    written = weights * (STATES_PER_WEIGHT * saves + min(saves, EVALS_PER_RUN) + 1)
+    state = weights + (STATES_PER_WEIGHT - 1) * _moment_bytes(engine, layout)
+    written = state * saves + weights * (min(saves, EVALS_PER_RUN) + 1)
     dtype = torch.bfloat16 if settings.engine.precision == "bfloat16" else torch.float32
     rows = min(settings.engine.tokens_per_pack or 512, RATE_ROWS)
     return Estimate(
@@ -190,11 +191,17 @@ def estimate_run(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None
         eval_s=pace.forward_s * _scored_tokens(data, settings, layout, engine.reader)
         + _answering_s(data, engine, settings, layout, pace.forward_s),
         save_s=written * seconds_per_byte(Path(settings.out or ".")),
-        disk_bytes=weights * ((settings.save.keep + 1) * STATES_PER_WEIGHT + 2),
+        disk_bytes=(settings.save.keep + 1) * state + 2 * weights,
         phases_bytes=fitted.memory.phases(),
         rehearsed_bytes=pace.peak_bytes,
         product_rate=best_rate(shape, rows, dtype, device) if shape else 0.0,
     )
+
+
+def _moment_bytes(engine: Engine, layout: Layout) -> int:
+    """Return what one moment of all that trains will fill."""
+    whole = [p.numel() * p.element_size() for name, p in engine.trainable.items() if name not in engine.rows]
+    return sum(whole) + sum(rows.bytes_of(layout.words) for rows in engine.rows.values())
 
 
 def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reader) -> int:

@@ -21,10 +21,11 @@ from torch import Tensor
 from headstart.data.forest import Pack
 from headstart.engine.clock import Clock
 from headstart.engine.forward import Reader
-from headstart.engine.optim import build_adamw
+from headstart.engine.optim import MOMENTS, RowAdamW, build_adamw, spread_rows
 from headstart.errors import DivergedError, Problem
 from headstart.faults import reach
 from headstart.machine import out_of_memory
+from headstart.models.embedding import LOOKED_UP
 from headstart.objectives.tokens import Total
 
 Objective = Callable[[Tensor, Tensor], Total]
@@ -115,7 +116,10 @@ class Engine:
         self._joint = joint
         self._sums = Sums()
         self.taken = Sums()  # what the last step was made of
-        self.optimizer = build_adamw(self.trainable, weight_decay)
+        # Decay moves every row. On a GPU, rows of which none knows how many there are would have the host wait for it.
+        by_rows = not weight_decay and reader.device.type == "cpu"
+        self.rows = {n: RowAdamW(p) for n, p in self.trainable.items() if by_rows and hasattr(p, LOOKED_UP)}
+        self.optimizer = build_adamw({n: p for n, p in self.trainable.items() if n not in self.rows}, weight_decay)
         self.clock = Clock(reader.device.type)
 
     @property
@@ -210,15 +214,20 @@ class Engine:
         with self.clock.phase("backward"):
             torch.autograd.backward(loss)
 
-    def rehearse_optim_step(self) -> float:
+    def rehearse_optim_step(self, words: int = 0) -> float:
         """Take two steps that change no weight, and return the seconds of the second; the gradient is gone then.
 
-        All that a step fills is filled after it, and the moments are zero as before the first step.
+        All that a step fills is filled after it, and the moments are zero as before the first step. `words` is how many
+        different tokens there will be in training.
         """
         self.prepare_optimizer()
+        for rows in self.rows.values():
+            rows.make_room(words)
         for parameter in self.trainable.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()  # so that nothing that isn't finite can reach the weights
+        for rows in self.rows.values():
+            rows.gradient.values.zero_()
         for _ in range(2):
             begun = time.perf_counter()
             self._update(Sums(counted=1.0), 0.0)
@@ -232,6 +241,8 @@ class Engine:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
+        for rows in self.rows.values():
+            rows.forget()
 
     def prepare_optimizer(self) -> None:
         """Make the moments of every parameter that has a gradient, as AdamW would in its first step.
@@ -240,9 +251,11 @@ class Engine:
         """
         for parameter in self.trainable.values():
             if parameter.grad is not None and not self.optimizer.state.get(parameter):
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 step = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 self.optimizer.state[parameter] = {"step": step, **moments}
+        for rows in self.rows.values():
+            rows.make_room()
 
     def optim_step(self, lr: float) -> float:
         """Divide by the step's count, clip, update and clear; return the gradient's norm before clipping.
@@ -257,26 +270,35 @@ class Engine:
         self.prepare_optimizer()
         sums, self._sums = self._sums, Sums()
         norm = self._update(sums, lr)
-        self.optimizer.zero_grad()
+        self._clear()
         return norm
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad()
+        for rows in self.rows.values():
+            rows.gradient.clear()
 
     def _update(self, sums: Sums, lr: float) -> float:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        gradients += [rows.gradient.values for rows in self.rows.values()]
         # The one moment of a step at which the host waits for a GPU.
         total, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
         norm = total / count if count else math.nan  # where nothing is predicted there is no mean
         self.taken = replace(sums, summed=loss, counted=count)
         if not math.isfinite(norm) or not math.isfinite(loss):
-            self.optimizer.zero_grad()
+            self._clear()
             what = f"the loss sum is {loss} over {count:g} targets and the gradient's norm {norm}"
             cure = "lower optim.lr; look at the rows of this step"
             raise DivergedError(Problem("numbers.not_finite", what, "", cure))
         # The update divides as it goes, by the step's count and by what clips: no pass over the gradients for that.
         divisor = count * max(1.0, norm / self._clip if self._clip else 1.0)
-        self.optimizer.grad_scale = torch.tensor(divisor, device=self.reader.device)  # type: ignore[attr-defined]
+        scale = torch.tensor(divisor, device=self.reader.device)
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        for rows in self.rows.values():
+            rows.update(lr, scale, self.optimizer.defaults["betas"], self.optimizer.defaults["eps"])
         # The fused AdamW doesn't say that it changed them; what is made of adapters and weights must know (models/linear.py).
         torch.autograd.graph.increment_version(list(self.trainable.values()))
         return norm
@@ -284,13 +306,15 @@ class Engine:
     def discard(self) -> None:
         """Forget the gradient that was added up so far."""
         self._sums = Sums()
-        self.optimizer.zero_grad()
+        self._clear()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything that makes the next step what it would have been: tensors by name, and plain values."""
         tensors = {f"model.{name}": p.detach() for name, p in self.trainable.items()}
         for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            rows = self.rows.get(name)
+            state = rows.state() if rows else self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
                 tensors[f"optim.{key}.{name}"] = value
         tensors["rng.torch"] = torch.get_rng_state()
         if self.reader.device.type == "cuda":
@@ -313,10 +337,14 @@ class Engine:
         """Take over the weights and moments of a state. Raises KeyError where a parameter is missing from it."""
         self.load_weights({name: tensors[f"model.{name}"] for name in self.trainable})
         for name, parameter in self.trainable.items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := tensors.get(f"optim.{key}.{name}")) is not None:
-                    device = "cpu" if key == "step" and self.reader.device.type == "cpu" else self.reader.device
-                    self.optimizer.state[parameter][key] = value.clone().to(device)
+            keys = ("rows", "step", *MOMENTS)
+            state = {key: tensors[f"optim.{key}.{name}"] for key in keys if f"optim.{key}.{name}" in tensors}
+            if name in self.rows:
+                self.rows[name].load_state(state)
+                continue
+            for key, value in (spread_rows(state, len(parameter)) if "rows" in state else state).items():
+                device = "cpu" if key == "step" and self.reader.device.type == "cpu" else self.reader.device
+                self.optimizer.state[parameter][key] = value.clone().to(device)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set the parameters that train, by name."""

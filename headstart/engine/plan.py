@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headstart import machine
 from headstart.data.feed import Feed
@@ -30,7 +32,8 @@ STATES_PER_WEIGHT = 3  # gradient and AdamW's two moments
 class Layout:
     """How the rows of a run fall into packs: over all steps, from at most `STEPS_LAID_OUT` of them laid out.
 
-    `most_packs` is how many a step has at most, `data_s` how long laying out a step takes.
+    `most_packs` is how many a step has at most, `data_s` how long laying out a step takes, `words` how many different tokens
+    the rows hold.
     """
 
     steps: int
@@ -42,6 +45,7 @@ class Layout:
     usual: Pack
     most_packs: int = 1
     data_s: float = 0.0
+    words: int = 0
 
     @property
     def shared_frac(self) -> float:
@@ -102,7 +106,19 @@ def lay_out(reader: Reader, examples: Sequence[Example], feed: Feed, tokens_per_
         usual=sorted(packs, key=len)[len(packs) // 2],
         most_packs=max(map(len, steps)),
         data_s=data_s,
+        words=_count_words([pack.ids for pack in packs], int(lengths_of(examples).sum())),
     )
+
+
+def _count_words(packs: Sequence[NDArray[Any]], tokens: int) -> int:
+    """Return how many different tokens there are among so many, given some: their number grows as a power (Heaps, 1978)."""
+    half = max(1, len(packs) // 2)
+    first, seen = np.concatenate(packs[:half]), np.concatenate(packs)
+    some, all_seen = len(np.unique(first)), len(np.unique(seen))
+    if len(seen) >= tokens or len(seen) == len(first):
+        return all_seen
+    power = math.log(all_seen / some) / math.log(len(seen) / len(first))
+    return int(all_seen * (tokens / len(seen)) ** power + 0.5)
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,7 @@ def measure_memory(engine: Engine, layout: Layout, scoring: Scoring | None, othe
     several = layout.most_packs > 1
     growth = measure_growth(engine.rehearse, layout.worst, device, head=head, begin=engine.discard, added=several)
     trained = sum(p.numel() * p.element_size() for p in engine.trainable.values() if p.grad is not None)
+    trained += sum(rows.bytes_of(layout.words) for rows in engine.rows.values())
     engine.discard()
     moments = (STATES_PER_WEIGHT - 1) * trained
     others = {name: moments + value for name, value in others.items()}
@@ -220,7 +237,7 @@ def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
         one = _timed(engine.rehearse, layout.usual, device)
         taken.append((one, engine.clock.take()["forward"]))
     train_s, forward_s = (value / len(layout.usual) for value in min(taken))
-    step_s = engine.rehearse_optim_step()
+    step_s = engine.rehearse_optim_step(layout.words)
     if scoring is not None:
         forward_s = _timed(engine.reader.forward, scoring.worst, device) / len(scoring.worst)
     engine.set_random_state(state)

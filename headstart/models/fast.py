@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from headstart.models.attention import PROBE_FOREST, Asked, Forest, run_decoder
 from headstart.models.dropout import dropout
-from headstart.models.fused import embed, project, rms_norm
+from headstart.models.embedding import LOOKED_UP, embed
+from headstart.models.fused import project, rms_norm
 from headstart.models.layers import FusedLayer, PostNormLayer, is_off
 from headstart.models.linear import Product, read_linear
 from headstart.models.structure import alike, place_dropouts, read_gated, read_norm, read_post_norm
@@ -56,7 +57,7 @@ def speed_up(model: Any) -> Sped:
     outside = [module for module in model.modules() if id(module) not in inside]
     norms = sum(_speed_up_norm(module) for module in outside)
     linears = sum(_speed_up_linear(module) for module in outside if module is not model.get_output_embeddings())
-    _speed_up_embedding(model.get_input_embeddings())
+    _speed_up_embedding(model)
     for module in outside:
         _speed_up_dropout(module)
     return Sped(len(fast), len(calls), norms, linears)
@@ -66,6 +67,8 @@ def slow_down(model: Any) -> None:
     """Take out what `speed_up` put in."""
     for module in model.modules():
         vars(module).pop("forward", None)
+    for parameter in model.parameters():
+        vars(parameter).pop(LOOKED_UP, None)
 
 
 # What a layer is called with, what it gives, and whether that is all that it gives.
@@ -177,8 +180,12 @@ def _speed_up_dropout(module: Any) -> None:
         vars(module)["forward"] = lambda x: dropout(x, module)
 
 
-def _speed_up_embedding(module: Any) -> None:
+def _speed_up_embedding(model: Any) -> None:
     """Have an embedding that trains add up its gradients in place; Gemma's, which scales, keeps its scale."""
+    module = model.get_input_embeddings()
     plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
     if plain and module.weight.requires_grad:
-        module.forward = lambda ids: embed(ids, module.weight)
+        weight = module.weight
+        module.forward = lambda ids: embed(ids, weight)
+        if sum(p is weight for other in model.modules() for p in other.parameters(recurse=False)) == 1:
+            setattr(weight, LOOKED_UP, None)

@@ -18,7 +18,6 @@ from headstart.models.blocks import Cut
 from headstart.models.dropout import draw_kept, share
 from headstart.models.linear import Product, add_gradient
 
-KEPT_GRADIENT = "headstart_gradient"  # an attribute of weights: memory for their gradient
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -376,28 +375,3 @@ def attend_columns(
     """
     cos, sin = turn or (None, None)
     return _AttendColumns.apply(columns, cos, sin, chosen, heads, blocks, rule)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Embed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.weight = weight
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (ids,) = ctx.saved_tensors
-        weight = ctx.weight
-        if weight.grad is None:
-            # In the memory of the step before, where there was one: new memory of this size costs more than clearing it.
-            kept = getattr(weight, KEPT_GRADIENT, None)
-            weight.grad = torch.zeros_like(weight) if kept is None else kept.zero_()
-            setattr(weight, KEPT_GRADIENT, weight.grad)
-        weight.grad.index_add_(0, ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
-        return None, None
-
-
-def embed(ids: Tensor, weight: Tensor) -> Tensor:
-    """Look up rows of `weight` [V, D]; their gradients are added to its own in place, and no other [V, D] is made."""
-    return _Embed.apply(ids, weight)  # type: ignore[no-any-return, no-untyped-call]

@@ -13,6 +13,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.forward import PackReader
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register
+from headstart.models.embedding import spread
 from headstart.models.fast import slow_down, speed_up
 from headstart.objectives.tokens import nll
 from tests.laws.test_packing import TOLERANCE, assert_same, rows
@@ -43,7 +44,10 @@ def step(model: Any, parameters: dict[str, torch.nn.Parameter], tokens_per_pack:
     engine = Engine(PackReader(model), parameters, nll)
     model.zero_grad()
     total = sum(engine.forward_backward(pack).loss for pack in build_packs(rows(), tokens_per_pack))
-    return total, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    for name, rows_of in engine.rows.items():
+        found[name] = spread(rows_of.gradient.ids, rows_of.gradient.values, len(parameters[name]))
+    return total, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -127,3 +131,72 @@ def test_of_an_adapter_that_trains_in_part_that_part_gets_its_gradient() -> None
     plain = step(model, parameters, 60)
     speed_up(model)
     assert_same(step(model, parameters, 60), plain, 1e-6)
+
+
+def by_rows(fast: bool, weight_decay: float = 0.0) -> Engine:
+    model, parameters = trained("llama", torch.float32, lora=None)
+    if fast:
+        speed_up(model)
+    return Engine(PackReader(model), parameters, nll, weight_decay=weight_decay)
+
+
+def some_steps(engine: Engine, steps: range) -> None:
+    """Take steps of which each looks up other words."""
+    for number in steps:
+        chosen = rows()[number % 3 :: 3]
+        engine.forward_backward_all(build_packs(chosen, 40))
+        engine.optim_step(1e-2)
+
+
+def test_an_embedding_learns_by_rows_what_it_learns_as_a_whole() -> None:
+    """The same gradients go to AdamW of the whole embedding, as torch has it, and to that of its rows: the same bits come out."""
+    engine = by_rows(fast=True)
+    ((name, learned),) = engine.rows.items()
+    whole = torch.nn.Parameter(learned.weight.detach().clone())
+    optimizer = torch.optim.AdamW([whole], lr=0.0, weight_decay=0.0, fused=True)
+    update = learned.update
+
+    def both(lr: float, divisor: Tensor, *rest: Any) -> None:
+        whole.grad = spread(learned.gradient.ids, learned.gradient.values, len(whole))
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        update(lr, divisor, *rest)
+
+    learned.update = both  # type: ignore[method-assign]
+    some_steps(engine, range(6))
+    assert 0 < len(learned.state()["rows"]) < len(whole)
+    assert torch.equal(engine.trainable[name], whole)
+
+
+def test_an_embedding_that_decays_or_is_tied_learns_as_a_whole() -> None:
+    assert by_rows(fast=True).rows
+    assert not by_rows(fast=True, weight_decay=0.1).rows
+    assert not by_rows(fast=False).rows
+    model, parameters = trained("gemma2", torch.float32, lora=None)
+    speed_up(model)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not Engine(PackReader(model), parameters, nll).rows
+
+
+@pytest.mark.parametrize(("fast", "later"), [(True, True), (True, False), (False, True)])
+def test_what_rows_have_learned_goes_on_from_its_state(fast: bool, later: bool) -> None:
+    """By rows or as a whole, whichever wrote the state: bit for bit where both are alike, up to rounding where not."""
+    straight, first, second = by_rows(fast), by_rows(fast), by_rows(later)
+    some_steps(straight, range(6))
+    some_steps(first, range(3))
+    second.load_state(*first.state())
+    some_steps(second, range(3, 6))
+    for name, parameter in straight.trainable.items():
+        if fast == later:
+            assert torch.equal(parameter, second.trainable[name])
+        torch.testing.assert_close(parameter, second.trainable[name], rtol=1e-3, atol=1e-4)
+
+
+def test_rows_that_were_rehearsed_have_learned_nothing() -> None:
+    rehearsed, fresh = by_rows(fast=True), by_rows(fast=True)
+    rehearsed.rehearse(build_packs(rows(), 1000)[0])
+    rehearsed.rehearse_optim_step(words=60)
+    for engine in (rehearsed, fresh):
+        some_steps(engine, range(2))
+    assert all(torch.equal(rehearsed.trainable[name], fresh.trainable[name]) for name in fresh.trainable)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from headstart.engine.forward import PackReader
 from headstart.engine.loop import LoopPlan, Progress, Watched, train
 from headstart.engine.memory import measure_growth, scaled, trace
 from headstart.engine.optim import Schedule
-from headstart.engine.plan import Scoring
+from headstart.engine.plan import Scoring, _count_words
 from headstart.errors import ResourceError, StoppedError
 from headstart.models import head
 from headstart.models.adapt import Lora, adapt
@@ -256,3 +257,11 @@ def test_a_scored_pack_that_a_training_step_covers_fills_less_than_it() -> None:
     assert Scoring(len(scored), scored).within(training)
     assert trace(lambda: engine.reader.forward(scored)).peak() < trace(lambda: engine.rehearse(training)).peak()
     assert not Scoring(len(training), training).within(scored)
+
+
+def test_how_many_words_rows_hold_is_known_from_some() -> None:
+    """Four times as many tokens hold twice as many words: so do four times as many again. All that is there is counted."""
+    first, rest = np.arange(100) % 10, np.arange(300) % 20
+    assert _count_words([first, rest], 1600) == 40
+    assert _count_words([first, rest], 400) == 20
+    assert _count_words([first], 1600) == 10
