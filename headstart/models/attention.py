@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.models.attend import Rule, attend, in_one_type, one_by_one
 from headstart.models.attention_gpu import Prepared, attend_whole
-from headstart.models.blocks import Cut, Ints, Nodes, cut_blocks, lay_tiles
+from headstart.models.blocks import Cut, Ints, Nodes, block_size, cut_blocks, lay_tiles
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
@@ -90,7 +90,8 @@ class Forest:
         if key not in self._blocks:
             device = self.positions.device
             with one_by_one():
-                blocks = cut_blocks(self.nodes, window, causal, chosen=self._chosen if chosen else None)
+                size = block_size(self.nodes)
+                blocks = cut_blocks(self.nodes, window, causal, size, self._chosen if chosen else None)
                 tiles = lay_tiles(blocks, len(self.nodes.owner))
                 self._blocks[key] = tiles.to(device) if tiles else [block.to(device) for block in blocks]
         return self._blocks[key]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-QUERIES_AT_ONCE = 64
+QUERIES_AT_ONCE, QUERIES_LEAST = 64, 16
 STEP = 8  # blocks are of whole steps, so that threads can share them evenly
 TILE_WASTE = 2.0  # times the scores that are seen, which tiles may have at most
 
@@ -66,6 +66,17 @@ class Nodes:
             found.append(node)
             node = int(self.parent[node])
         return found[::-1]
+
+
+def block_size(nodes: Nodes) -> int:
+    """Return how many queries a block should have at most: of short rows that share nothing, no more than the longest row has.
+
+    What rows of one block see of each other is computed and hidden.
+    """
+    longest = int(nodes.length.max(initial=0))
+    if (nodes.parent >= 0).any():
+        return QUERIES_AT_ONCE
+    return min(QUERIES_AT_ONCE, max(QUERIES_LEAST, -(-longest // STEP) * STEP))
 
 
 def cut_blocks(

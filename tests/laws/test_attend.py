@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.models.attend import Rule, attend
-from headstart.models.blocks import Nodes, Tiles, cut_blocks, lay_tiles
+from headstart.models.blocks import Nodes, Tiles, block_size, cut_blocks, lay_tiles
 
 
 @st.composite
@@ -104,6 +104,13 @@ def test_tiles_equal_dense(lengths: list[int], causal: bool, heads: tuple[int, i
     rule, asked = Rule(0.7, 2.0), torch.from_numpy(chosen)
     ours, theirs = attend(q[asked], k, v, tiles, rule), dense(q, k, v, nodes, 0, causal, rule)[asked]
     assert_same_with_gradients(ours, theirs, (q, k, v))
+
+
+@pytest.mark.parametrize(("lengths", "size"), [([3, 12], 16), ([11, 20, 5], 24), ([4, 100], 64)])
+def test_short_rows_share_a_block_only_up_to_the_longest(lengths: list[int], size: int) -> None:
+    nodes = Nodes.of(lengths, [-1] * len(lengths), np.concatenate([np.arange(n) for n in lengths]))
+    assert block_size(nodes) == size
+    assert block_size(Nodes.of(lengths, range(-1, len(lengths) - 1), np.arange(sum(lengths)))) == 64
 
 
 def test_rows_that_differ_too_much_or_share_keys_are_no_tiles() -> None:
