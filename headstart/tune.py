@@ -58,6 +58,7 @@ from headstart.report.page import report_page
 from headstart.report.result import build_result, rate_share, watch_result
 from headstart.report.watched import look_words, sign_words, stop_words, told_words
 from headstart.report.words import (
+    cures,
     data_lines,
     fallen,
     guard_lines,
@@ -702,6 +703,8 @@ class _Session:
             self.display.warn(f"the chosen answers: {told}")
         self.display.line()
         self.display.line(f"  {sentence(result)}", "bold green" if result["verdict"] == "better" else "bold yellow")
+        for cure in cures(result, str(self.folder.path)):
+            self.display.line(f"    to mend: {cure}")
         self.display.fact("model", str(self.folder.model))
         self.display.fact("report", str(self.folder.report_file))
 

@@ -21,6 +21,7 @@ from headstart.report.told import told_sections
 from headstart.report.watched import watched_section
 from headstart.report.words import (
     VERDICTS,
+    cures,
     data_facts,
     flips_words,
     guard_lines,
@@ -117,10 +118,11 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
         )
         for key, (*_, clear) in zip(result["differences"], score_table(result), strict=True)
     ]
+    mend = "".join(f"<p>To mend: {html.escape(cure)}.</p>" for cure in cures(result, "RUN"))
     return (
         f"<h1>{html.escape(name)}</h1>"
         f'<p class="verdict {STYLES.get(result["verdict"], "flat")}">{html.escape(verdict[0].upper() + verdict[1:])}</p>'
-        f'<p class="lead">{html.escape(lead[0].upper() + lead[1:])}.</p>{change_chart(changes)}<div class="cards">{shown}</div>'
+        f'<p class="lead">{html.escape(lead[0].upper() + lead[1:])}.</p>{mend}{change_chart(changes)}<div class="cards">{shown}</div>'
     )
 
 

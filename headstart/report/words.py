@@ -71,6 +71,22 @@ def guard_words(guard: Mapping[str, Any]) -> str:
     return f"{GUARD_VERDICTS[guard['verdict']]}: {', '.join(parts)} (the bound is {_share(guard['bound'])})"
 
 
+def cures(result: Mapping[str, Any], run: str) -> list[str]:
+    """Say what can be done about what was lost, a line each; `run` is how a command names it. Nothing where nothing was lost."""
+    found = []
+    if _guard_verdict(result) == "lost":
+        if result["method"] == "lora":
+            found.append(f"headstart strength {run}: how much of what was learned can stay, so that what it knew does")
+        if result["task"] in ("chat", "causal"):
+            found.append(
+                "-s data.mix=GENERAL.jsonl=0.2 in a new run: 20 rows of a general kind are learned beside each 100"
+            )
+    old = result.get("old")
+    if isinstance(old, Mapping) and old["verdict"] == "lost":
+        found.append("a larger --replay in a new update: more old rows are learned again beside each new one")
+    return found
+
+
 HOLDS = "in none of {ways} ways of writing is it clearly worse than on the rows as they are"
 
 OLD_VERDICTS = {

@@ -323,6 +323,13 @@ def test_the_readme_and_its_pages_do_what_they_say(data: Path) -> None:
     assert "nll" in done.stdout
 
 
+def test_the_package_runs_as_a_module() -> None:
+    for given, code in ((["--version"], 0), (["tune", "nothing.csv"], 3)):
+        done = subprocess.run([sys.executable, "-m", "headstart", *given], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert "nothing.csv: no such file" in done.stderr
+
+
 def test_the_examples_run(data: Path) -> None:
     visits = "".join(f'note,"{n} sore throat","The plan {n % 3}."\n' for n in range(40))
     Path("visits.csv").write_text(f"kind,note,report\n{visits}", encoding="utf-8")

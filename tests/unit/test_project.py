@@ -17,6 +17,7 @@ from headstart.errors import CODES
 PACKAGE = Path(__file__).parents[2] / "headstart"
 # A room may import those to the right of it, and itself.
 ORDER = [
+    ("__main__",),
     ("cli",),
     ("vote",),
     ("demo", "chat", "show", "doctor", "label", "verify", "benchmark", "trials", "update", "strength"),

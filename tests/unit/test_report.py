@@ -29,7 +29,7 @@ from headstart.report.frame import marked
 from headstart.report.page import report_page
 from headstart.report.result import build_result
 from headstart.report.told import told_sections
-from headstart.report.words import clearness, sentence
+from headstart.report.words import clearness, cures, sentence
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -161,6 +161,19 @@ def test_data_in_the_page_is_text(page: str) -> None:
     assert not {"script", "img", "iframe", "object"} & set(parser.tags)
     assert not [name for name, _ in parser.attributes if name.startswith("on")]
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_what_was_lost_is_said_with_what_can_be_done() -> None:
+    assert cures(result(), "runs/a") == []
+    part = {"loss": {"value": 0.3, "low": 0.2, "high": 0.4}, "metric": "loss", "verdict": "lost"}
+    guard = {"verdict": "lost", "bound": 0.1, "parts": {"general text": part}}
+    lost = {**result(), "guard": guard, "old": {"verdict": "lost", "parts": {}}}
+    dial, mixed, replayed = cures(lost, "runs/a")
+    assert dial.startswith("headstart strength runs/a: ")
+    assert mixed.startswith("-s data.mix=")
+    assert "--replay" in replayed
+    whole = cures({**lost, "method": "full", "task": "classification", "old": None}, "runs/a")
+    assert whole == []  # neither can be had there
 
 
 def test_names_of_classes_and_models_are_text_in_page_and_card() -> None:
