@@ -306,7 +306,10 @@ def update(
     run: Annotated[str, typer.Argument(help="The run to go on from.")],
     data: Annotated[list[str], typer.Argument(help="New rows: files, folders or hub:owner/name.", show_default=False)],
     out: Out = None,
-    replay: Annotated[float, typer.Option(help="Old rows learned again beside each new one; 0 is none.")] = 0.3,
+    replay: Annotated[
+        float | None,
+        typer.Option(help="Old rows learned again beside each new one; 0 is none.", show_default="0.3, of classes 1"),
+    ] = None,
     epochs: Epochs = None,
     eval_data: EvalData = None,
     sets: Sets = None,

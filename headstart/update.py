@@ -20,6 +20,10 @@ from headstart.tune import start
 # Old rows beside each new one: about a quarter of what is learned, which keeps what was known even where new text is of another
 # kind; a twentieth does where it is alike (Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train", 2024).
 REPLAY = 0.3
+# Of rows that say which class they are of, as many old ones as new: at 0.3 a class of 20 rows is left one or two beside the 20 of
+# each new class, and what was known fell from 0.929 to 0.777; at 1 it stayed (docs/log.md).
+REPLAY_CLASSES = 1.0
+CLASSED = ("classification", "multilabel", "images")
 # A rate that is as high as the run's own takes weights far from where they are good; what is new is learned at half of it, too.
 RATE_FRAC = 0.5
 # What belongs to one run alone, is of its data, or is settled by the model as it is.
@@ -43,7 +47,7 @@ def update(
     run: str | Path,
     data: str | Path | Sequence[str | Path],
     *,
-    replay: float = REPLAY,
+    replay: float | None = None,
     out: str | Path | None = None,
     eval_data: str | Path | Sequence[str | Path] | None = None,
     epochs: float | None = None,
@@ -52,7 +56,7 @@ def update(
 ) -> Run:
     """Fine-tune the result of `run` on new `data`, with `replay` of its old rows beside each new one; return the new run.
 
-    The verdict is `better` only where new rows got better and old held-out rows didn't certainly fall. Raises what `tune`
+    `replay` is 0.3 by itself, of classes 1. The verdict is `better` only where new rows got better and old held-out rows didn't certainly fall. Raises what `tune`
     raises, RunError where `run` isn't a finished run, and DataError where its data isn't what it was: with `replay=0` that is
     taken, and old rows are then not measured.
     """
@@ -67,10 +71,12 @@ def update(
     return start(update_config(run, replay, given), display or Display())
 
 
-def update_config(run: str | Path, replay: float, given: Sequence[Override]) -> Config:
+def update_config(run: str | Path, replay: float | None, given: Sequence[Override]) -> Config:
     """Return the settings of an update: what is `given`, over those of the run. Raises RunError, UsageError."""
     folder = need_run(str(run))
-    _ = Run(folder.path).result  # which there must be
+    task = Run(folder.path).result["task"]
+    if replay is None:
+        replay = REPLAY_CLASSES if task in CLASSED else REPLAY
     if not 0 <= replay < 1000:
         cure = "--replay 0.3: 30 old rows beside each 100 new ones; 0 is none"
         raise UsageError(Problem("usage.flag", f"no share of old rows: {replay:g}", "--replay", cure))

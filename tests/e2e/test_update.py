@@ -190,6 +190,7 @@ def test_a_classifier_keeps_its_classes_and_learns_new_ones(tiny_encoder: Path, 
     assert part["metric"] == "accuracy"
     assert part["before"] == one.result["after"]["accuracy"]
     assert run.result["labels"] == ["b", "d"]  # though new rows have one
+    assert run.result["lineage"]["replay"] == 1  # of classes more than of texts
     third = write(tmp_path / "third.jsonl", rows(["a", "d"], 9))
     data = built(one.path, third)
     assert data.prepared.labels is not None
