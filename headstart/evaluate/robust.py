@@ -13,6 +13,7 @@ import numpy as np
 
 from headstart.config import DataSettings
 from headstart.data.feed import content_hash
+from headstart.data.read import Where
 from headstart.data.records import Conversation, Label, Labelled, Record, Tagged
 from headstart.data.segments import Segmented
 from headstart.evaluate.compare import MIN_ROWS, Compared, Interval, Rank, compare, interval
@@ -171,13 +172,22 @@ def write_variants(
         changed = dict(islice(((n, new) for n, new in varied if new != records[n]), rows))
         if len(changed) < least:
             continue
-        some = encode(list(changed.values()))
-        known = {id(record): n for n, record in changed.items()}
+        # For a while each stands at its number: a row that is cut comes back as another, and several may stand at one place.
+        some = encode([replace(new, where=new.where._replace(line=n)) for n, new in changed.items()])
         if some.kept:
-            variants.append(Variant(name, some, [known[id(record)] for record in some.kept]))
+            numbers = [record.where.line for record in some.kept]
+            variants.append(Variant(name, _put_back(some, [changed[n].where for n in numbers]), numbers))
     if variants and outside is not None:
         variants.append(Variant(OUTSIDE, outside, [-1] * len(outside.kept)))
     return variants
+
+
+def _put_back(rows: Segmented, places: Sequence[Where]) -> Segmented:
+    """Return rows at their own places."""
+    sides = (
+        [replace(row, where=w) for row, w in zip(side, places, strict=True)] for side in (rows.examples, rows.kept)
+    )
+    return Segmented(*sides)
 
 
 def variant_reading(settings: DataSettings) -> DataSettings:

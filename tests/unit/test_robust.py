@@ -191,6 +191,21 @@ def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tra
     assert (ways, rows) == (len(VARIED), 64) or budget - cost < max(2 * 100 * ways, 8 * 2 * 100)
 
 
+def test_a_row_that_is_cut_is_still_known_for_what_it_is() -> None:
+    """Also where all rows stand in one line of a file."""
+
+    def cut(records: Sequence[Record]) -> Segmented:
+        kept = [replace(row, text=row.text[:6]) for row in records[1::2]]  # type: ignore[call-arg, union-attr]
+        return Segmented([example([1, 2], line=row.where.line) for row in kept], kept)
+
+    rows: dict[int, Record] = {n: replace(row, where=Where("f", 1)) for n, row in RECORDS.items()}
+    found = {variant.name: variant for variant in write_variants(rows, cut)}
+    assert found["lower case"].numbers == [*range(1, 40, 2)]
+    kept = found["lower case"].rows.kept
+    assert [row.text for row in kept] == [f"word {n}"[:6] for n in range(1, 40, 2)]
+    assert {row.where for row in (*kept, *found["lower case"].rows.examples)} == {Where("f", 1)}
+
+
 def test_a_run_too_short_to_pay_for_it_writes_nothing_otherwise() -> None:
     assert affordable(spare_tokens(1_000), 100)[0] == 0
     assert affordable(-5.0, 100)[0] == 0
