@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -189,6 +190,34 @@ def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tra
     assert cost <= budget
     assert rows >= 8  # fewer decide nothing
     assert (ways, rows) == (len(VARIED), 64) or budget - cost < max(2 * 100 * ways, 8 * 2 * 100)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least"), [((2.0, 2.5), (1.0, 2.4), "lower case"), ((2.0, 2.5), (1.9, 1.0), "typing errors")]
+)
+def test_of_text_that_is_predicted_itself_it_is_told_what_was_gained_on_it(
+    before: tuple[float, ...], after: tuple[float, ...], least: str
+) -> None:
+    """Text with errors costs more bits whoever reads it: of that nothing is lost by the model."""
+
+    def measured(bits: tuple[float, ...]) -> Measured:
+        sides = {"": 1.0, "typing errors": bits[0], "lower case": bits[1]}
+        return Measured([RowResult(f"f:{n}", size * 100 * math.log(2) * (1 + n / 50), 100.0, bytes=100, part=name, varied=n if name else None)
+                for name, size in sides.items() for n in range(10)], "causal")  # fmt: skip
+
+    result = robust_result(measured(before), measured(after))
+    assert result is not None
+    said, lines = robust_words(result), {line[0]: line for line in robust_lines(result)}
+    # The mean of 1 + n / 50 over ten rows is 1.09.
+    first, second = ((b * 1.09, a * 1.09) for b, a in zip(before, after, strict=True))
+    sides = dict(zip(lines, (first, second), strict=True))
+    was, now = sides[least]
+    assert said.startswith(f"least is gained with {least}: bits per byte {was:.3f} -> {now:.3f} ({now - was:+.3f}, ")
+    assert said.endswith("better than the untouched model in 2 of 2 ways of writing")
+    for name, (was, now) in sides.items():
+        assert lines[name][2:5] == (f"{was:.3f}", f"{now:.3f}", "1.090")
+        assert lines[name][5].startswith(f"{now - was:+.3f} [")
+        assert lines[name][6] == "better"
 
 
 def test_a_row_that_is_cut_is_still_known_for_what_it_is() -> None:
