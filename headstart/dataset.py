@@ -31,7 +31,7 @@ from headstart.data.read import LINES, UTF_8, SourceFile, find_files, kind_of
 from headstart.data.records import Preference, Record
 from headstart.data.render import Renderer
 from headstart.data.replay import Known
-from headstart.data.segments import Segmented
+from headstart.data.segments import Example, Segmented
 from headstart.errors import DataError, Problem, UsageError
 from headstart.evaluate.compare import MIN_ROWS
 from headstart.evaluate.guard import Guarded, load_guard, without_learned
@@ -406,12 +406,17 @@ def _check_positions(prepared: Prepared, length: int) -> None:
         Problem("row.too_long", f"{end:,} tokens, and the model has {length:,} positions", str(example.where), cure)
         for part in (prepared.train, prepared.watch, prepared.proof)
         for example in part.examples
-        for end in [max(segment.first + len(segment) for segment in example.segments)]
+        for end in [end_of(example)]
         for cure in ["-s data.positions=restart, or split the document"]
         if end > length
     ]
     if problems:
         raise DataError(problems)
+
+
+def end_of(example: Example) -> int:
+    """Return how many positions a row needs."""
+    return max(segment.first + len(segment) for segment in example.segments)
 
 
 def build_renderer(

@@ -23,7 +23,7 @@ from headstart.data.prepare import Coding, segment
 from headstart.data.records import Preference, Record
 from headstart.data.segments import Segmented
 from headstart.data.templates import template_ids
-from headstart.dataset import ROW_LOSSES, Data, build_feed, build_renderer
+from headstart.dataset import ROW_LOSSES, Data, build_feed, build_renderer, end_of
 from headstart.engine.engine import Engine, Objective
 from headstart.engine.forward import (
     EmbeddingReader,
@@ -48,6 +48,7 @@ from headstart.evaluate.robust import (
     general_rows,
     spare_tokens,
     variant_reading,
+    ways_of,
     write_variants,
 )
 from headstart.evaluate.watch import Watch
@@ -56,7 +57,7 @@ from headstart.fit import estimate_run, fit_memory, needs_reference, plan_watch
 from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
 from headstart.models.labels import zero_head
-from headstart.models.load import POOLINGS, load_merged, load_model, make_room, pad_aside
+from headstart.models.load import POOLINGS, load_config, load_merged, load_model, make_room, model_length, pad_aside
 from headstart.models.source import Source
 from headstart.objectives.embeddings import embedding_loss
 from headstart.objectives.labels import summed
@@ -107,11 +108,13 @@ class Job:
         """The answers out of which one is picked, where answers are not generated."""
         return self.data.prepared.choices if self.config.settings.eval.choices == "on" else ()
 
-    def measure_beside(self, rows: Measured, tokens_per_pack: int, labels: Labels | None = None) -> Measured:
+    def measure_beside(
+        self, rows: Measured, tokens_per_pack: int, labels: Labels | None = None, before: Measured | None = None
+    ) -> Measured:
         """Score what is mixed in, the guard and rows written otherwise, and put what they gave behind the run's own rows.
 
         Old rows and those written otherwise are scored as the run's own are, with its `labels`, but answered only where
-        answers are picked.
+        answers are picked. Answers of preferences that are written otherwise are held against what the untouched model gave them `before`.
         """
         template = self.config.settings.data.template
         found = list(rows.rows)
@@ -126,7 +129,7 @@ class Job:
             measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
             found += [replace(row, part=part.name, guard=True) for row in measured]
         for variant in self.data.variants:
-            measured = self._measure_own(variant.rows, tokens_per_pack, labels)
+            measured = self._measure_own(variant.rows, tokens_per_pack, labels, variant.references(before))
             found += variant.mark(measured)
         return Measured(found, rows.task)
 
@@ -161,7 +164,13 @@ class Job:
         """Return what is watched of preferences on the way; None where nothing is."""
         return plan_watch(self.data, self.config.settings, self.engine.reader, self.layout)
 
-    def _measure_own(self, rows: Segmented, tokens_per_pack: int, labels: Labels | None) -> Sequence[RowResult]:
+    def _measure_own(
+        self,
+        rows: Segmented,
+        tokens_per_pack: int,
+        labels: Labels | None,
+        references: Sequence[Sequence[float]] = (),
+    ) -> Sequence[RowResult]:
         return measure(
             self.engine.reader,
             self.data.renderer,
@@ -172,6 +181,7 @@ class Job:
             answers=min(CHOICE_ROWS, len(rows.kept)) if self.choices else 0,
             labels=labels,
             choices=self.choices,
+            references=references,
         ).rows
 
     def new_feed(self) -> Feed:
@@ -306,7 +316,14 @@ def _write_variants(data: Data, config: Config) -> list[Variant]:
     reading = variant_reading(settings.data)
 
     def encode(records: Sequence[Record]) -> Segmented:
-        return segment(records, reading, data.renderer, limit, Coding(settings.task, labels), whole=True)
+        coding = Coding(settings.task, labels, prepared.masking)
+        found = segment(records, reading, data.renderer, limit, coding, whole=True)
+        if settings.data.positions == "restart":
+            return found
+        # A document whose pieces stand one behind the other may get longer by it than the model has positions.
+        length = model_length(load_config(data.source))
+        fit = [n for n, example in enumerate(found.examples) if end_of(example) <= length]
+        return Segmented([found.examples[n] for n in fit], [found.kept[n] for n in fit])
 
     outside = encode(general_rows(labels.names[0])) if labels and settings.task == "classification" else None
     trained = build_feed(config, prepared).total * float(prepared.train.lengths.mean())
@@ -314,10 +331,10 @@ def _write_variants(data: Data, config: Config) -> list[Variant]:
     picked = settings.eval.choices == "on"
     if picked:  # each row's answer is weighed against all others
         cost += len(prepared.choices) * float(np.mean([row.target_count for row in proof.examples]))
-    spare = spare_tokens(trained)
+    spare, most = spare_tokens(trained), len(ways_of(proof.kept[0]))
     if outside and outside.lengths.sum() > spare / 2:
         outside = None  # what a short run can pay for are its own rows
-    ways, rows = affordable(spare - (float(outside.lengths.sum()) if outside else 0.0), cost)
+    ways, rows = affordable(spare - (float(outside.lengths.sum()) if outside else 0.0), cost, most)
     able = choose_answered(proof.kept, settings.eval.generate or 0) if picked else range(len(proof.kept))
     ordered = sorted(able, key=lambda number: content_hash(proof.kept[number]))  # so that none is favoured
     records = {number: proof.kept[number] for number in ordered}

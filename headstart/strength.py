@@ -19,7 +19,7 @@ from headstart.engine.forward import PreferenceReader, Reader
 from headstart.errors import DataError, ModelError, Problem, RunError, UsageError
 from headstart.evaluate.compare import Compared, compare
 from headstart.evaluate.guard import BOUND, FEW, KEPT, UNCLEAR, compare_guard, guard_result
-from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, measure, own_reference
+from headstart.evaluate.measure import PRIMARY, Measured, OnProgress, as_references, measure, own_reference
 from headstart.files import new_folder, read_json, sha256, write_json
 from headstart.job import build_reader, build_terms
 from headstart.lineage import file_fault
@@ -191,7 +191,6 @@ def _score(reader: Reader, data: Data, first: Measured | None) -> Measured:
     settings = data.config.settings
     proof = data.proof(settings.eval.rows)
     choices = data.prepared.choices if settings.eval.choices == "on" else ()
-    preferred = settings.task == "preference"
     measured = measure(
         reader,
         data.renderer,
@@ -201,9 +200,9 @@ def _score(reader: Reader, data: Data, first: Measured | None) -> Measured:
         tokens_per_pack=PACK_TOKENS,
         answers=min(CHOICE_ROWS, len(proof.kept)) if choices else 0,
         choices=choices,
-        references=[[logprob for logprob, *_ in row.found] for row in first.own] if preferred and first else (),
+        references=as_references(first),
     )
-    measured = own_reference(measured) if preferred and first is None else measured
+    measured = own_reference(measured) if settings.task == "preference" and first is None else measured
     rows = list(measured.rows)
     plain = reader.beside if isinstance(reader, PreferenceReader) else reader
     for part in data.guard:

@@ -32,7 +32,7 @@ from headstart.engine.optim import Schedule
 from headstart.errors import DataError, DivergedError, Problem, ResourceError, RunError, StoppedError
 from headstart.evaluate.generate import tokens_kept
 from headstart.evaluate.graders.rows import build_grading, ungraded, ungraded_lines
-from headstart.evaluate.measure import Measured, measure, own_reference
+from headstart.evaluate.measure import Measured, as_references, measure, own_reference
 from headstart.evaluate.metrics import best_threshold
 from headstart.evaluate.reference import find_references, reference_key, with_references
 from headstart.evaluate.score import output_rows, score_answers, score_rows
@@ -459,7 +459,6 @@ class _Session:
         settings = self.job.config.settings
         proof = self.job.proof
         labels, model = self._labels(), self.job.engine.reader.model
-        preferred = settings.task == "preference"
         measured = self._within_memory(
             proof.examples,
             lambda tokens, part: measure(
@@ -472,27 +471,25 @@ class _Session:
                 answers=settings.eval.generate or 0,
                 labels=labels,
                 choices=self.job.choices,
-                references=[[logprob for logprob, *_ in row.found] for row in before.own]
-                if preferred and before
-                else (),
+                references=as_references(before),
                 words=WORD_ROWS,
                 on_progress=self._on_eval,
                 tokens_at_once=tokens_kept(model) // part if part > 1 and settings.task in WRITES else None,
             ),
         )
-        measured = self._measure_beside(self._grade(name, measured), labels)
-        if preferred and before is None:
+        measured = self._measure_beside(self._grade(name, measured), labels, before)
+        if settings.task == "preference" and before is None:
             measured = own_reference(measured)
         reach("evaluation.scored", name)
         self.progress.eval_s += time.perf_counter() - begun
         self.folder.write_evaluation(name, measured.to_json())
         return measured
 
-    def _measure_beside(self, measured: Measured, labels: Labels | None) -> Measured:
+    def _measure_beside(self, measured: Measured, labels: Labels | None, before: Measured | None) -> Measured:
         rows = [example for part in self.job.data.beside for example in part.examples]
         if not rows:
             return measured
-        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens, labels))
+        return self._within_memory(rows, lambda tokens, _: self.job.measure_beside(measured, tokens, labels, before))
 
     def _grade(self, name: str, measured: Measured) -> Measured:
         """Let graders score the answers."""

@@ -319,10 +319,19 @@ def first_of(examples: Sequence[Example], most: int, tokens: int = WORD_TOKENS) 
     return int((ends <= tokens).sum())
 
 
+def as_references(measured: Measured | None) -> list[list[float]]:
+    """Return what a model gave each answer of preferences, such that another can be held against it; empty of other tasks, and of None."""
+    return [[p for p, *_ in row.found] for row in measured.own] if measured and measured.task == "preference" else []
+
+
 def own_reference(measured: Measured) -> Measured:
-    """Return what the untouched model did on the run's own preferences: it is its own reference. Rows of other parts have none."""
+    """Return what the untouched model did on the run's own preferences, as they are and written otherwise: it is its own reference.
+
+    Rows of other parts have none.
+    """
     rows = [
-        row if row.part else replace(row, found=[(p, tokens, p) for p, tokens, _ in row.found]) for row in measured.rows
+        row if row.part and row.varied is None else replace(row, found=[(p, tokens, p) for p, tokens, _ in row.found])
+        for row in measured.rows
     ]
     return Measured(rows, measured.task)
 

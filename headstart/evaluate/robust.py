@@ -13,13 +13,18 @@ import numpy as np
 
 from headstart.config import DataSettings
 from headstart.data.feed import content_hash
-from headstart.data.records import Conversation, Label, Labelled, Record, Tagged
+from headstart.data.read import Where
+from headstart.data.records import Conversation, Document, Label, Labelled, Message, Preference, Record, Tagged
 from headstart.data.segments import Segmented
 from headstart.evaluate.compare import MIN_ROWS, Compared, Interval, Rank, compare, interval
 from headstart.evaluate.guard import general_forms
-from headstart.evaluate.measure import PRIMARY, Measured, RowResult
+from headstart.evaluate.measure import PRIMARY, Measured, RowResult, as_references
 
-VARIABLE = ("chat", "classification", "multilabel", "regression", "tagging")  # tasks whose rows have an input
+# Tasks whose rows can be written otherwise, such that what is right stays known; of text that is the text itself.
+VARIABLE = (
+    *("chat", "causal", "masked", "classification", "multilabel", "regression", "tagging"),
+    *("preference", "reward"),
+)
 OUTSIDE = "text from outside the job"
 ROWS_MOST = 64  # of a run's proof that are written otherwise
 SHARE = 0.1  # of what training computes that this may cost a run
@@ -90,21 +95,42 @@ VARIED: dict[str, Vary] = {
     "fields in another order": reorder_fields,
 }
 OF_WORDS = ("typing errors", "lower case", "upper case")  # what keeps words apart as they are
+# What a text can be that is predicted itself. Another text before it would be predicted too, and tell of that text; and no
+# line of it says what is to be done, so that one may come last.
+OF_TEXT = ("typing errors", "lower case", "no punctuation", "white space", "upper case", "fields in another order")
+
+
+def ways_of(record: Record) -> Sequence[str]:
+    """Return the names of the ways in which a row of this sort may be written."""
+    return OF_WORDS if isinstance(record, Tagged) else OF_TEXT if isinstance(record, Document) else tuple(VARIED)
 
 
 def vary(record: Record, name: str) -> Record:
-    """Return a row whose input is written otherwise; what follows from it stays. The same row always varies alike."""
-    chance = random.Random(f"{name} {content_hash(record)}")  # noqa: S311
-    change = VARIED[name]
+    """Return a row whose input is written otherwise; what follows from it stays. The same row always varies alike.
+
+    Of a text it is the text itself, of preferences what the user says in their prompt. A row that can't be written so comes back as it is.
+    """
+    if name not in ways_of(record):
+        return record
+    change, chance = VARIED[name], random.Random(f"{name} {content_hash(record)}")  # noqa: S311
+    new: dict[str, Any] = {}
     if isinstance(record, Labelled):
-        pair = None if record.pair is None else change(record.pair, chance)
-        return replace(record, text=change(record.text, chance), pair=pair)
-    if isinstance(record, Tagged) and name in OF_WORDS:
-        return replace(record, words=tuple(change(word, chance) for word in record.words))
-    if isinstance(record, Conversation):
-        turns = [replace(m, content=change(m.content, chance)) if m.role == "user" else m for m in record.messages]
-        return replace(record, messages=tuple(turns))
-    return record
+        new = {"text": change(record.text, chance)}
+        new["pair"] = None if record.pair is None else change(record.pair, chance)
+    elif isinstance(record, Tagged):
+        new = {"words": tuple(change(word, chance) for word in record.words)}
+    elif isinstance(record, Document):
+        new = {"content": change(record.content, chance)}
+    elif isinstance(record, Conversation):
+        new = {"messages": _vary_turns(record.messages, change, chance)}
+    elif isinstance(record, Preference):
+        new = {"prompt": _vary_turns(record.prompt, change, chance)}
+    return replace(record, **new)
+
+
+def _vary_turns(turns: Sequence[Message], change: Vary, chance: random.Random) -> tuple[Message, ...]:
+    """Return turns of which those of the user are written otherwise."""
+    return tuple(replace(m, content=change(m.content, chance)) if m.role == "user" else m for m in turns)
 
 
 @dataclass(frozen=True)
@@ -148,6 +174,12 @@ class Variant:
         """Return what a model made of these rows, such that it is known what they are."""
         return [replace(row, part=self.name, varied=n) for row, n in zip(rows, self.numbers, strict=True)]
 
+    def references(self, before: Measured | None) -> list[list[float]]:
+        """Return what the untouched model gave each answer of these very rows, written so, `before`; empty where it didn't score them."""
+        scored = before.variants().get(self.name) if before else None
+        own = [(str(record.where), n) for record, n in zip(self.rows.kept, self.numbers, strict=True)]
+        return as_references(scored) if scored and _places(scored) == own else []
+
 
 def write_variants(
     records: Mapping[int, Record],
@@ -171,13 +203,22 @@ def write_variants(
         changed = dict(islice(((n, new) for n, new in varied if new != records[n]), rows))
         if len(changed) < least:
             continue
-        some = encode(list(changed.values()))
-        known = {id(record): n for n, record in changed.items()}
+        # For a while each stands at its number: a row that is cut comes back as another, and several may stand at one place.
+        some = encode([replace(new, where=new.where._replace(line=n)) for n, new in changed.items()])
         if some.kept:
-            variants.append(Variant(name, some, [known[id(record)] for record in some.kept]))
+            numbers = [record.where.line for record in some.kept]
+            variants.append(Variant(name, _put_back(some, [changed[n].where for n in numbers]), numbers))
     if variants and outside is not None:
         variants.append(Variant(OUTSIDE, outside, [-1] * len(outside.kept)))
     return variants
+
+
+def _put_back(rows: Segmented, places: Sequence[Where]) -> Segmented:
+    """Return rows at their own places."""
+    sides = (
+        [replace(row, where=w) for row, w in zip(side, places, strict=True)] for side in (rows.examples, rows.kept)
+    )
+    return Segmented(*sides)
 
 
 def variant_reading(settings: DataSettings) -> DataSettings:
@@ -193,13 +234,13 @@ def spare_tokens(trained_tokens: float) -> float:
     return SHARE * 3 * trained_tokens / 2
 
 
-def affordable(tokens: float, row_tokens: float) -> tuple[int, int]:
-    """Return in how many ways how many rows that cost `row_tokens` may be written for so many tokens.
+def affordable(tokens: float, row_tokens: float, most: int = len(VARIED)) -> tuple[int, int]:
+    """Return in how many ways, of `most`, how many rows that cost `row_tokens` may be written for so many tokens.
 
     First as many ways as there are with the fewest rows that can decide, then more rows; no ways where none can be paid for.
     """
     rows = int(tokens / max(1.0, row_tokens))
-    ways = max(0, min(rows // MIN_ROWS, len(VARIED)))
+    ways = max(0, min(rows // MIN_ROWS, most))
     return ways, min(rows // max(1, ways), ROWS_MOST)
 
 

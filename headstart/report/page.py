@@ -25,6 +25,7 @@ from headstart.report.words import (
     data_facts,
     flips_words,
     guard_lines,
+    is_predicted,
     lineage_facts,
     named,
     old_lines,
@@ -46,6 +47,11 @@ SAMPLES = {
     "preference": "Answers before and after",
 }
 STYLES = {"better": "good", "worse": "bad"}
+# Of texts that are written otherwise.
+PREDICTED = (
+    " Here the text itself is what is predicted, and written otherwise it is another one, dearer or cheaper by itself: so it "
+    "is the difference to the untouched model that tells."
+)
 GUARD_STYLES = {"kept": "good", "lost": "bad", "unclear": "flat", "too few rows": "flat"}
 
 
@@ -211,11 +217,14 @@ def _robust(result: Mapping[str, Any]) -> str:
     if isinstance(robust, str):
         return ""
     rows = [[*map(cell, values), cell(clear, STYLES.get(clear, "flat"))] for *values, clear in robust_lines(robust)]
-    head = ["", "rows", "untouched model", "tuned model", "as they are", "difference to that", ""]
+    predicted = is_predicted(robust)
+    gap = "difference to the untouched model" if predicted else "difference to that"
+    head = ["", "rows", "untouched model", "tuned model", "as they are", gap, ""]
     metric = next((part["metric"] for part in robust["varied"].values()), "")
     note = (
         f"<p>{html.escape(_capital(named(metric)))} on rows of the proof that are written otherwise, and of the tuned model on the "
-        "same rows as they are. Only rows that a way changes count in it; each is judged for itself, and none decides the verdict.</p>"
+        "same rows as they are. Only rows that a way changes count in it; each is judged for itself, and none decides the verdict."
+        f"{PREDICTED if predicted else ''}</p>"
         if rows
         else ""
     )

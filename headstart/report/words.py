@@ -148,20 +148,38 @@ def guard_lines(guard: Mapping[str, Any] | str) -> list[tuple[str, str, str, str
 
 
 def robust_words(robust: Mapping[str, Any] | str) -> str:
-    """Say how it fares where inputs vary: the way that costs most, and whether it is still better than the untouched model."""
+    """Say how it fares where inputs vary: the way that costs most, and whether it is still better than the untouched model.
+
+    Of text that is predicted itself: the way in which least is gained over the untouched model.
+    """
     if isinstance(robust, str):
         return ""
     said = []
     parts = {name: part for name, part in robust["varied"].items() if part["rows"] >= MIN_ROWS}
     if parts:
-        fell = [part for part in parts.values() if part["direction"] < 0]
-        name, worst = max(parts.items(), key=lambda item: (item[1] in fell) * abs(item[1]["difference"]["value"]))
-        sides = f"{worst['clean']['value']:.3f} -> {worst['varied']['value']:.3f}"
-        most = f"{named(worst['metric'])} {sides}{_bounds(worst['difference'])} on {worst['rows']:,} rows"
-        said.append(f"most is lost with {name}: {most}" if fell else HOLDS.format(ways=len(parts)))
+        fell = {name: part for name, part in parts.items() if part["direction"] < 0}
+        if is_predicted(robust):
+            least = max(parts, key=lambda name: parts[name]["gain"]["value"])
+            said.append(f"least is gained with {least}: {_change(parts[least], 'untouched', 'gain')}")
+        elif fell:
+            most = max(fell, key=lambda name: abs(fell[name]["difference"]["value"]))
+            said.append(f"most is lost with {most}: {_change(fell[most], 'clean', 'difference')}")
+        else:
+            said.append(HOLDS.format(ways=len(parts)))
         better = sum(part["gain_direction"] > 0 for part in parts.values())
         said.append(f"better than the untouched model in {better} of {len(parts)} ways of writing")
     return "; ".join(filter(None, (*said, outside_words(robust))))
+
+
+def is_predicted(robust: Mapping[str, Any]) -> bool:
+    """Tell whether what is written otherwise is predicted itself: then it is another text, which has a price of its own."""
+    return any(part["metric"] == "bits_per_byte" for part in robust["varied"].values())
+
+
+def _change(part: Mapping[str, Any], side: str, difference: str) -> str:
+    """Say what became of rows written otherwise, from a `side` on, with the `difference` to that."""
+    sides = f"{part[side]['value']:.3f} -> {part['varied']['value']:.3f}"
+    return f"{named(part['metric'])} {sides}{_bounds(part[difference])} on {part['rows']:,} rows"
 
 
 def outside_words(robust: Mapping[str, Any]) -> str:
@@ -175,15 +193,20 @@ def outside_words(robust: Mapping[str, Any]) -> str:
 
 
 def robust_lines(robust: Mapping[str, Any] | str) -> list[tuple[str, ...]]:
-    """Return a line a way of writing: name, rows, untouched, tuned, the tuned model's rows as they are, difference to these, how sure."""
+    """Return a line a way of writing: name, rows, untouched, tuned, the tuned model's rows as they are, difference to these, how sure.
+
+    Of text that is predicted itself it is the difference to the untouched model.
+    """
     if isinstance(robust, str):
         return []
     lines: list[tuple[str, ...]] = []
     for name, part in robust["varied"].items():
-        gap = part["difference"]
+        gap, direction = part["difference"], part["direction"]
+        if is_predicted(robust):
+            gap, direction = part["gain"], part["gain_direction"]
         values = (f"{part[side]['value']:.3f}" for side in ("untouched", "varied", "clean"))
         shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-        lines.append((name, f"{part['rows']:,}", *values, shown, clearness(part["direction"], gap["low"], gap["high"])))
+        lines.append((name, f"{part['rows']:,}", *values, shown, clearness(direction, gap["low"], gap["high"])))
     return lines
 
 

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ import headstart
 from headstart.cli import app
 from headstart.display import Display
 from headstart.evaluate import watch
+from headstart.evaluate.measure import Measured
 from headstart.evaluate.watch import Sign
 from headstart.run import RunFolder
 from headstart.tune import resume
@@ -74,6 +77,50 @@ def watched(run: headstart.Run, steps: list[dict[str, Any]], page: str) -> None:
     assert run.result["reasons"]["happy_users"]["measured"]
 
 
+def written_otherwise(run: headstart.Run, file: str, page: str) -> None:
+    """See that prompts were scored written otherwise, and their answers held against what the untouched model gave them then."""
+    (name,) = run.result["robust"]["varied"]  # so short a run pays for one way
+    part = run.result["robust"]["varied"][name]
+    assert (name, part["metric"]) == ("no punctuation", "preference_accuracy")
+    assert part["untouched"]["value"] == 0.5
+    assert part["varied"]["value"] > 0.8
+    assert "Inputs written otherwise" in page
+    assert "no punctuation" in page
+    before, after = (
+        Measured.from_json(as_rows(run.path / "evaluation" / f"{side}.json"), "preference")
+        for side in ("before", "after")
+    )
+    assert len(after.variants()[name].rows) == part["rows"] >= 8
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    model, tokenizer = headstart.load("smollm2-135m")
+    right = []
+    for was, now in zip(before.variants()[name].rows, after.variants()[name].rows, strict=True):
+        own, row = before.own[now.varied or 0], json.loads(lines[int(now.where.rpartition(":")[2]) - 1])
+        assert (now.asked, own.asked) == (row["prompt"].removesuffix("?"), row["prompt"])
+        answers = row.get("responses") or [row[side] for side in ("chosen", "rejected", "completion") if side in row]
+        # By the untouched model in plain transformers, each answer alone.
+        plain = [logprob(model, tokenizer, now.asked, answer) for answer in answers]
+        assert [[reference for *_, reference in side.found] for side in (was, now)] == [pytest.approx(plain)] * 2
+        assert [reference for *_, reference in own.found] != pytest.approx(plain)
+        gains = [value - reference for (value, *_), reference in zip(now.found, plain, strict=True)]
+        scores = row.get("scores") or [float(row.get("label", 1.0)), 0.0][: len(answers)]
+        pairs = [(x, y) for x in range(len(gains)) for y in range(len(gains)) if scores[x] > scores[y]]
+        alone = (gains[0] > 0) == (scores[0] > 0)
+        right.append(float(np.mean([gains[x] > gains[y] for x, y in pairs])) if len(gains) > 1 else float(alone))
+    assert part["varied"]["value"] == pytest.approx(np.mean(right))
+
+
+def logprob(model: Any, tokenizer: Any, asked: str, answer: str) -> float:
+    """Return the log-probability of an answer with the token that ends it, by plain transformers."""
+    asks = [{"role": "user", "content": asked}]
+    prompt = tokenizer.apply_chat_template(asks, tokenize=False, add_generation_prompt=True)
+    sides = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, f"{answer}<|im_end|>")]
+    ids = torch.tensor([[*sides[0], *sides[1]]])
+    with torch.no_grad():
+        found = model(input_ids=ids).logits.log_softmax(-1)
+    return float(found[0, len(sides[0]) - 1 : -1].gather(-1, ids[0, len(sides[0]) :, None]).sum())
+
+
 @pytest.mark.parametrize(
     ("sort", "more"),
     [
@@ -103,6 +150,7 @@ def test_what_is_preferred_gains(tiny_home: Path, sort: str, more: list[str]) ->
     free = "preference.objective=simpo" in more
     assert ("Chosen and rejected answers by step" in page) != free
     watched(run, steps, page)
+    written_otherwise(run, file, page)
     assert (run.path / "evaluation" / "reference.json").exists() != free
     assert (run.result["speed"]["reference_s"] > 0) != free
     assert "text-generation" in (run.path / "README.md").read_text(encoding="utf-8")
@@ -228,6 +276,9 @@ def test_a_reward_model_puts_answers_in_order_is_a_grader_and_goes_further(tiny_
     assert result["difference"]["metric"] == "reward_accuracy"
     assert result["new_head"]
     assert result["after"]["reward_accuracy"]["value"] > 0.9
+    (varied,) = result["robust"]["varied"].values()
+    assert (varied["metric"], varied["untouched"]["value"]) == ("reward_accuracy", 0.5)
+    assert varied["varied"]["value"] > 0.9
     assert result["after"]["reward_margin"]["value"] > 0 > result["differences"]["cross_entropy"]["high"]
     page = run.report.read_text(encoding="utf-8")
     assert "Pairs in the least right order" in page

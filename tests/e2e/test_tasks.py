@@ -13,7 +13,11 @@ import torch
 import transformers
 
 import headstart
+from headstart.data.masking import COPIES
+from headstart.data.read import Where
+from headstart.data.records import Document
 from headstart.display import Display
+from headstart.evaluate.robust import vary
 from headstart.models.source import find_model
 from headstart.tune import resume
 from tests.conftest import killed_at
@@ -164,6 +168,15 @@ def test_masked_tokens_and_going_on_after_a_stop(tiny_home: Path, monkeypatch: p
     assert after < before
     again = score_again(run, "rows.jsonl")["bits_per_byte"]["value"]
     assert again == pytest.approx(after, rel=0.3)
+    # White space is no token of this model's: the same bits are of more bytes then.
+    (told,) = as_json("eval", str(run.path), "rows.jsonl", "--robust")[1]["robust"]["varied"].items()
+    name, part = told
+    spaced = [vary(Document(Where("", 1), row["text"]), name) for row in rows]
+    more = sum(len(row.texts[0]) for row in spaced) / sum(len(row["text"]) for row in rows)
+    assert (name, part["metric"], part["clean"]["value"]) == ("white space", "bits_per_byte", pytest.approx(again))
+    assert part["varied"]["value"] == pytest.approx(again / more)
+    (variant,) = headstart.plan("rows.jsonl", model="minilm", settings={"steps": 400}).data.variants
+    assert (variant.name, {len(example.segments) for example in variant.rows.examples}) == (name, {COPIES})
     transformers.AutoModelForMaskedLM.from_pretrained(run.path / "model")
     # What is masked follows from a row's place in the run, so a run that goes on ends with the same weights.
     with killed_at(14):
@@ -208,6 +221,9 @@ def test_embeddings(tiny_home: Path, form: str) -> None:
     transformers.AutoModel.from_pretrained(run.path / "model")
     # The untouched model can be compared with, on the same rows.
     assert as_json("compare", "minilm", str(run.path), "rows.jsonl")[0] == 0
+    code, error = as_json("eval", str(run.path), "rows.jsonl", "--robust")
+    assert (code, error["problems"][0]["where"]) == (2, "--robust")
+    assert "no input that could be written otherwise" in error["problems"][0]["what"]
 
 
 @pytest.fixture

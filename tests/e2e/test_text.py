@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import headstart
+from headstart.data.read import Where
+from headstart.data.records import Document
+from headstart.dataset import end_of
+from headstart.evaluate.measure import Measured
+from headstart.evaluate.robust import OF_TEXT, vary
 from headstart.files import read_json
 from tests.conftest import killed_at
 from tests.e2e.test_commands import as_json, call, run_card
@@ -43,7 +51,8 @@ def texts(tiny_home: Path) -> Path:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
     lr = [] if method == "lora" else ["-s", "optim.lr=5e-3"]
-    result = call("tune", "texts.jsonl", "--method", method, "-o", "runs/text", *QUICK, *lr)
+    steps = ["-s", "steps=60"]  # which pay for rows that are written otherwise
+    result = call("tune", "texts.jsonl", "--method", method, "-o", "runs/text", *QUICK, *steps, *lr)
     assert result.exit_code == 0, result.output
     for said in ("text (certain): 60 of 60 rows", "tokens a word", "bits per byte", "better"):
         assert said in result.stdout
@@ -63,7 +72,34 @@ def test_text_in_and_fewer_bits_per_byte_out(texts: Path, method: str) -> None:
         assert item["before"] > 0
         assert f"<td>{item['word']}</td>" in report
     assert found["words"]["gained"][0]["word"] in found["reasons"]["matching_data"]["says"]
+    _written_otherwise(found, report)
     assert run_card(Path("runs/text"), '"The plan"')
+
+
+def _written_otherwise(result: dict[str, Any], report: str) -> None:
+    """See that texts were scored written otherwise, before and after, in bits per byte of the text that they are then."""
+    varied = result["robust"]["varied"]
+    assert {"typing errors", "lower case"} <= set(varied) <= set(OF_TEXT)
+    assert all((part["metric"], part["rows"] >= 8) == ("bits_per_byte", True) for part in varied.values())
+    assert "Inputs written otherwise" in report
+    assert "it is the difference to the untouched model that tells" in report
+    assert "least is gained with" in result["reasons"]["different_situations"]["says"]
+    assert "--robust" in result["reasons"]["different_situations"]["how"]
+    measured = Measured.from_json(read_json(Path("runs/text/evaluation/after.json")), "causal")
+    model, tokenizer = headstart.load("runs/text")
+    for name, part in varied.items():
+        nll = size = 0.0
+        for row in measured.variants()[name].rows:
+            text = measured.own[row.varied or 0].asked
+            assert row.asked == vary(Document(Where("", 1), text), name).content != text  # type: ignore[union-attr]
+            # By a plain model, in pieces of 16 tokens that overlap by one; the first token is read and not predicted.
+            ids = tokenizer(row.asked, return_tensors="pt").input_ids
+            for start in range(0, ids.shape[1] - 1, 15):
+                piece = ids[:, start : start + 16]
+                with torch.no_grad():
+                    nll += model(input_ids=piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+            size += len(row.asked.encode()) - len(tokenizer.decode(ids[0, :1]).encode())
+        assert part["varied"]["value"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
 
 
 def test_the_other_verbs_read_text_too(texts: Path) -> None:
@@ -77,9 +113,13 @@ def test_the_other_verbs_read_text_too(texts: Path) -> None:
     assert versus["rows"] == 60
     assert versus["pairs"][0]["differences"]["bits_per_byte"]["direction"] == 1
     assert call("chat", "runs/text", "--ask", "The plan", "--max-tokens", "3").exit_code == 0
-    refused = call("eval", "runs/text", "texts.jsonl", "--robust")
-    assert refused.exit_code == 2
-    assert "no input that could be written otherwise" in refused.stderr
+    code, found = as_json("eval", "runs/text", "texts.jsonl", "--robust")
+    assert code == 0
+    robust = found["robust"]["varied"]
+    assert set(robust) == set(OF_TEXT) - {"fields in another order"}  # these texts have none
+    assert robust["upper case"]["rows"] == 60
+    assert robust["upper case"]["clean"]["value"] == pytest.approx(found["metrics"]["bits_per_byte"]["value"])
+    assert robust["upper case"]["varied"]["low"] > robust["upper case"]["clean"]["high"]  # it never saw capitals
 
 
 def test_a_kind_that_the_rows_are_not_of_is_refused(texts: Path) -> None:
@@ -109,6 +149,19 @@ def test_positions_that_the_model_does_not_have_are_refused(tiny_home: Path) -> 
     assert result.exit_code == 3
     assert "the model has 512 positions" in result.stderr
     assert call("check", "long.jsonl").exit_code == 0
+
+
+def test_a_text_that_gets_longer_than_the_positions_of_the_model_is_not_written_so(tiny_home: Path) -> None:
+    # Of 480 tokens and more each; the tokenizer knows no words in capitals, and spells them out.
+    rows = [{"text": f"{n} " + "The plan is short. " * 60} for n in range(60)]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"data.positions": "continue", "data.max_length": 64, "steps": 1000, "eval.guard": "off"}
+    variants = {v.name: v.rows.examples for v in headstart.plan("long.jsonl", settings=settings).data.variants}
+    assert "no punctuation" in variants
+    assert "upper case" not in variants
+    assert all(end_of(example) <= 512 for examples in variants.values() for example in examples)
+    restart = headstart.plan("long.jsonl", settings={**settings, "data.positions": "restart"}).data.variants
+    assert "upper case" in {v.name for v in restart}
 
 
 def test_a_corpus_on_disk_is_tuned_on_and_gone_on_with(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,12 +11,14 @@ import pytest
 
 from headstart.config import DataSettings
 from headstart.data.read import Where
-from headstart.data.records import Document, Labelled, Record, Tagged
+from headstart.data.records import Document, Labelled, Message, Preference, Record, Related, Tagged
 from headstart.data.segments import Segmented
-from headstart.evaluate.measure import Measured, RowResult
+from headstart.evaluate.measure import Measured, RowResult, own_reference
 from headstart.evaluate.robust import (
+    OF_TEXT,
     OUTSIDE,
     VARIED,
+    Variant,
     affordable,
     find_robust,
     know_outside,
@@ -25,6 +28,7 @@ from headstart.evaluate.robust import (
     spare_tokens,
     variant_reading,
     vary,
+    ways_of,
     write_variants,
 )
 from headstart.report.words import robust_lines, robust_words
@@ -34,7 +38,18 @@ ROWS: list[Record] = [
     conversation("Name: Ann Miller\nAge: 61, of Leeds.\nReason: dizzy since 3.5 days", "Ann Miller, dizzy."),
     Labelled(Where("f", 2), "Please transfer 36.5 pounds, now.", "transfer", pair="Where is it?"),
     Tagged(Where("f", 3), ("Maria", "lives", "in", "Madrid"), ("B-per", "O", "O", "B-loc")),
+    Document(Where("f", 4), "A note.\nSize: 3 cm.\nSite: left lung, below.\nPlan: Another scan."),
 ]
+PAIR = Preference(
+    Where("f", 5),
+    (
+        Message("system", "Answer, please."),
+        Message("user", "Where does the patient say that it hurts, Doctor?\nName: Ann\nAge: 61"),
+    ),
+    (Message("assistant", "In the Lung.", True), Message("assistant", "Nowhere, at all.", True)),
+    (1.0, 0.0),
+    group="Where?",
+)
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -48,9 +63,28 @@ def test_a_row_always_varies_alike_and_what_is_right_stays(name: str) -> None:
         elif isinstance(row, Tagged) and isinstance(varied, Tagged):
             assert varied.tags == row.tags
             assert len(varied.words) == len(row.words)
+        elif isinstance(row, Document) and isinstance(varied, Document):
+            assert len(varied.content.split()) == len(
+                row.content.split()
+            )  # nothing is put before what is predicted itself
+            assert (varied != row) == (name in OF_TEXT)
         else:
             assert varied.messages[-1] == row.messages[-1]  # type: ignore[union-attr]
-    assert vary(Document(Where("f", 4), "Some text."), name) == Document(Where("f", 4), "Some text.")
+    related = Related(Where("f", 6), ("Some text.", "Another text."))
+    assert vary(related, name) == related
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_of_preferences_the_prompt_of_the_user_varies_and_nothing_else(name: str) -> None:
+    varied = vary(PAIR, name)
+    assert isinstance(varied, Preference)
+    assert varied == replace(PAIR, prompt=(PAIR.prompt[0], varied.prompt[1]))
+    assert varied.prompt[1] == replace(PAIR.prompt[1], content=varied.prompt[1].content)
+    # As a question of a conversation that says the same would be written.
+    asked = conversation(PAIR.prompt[1].content, "An answer.")
+    if name not in ("typing errors", "white space", "fields in another order"):  # which follow from all of a row
+        assert varied.prompt[1].content == vary(asked, name).messages[0].content  # type: ignore[union-attr]
+    assert varied != PAIR
 
 
 def test_each_way_does_what_it_says() -> None:
@@ -189,6 +223,82 @@ def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tra
     assert cost <= budget
     assert rows >= 8  # fewer decide nothing
     assert (ways, rows) == (len(VARIED), 64) or budget - cost < max(2 * 100 * ways, 8 * 2 * 100)
+
+
+def test_of_rows_that_can_be_written_in_few_ways_more_are_paid_for() -> None:
+    # Of 80 rows, eight in each of nine ways or 26 in each of three.
+    assert (affordable(8_000, 100), affordable(8_000, 100, 3)) == ((9, 8), (3, 26))
+    assert [len(ways_of(row)) for row in (*ROWS, PAIR)] == [9, 9, 3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least"), [((2.0, 2.5), (1.0, 2.4), "lower case"), ((2.0, 2.5), (1.9, 1.0), "typing errors")]
+)
+def test_of_text_that_is_predicted_itself_it_is_told_what_was_gained_on_it(
+    before: tuple[float, ...], after: tuple[float, ...], least: str
+) -> None:
+    """Text with errors costs more bits whoever reads it: of that nothing is lost by the model."""
+
+    def measured(bits: tuple[float, ...]) -> Measured:
+        sides = {"": 1.0, "typing errors": bits[0], "lower case": bits[1]}
+        return Measured([RowResult(f"f:{n}", size * 100 * math.log(2) * (1 + n / 50), 100.0, bytes=100, part=name, varied=n if name else None)
+                for name, size in sides.items() for n in range(10)], "causal")  # fmt: skip
+
+    result = robust_result(measured(before), measured(after))
+    assert result is not None
+    said, lines = robust_words(result), {line[0]: line for line in robust_lines(result)}
+    # The mean of 1 + n / 50 over ten rows is 1.09.
+    first, second = ((b * 1.09, a * 1.09) for b, a in zip(before, after, strict=True))
+    sides = dict(zip(lines, (first, second), strict=True))
+    was, now = sides[least]
+    assert said.startswith(f"least is gained with {least}: bits per byte {was:.3f} -> {now:.3f} ({now - was:+.3f}, ")
+    assert said.endswith("better than the untouched model in 2 of 2 ways of writing")
+    for name, (was, now) in sides.items():
+        assert lines[name][2:5] == (f"{was:.3f}", f"{now:.3f}", "1.090")
+        assert lines[name][5].startswith(f"{now - was:+.3f} [")
+        assert lines[name][6] == "better"
+
+
+def test_a_row_that_is_cut_is_still_known_for_what_it_is() -> None:
+    """Also where all rows stand in one line of a file."""
+
+    def cut(records: Sequence[Record]) -> Segmented:
+        kept = [replace(row, text=row.text[:6]) for row in records[1::2]]  # type: ignore[call-arg, union-attr]
+        return Segmented([example([1, 2], line=row.where.line) for row in kept], kept)
+
+    rows: dict[int, Record] = {n: replace(row, where=Where("f", 1)) for n, row in RECORDS.items()}
+    found = {variant.name: variant for variant in write_variants(rows, cut)}
+    assert found["lower case"].numbers == [*range(1, 40, 2)]
+    kept = found["lower case"].rows.kept
+    assert [row.text for row in kept] == [f"word {n}"[:6] for n in range(1, 40, 2)]
+    assert {row.where for row in (*kept, *found["lower case"].rows.examples)} == {Where("f", 1)}
+
+
+def test_answers_to_a_prompt_written_otherwise_are_held_against_what_the_untouched_model_gave_them_then() -> None:
+    rows: dict[int, Record] = {n: replace(PAIR, where=Where("f", n)) for n in range(3)}
+    variants = write_variants(rows, lambda some: Segmented([example([1, 2])] * len(some), list(some)), ways=2, rows=2)
+    first, second = variants
+
+    def gave(where: str, *values: float) -> RowResult:
+        return RowResult(where, 1.0, 1.0, truth=[1.0, 0.0], found=[(value, 2, None) for value in values])
+
+    def score(variants: Sequence[Variant], task: str = "preference") -> Measured:
+        """Return what a model gave the chosen and the rejected answer of each row: other numbers in each way."""
+        found = [gave(str(row.where), -float(n), -9.0) for n, row in rows.items()]
+        for place, variant in enumerate(variants):
+            numbers = zip(variant.rows.kept, variant.numbers, strict=True)
+            found += variant.mark([gave(str(row.where), 10.0 * place - n, -8.0) for row, n in numbers])
+        return Measured(found, task)
+
+    before = own_reference(score(variants))
+    assert first.references(before) == [[0.0, -8.0], [-1.0, -8.0]]
+    assert second.references(before) == [[10.0, -8.0], [9.0, -8.0]]
+    assert all(reference == value for row in before.rows for value, _, reference in row.found)
+    # Where the untouched model didn't score the very same rows there is none: what it gave to the rows as they are would be wrong.
+    assert first.references(None) == []
+    assert first.references(score([second])) == []
+    assert replace(first, numbers=[0, 2]).references(before) == []
+    assert first.references(score(variants, "reward")) == []
 
 
 def test_a_run_too_short_to_pay_for_it_writes_nothing_otherwise() -> None:
