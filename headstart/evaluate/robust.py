@@ -38,6 +38,25 @@ OTHER = (
     "Monday, and the market opens an hour later than in spring.\n\n"
 )
 
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(pair.split(": ") for pair in text.split(", "))
+
+
+# Words that tasks are told with in English, and what says the same.
+VERBS = _pairs(
+    "write: compose, summarize: sum up, summarise: sum up, describe: give a description of, list: enumerate, explain: clarify, "
+    "classify: categorize, extract: pull out, answer: reply to, generate: produce, create: make, identify: point out, "
+    "give: provide, provide: give, rewrite: rephrase, rephrase: reword, determine: work out, correct: fix, complete: finish, "
+    "choose: pick, select: pick, read: look at, translate: convey, compare: contrast, draft: write up, suggest: propose"
+)
+NOUNS = _pairs(
+    "text: passage, passage: text, dialogue: conversation, conversation: dialogue, article: piece, question: query, request: inquiry, "
+    "following: given, sentence: line"
+)
+VERB = re.compile(rf"(?i)((?:^|[.!?:;,] |\b(?:please|to|and|then) ))({'|'.join(VERBS)})\b")
+NOUN = re.compile(rf"(?i)\b({'|'.join(NOUNS)})\b")
+
 Vary = Callable[[str, random.Random], str]
 
 
@@ -71,6 +90,19 @@ def first_line_last(text: str, _: random.Random) -> str:
     return f"{rest.strip()}\n\n{first.strip()}" if first.strip() and rest.strip() else text
 
 
+def reword(text: str, _: random.Random) -> str:
+    """Say what is to be done in other words: in the first line, and in English alone. Any other text stays as it is."""
+
+    def like(word: str, new: str) -> str:
+        return new[:1].upper() + new[1:] if word[:1].isupper() else new
+
+    first, line, rest = text.partition("\n")
+    told = VERB.sub(lambda found: found[1] + like(found[2], VERBS[found[2].lower()]), first)
+    if told == first:
+        return text
+    return NOUN.sub(lambda found: like(found[0], NOUNS[found[0].lower()]), told) + line + rest
+
+
 def reorder_fields(text: str, chance: random.Random) -> str:
     """Put the lines of `name: value` into another order; a text that isn't made of such lines stays as it is."""
     lines = text.split("\n")
@@ -88,6 +120,7 @@ VARIED: dict[str, Vary] = {
     "lower case": lambda text, _: text.lower(),
     "no punctuation": drop_punctuation,
     "a greeting before it": lambda text, _: GREETING + text,
+    "the task in other words": reword,
     "the first line last": first_line_last,
     "other text before it": lambda text, _: OTHER + text,
     "white space": space_out,
@@ -98,10 +131,13 @@ OF_WORDS = ("typing errors", "lower case", "upper case")  # what keeps words apa
 # What a text can be that is predicted itself. Another text before it would be predicted too, and tell of that text; and no
 # line of it says what is to be done, so that one may come last.
 OF_TEXT = ("typing errors", "lower case", "no punctuation", "white space", "upper case", "fields in another order")
+OF_TASKS = ("the task in other words",)  # what a row that only has a label doesn't tell
 
 
 def ways_of(record: Record) -> Sequence[str]:
     """Return the names of the ways in which a row of this sort may be written."""
+    if isinstance(record, Labelled):
+        return [name for name in VARIED if name not in OF_TASKS]
     return OF_WORDS if isinstance(record, Tagged) else OF_TEXT if isinstance(record, Document) else tuple(VARIED)
 
 
@@ -114,6 +150,7 @@ def vary(record: Record, name: str) -> Record:
         return record
     change, chance = VARIED[name], random.Random(f"{name} {content_hash(record)}")  # noqa: S311
     new: dict[str, Any] = {}
+    tells = ("user", "system") if name in OF_TASKS else ("user",)
     if isinstance(record, Labelled):
         new = {"text": change(record.text, chance)}
         new["pair"] = None if record.pair is None else change(record.pair, chance)
@@ -122,15 +159,17 @@ def vary(record: Record, name: str) -> Record:
     elif isinstance(record, Document):
         new = {"content": change(record.content, chance)}
     elif isinstance(record, Conversation):
-        new = {"messages": _vary_turns(record.messages, change, chance)}
+        new = {"messages": _vary_turns(record.messages, change, chance, tells)}
     elif isinstance(record, Preference):
-        new = {"prompt": _vary_turns(record.prompt, change, chance)}
+        new = {"prompt": _vary_turns(record.prompt, change, chance, tells)}
     return replace(record, **new)
 
 
-def _vary_turns(turns: Sequence[Message], change: Vary, chance: random.Random) -> tuple[Message, ...]:
-    """Return turns of which those of the user are written otherwise."""
-    return tuple(replace(m, content=change(m.content, chance)) if m.role == "user" else m for m in turns)
+def _vary_turns(
+    turns: Sequence[Message], change: Vary, chance: random.Random, roles: Sequence[str]
+) -> tuple[Message, ...]:
+    """Return turns of which those of some roles are written otherwise."""
+    return tuple(replace(m, content=change(m.content, chance)) if m.role in roles else m for m in turns)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from headstart.evaluate.robust import (
     know_outside,
     mistype,
     reorder_fields,
+    reword,
     robust_result,
     spare_tokens,
     variant_reading,
@@ -44,7 +45,7 @@ PAIR = Preference(
     Where("f", 5),
     (
         Message("system", "Answer, please."),
-        Message("user", "Where does the patient say that it hurts, Doctor?\nName: Ann\nAge: 61"),
+        Message("user", "Identify where she says that it hurts, Doctor?\nName: Ann\nAge: 61\nSex: f\nTown: Leeds"),
     ),
     (Message("assistant", "In the Lung.", True), Message("assistant", "Nowhere, at all.", True)),
     (1.0, 0.0),
@@ -78,7 +79,14 @@ def test_a_row_always_varies_alike_and_what_is_right_stays(name: str) -> None:
 def test_of_preferences_the_prompt_of_the_user_varies_and_nothing_else(name: str) -> None:
     varied = vary(PAIR, name)
     assert isinstance(varied, Preference)
-    assert varied == replace(PAIR, prompt=(PAIR.prompt[0], varied.prompt[1]))
+    assert varied == replace(PAIR, prompt=varied.prompt)
+    if name == "the task in other words":  # which the system may tell as well
+        assert [m.content for m in varied.prompt] == [
+            "Reply to, please.",
+            "Point out where she says that it hurts, Doctor?\nName: Ann\nAge: 61\nSex: f\nTown: Leeds",
+        ]
+    else:
+        assert varied.prompt[0] == PAIR.prompt[0]
     assert varied.prompt[1] == replace(PAIR.prompt[1], content=varied.prompt[1].content)
     # As a question of a conversation that says the same would be written.
     asked = conversation(PAIR.prompt[1].content, "An answer.")
@@ -109,6 +117,15 @@ def test_each_way_does_what_it_says() -> None:
     asked = conversation("Write the note:\n\nDoctor: hello\nPatient: hi", "A note.")
     assert vary(asked, "the first line last").messages[0].content == "Doctor: hello\nPatient: hi\n\nWrite the note:"  # type: ignore[union-attr]
     assert vary(labelled, "the first line last") == labelled
+    worded = vary(asked, "the task in other words").messages  # type: ignore[union-attr]
+    assert worded[0].content == "Compose the note:\n\nDoctor: hello\nPatient: hi"
+    assert worded[1].content == "A note."
+    assert reword("Summarize the dialogue, then list its text.\nlist: text", chance) == (
+        "Sum up the conversation, then enumerate its passage.\nlist: text"
+    )
+    for other in ("Schreibe den Text.", "i have a question", "The list is long."):  # no task in words that are known
+        assert reword(other, chance) == other
+    assert vary(replace(labelled, text="List my cards"), "the task in other words").text == "List my cards"  # type: ignore[union-attr]
     longer = vary(labelled, "other text before it").text  # type: ignore[union-attr]
     assert longer.endswith(labelled.text)  # type: ignore[union-attr]
     assert len(longer) > 5 * len(labelled.text)  # type: ignore[union-attr]
@@ -226,9 +243,9 @@ def test_rows_are_written_otherwise_as_long_as_they_cost_a_tenth_of_training(tra
 
 
 def test_of_rows_that_can_be_written_in_few_ways_more_are_paid_for() -> None:
-    # Of 80 rows, eight in each of nine ways or 26 in each of three.
-    assert (affordable(8_000, 100), affordable(8_000, 100, 3)) == ((9, 8), (3, 26))
-    assert [len(ways_of(row)) for row in (*ROWS, PAIR)] == [9, 9, 3, 6, 9]
+    # Of 80 rows, eight in each of ten ways or 26 in each of three.
+    assert (affordable(8_000, 100), affordable(8_000, 100, 3)) == ((10, 8), (3, 26))
+    assert [len(ways_of(row)) for row in (*ROWS, PAIR)] == [10, 9, 3, 6, 10]
 
 
 @pytest.mark.parametrize(
