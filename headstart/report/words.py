@@ -87,8 +87,6 @@ def cures(result: Mapping[str, Any], run: str) -> list[str]:
     return found
 
 
-HOLDS = "in none of {ways} ways of writing is it clearly worse than on the rows as they are"
-
 OLD_VERDICTS = {
     "kept": "what it learned before is kept",
     "lost": "what it learned before fell",
@@ -165,9 +163,11 @@ def robust_words(robust: Mapping[str, Any] | str) -> str:
             most = max(fell, key=lambda name: abs(fell[name]["difference"]["value"]))
             said.append(f"most is lost with {most}: {_change(fell[most], 'clean', 'difference')}")
         else:
-            said.append(HOLDS.format(ways=len(parts)))
+            ways = f"in none of {len(parts)} ways of writing" if len(parts) > 1 else f"not with {next(iter(parts))}"
+            said.append(f"{ways} is it clearly worse than on the rows as they are")
         better = sum(part["gain_direction"] > 0 for part in parts.values())
-        said.append(f"better than the untouched model in {better} of {len(parts)} ways of writing")
+        where = f"in {better} of {len(parts)} ways of writing" if len(parts) > 1 else "there"
+        said.append(f"{'not clearly ' * (len(parts) == 1 and not better)}better than the untouched model {where}")
     return "; ".join(filter(None, (*said, outside_words(robust))))
 
 

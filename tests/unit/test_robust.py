@@ -194,6 +194,10 @@ def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them
     assert [line[-1] for line in robust_lines(result) if line[0] == "lower case"] == ["worse"]
     held = robust_result(before, measured(True, 0.9, lambda _: True))
     assert robust_words(held).startswith("in none of 4 ways of writing is it clearly worse")  # type: ignore[arg-type]
+    one = {**held, "varied": {"white space": held["varied"]["white space"]}}  # type: ignore[index]
+    assert robust_words(one).startswith(
+        "not with white space is it clearly worse than on the rows as they are; better than the untouched model there"
+    )
 
 
 def test_rows_that_stand_in_one_line_are_told_apart() -> None:
