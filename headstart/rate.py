@@ -22,19 +22,17 @@ from headstart.job import Job
 PART = 0.1  # of the run's steps, for all rates together
 LEAST_STEPS, MOST_STEPS = 4, 50  # of a rate
 TRIED = ((1 / 4, 1 / 2, 1.0, 2.0, 4.0), (1 / 3, 1.0, 3.0))  # times the usual rate; fewer where a run is short
-# The best rate falls with the length of a run as its power of -0.32 (Bjorck et al., "Scaling optimal LR across token
-# horizons", 2024), so a few steps are taken at a rate that is higher by as much.
-HORIZON = 0.32
+# The steps are taken at the rates themselves. That longer runs want lower ones (Bjorck et al., "Scaling optimal LR across token
+# horizons", 2024, a power of -0.32) didn't hold here: steps at rates that are higher by as much went past what is stable (docs/log.md).
 CLEAR = 2.0  # standard errors by which another rate has to be better than the usual one
 ROWS = 32  # that follow, to score on where none are watched
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A rate for the run, the one that its few steps were taken at, and what these left on rows not trained on."""
+    """A rate, and what a few steps at it left on rows that they don't train on."""
 
     rate: float
-    taken: float
     scores: RowScores | None  # None: it diverged
 
     @property
@@ -84,17 +82,16 @@ def try_rates(job: Job, rates: Sequence[float], steps: int, display: Display) ->
     engine, settings = job.engine, job.config.settings
     prepared, budget = job.data.prepared, settings.engine.tokens_per_pack or 1
     watched = prepared.watch.examples or _following(job.new_feed(), prepared.train.examples, steps)
-    higher = (job.layout.steps / steps) ** HORIZON
     start = {name: parameter.detach().clone() for name, parameter in engine.trainable.items()}
     state = engine.random_state()
     found = []
     for number, rate in enumerate(rates):
         torch.manual_seed(settings.seed)
-        schedule = Schedule(rate * higher, steps, max(1, steps // 10), settings.optim.schedule)
+        schedule = Schedule(rate, steps, max(1, steps // 10), settings.optim.schedule)
         plan = LoopPlan(schedule, budget)
         done = _train(engine, job.new_feed(), prepared.train.examples, plan)
         scores = score_rows(engine.reader, watched, budget) if done else None
-        found.append(Tried(rate, schedule.peak, scores if scores and math.isfinite(scores.mean) else None))
+        found.append(Tried(rate, scores if scores and math.isfinite(scores.mean) else None))
         engine.load_weights(start)
         engine.forget_moments()
         display.progress("trying rates", number + 1, len(rates))
@@ -125,22 +122,32 @@ def _following(feed: Feed, examples: Sequence[Example], steps: int) -> list[Exam
 
 
 def judge(found: Sequence[Tried], usual: float) -> tuple[Tried, str]:
-    """Return the rate to take, and why: the one of the least loss where it is clearly below that of the usual rate.
+    """Return the rate to take, and why: of those that aren't clearly worse than the best, the one nearest to the usual rate.
 
-    Clearly: by `CLEAR` standard errors of the paired difference over rows. Else the usual one, which rests on more runs.
+    Clearly: by `CLEAR` standard errors of the paired difference over rows. The usual one rests on more runs.
     """
-    own = min(found, key=lambda tried: abs(math.log(tried.rate / usual)))
-    best = min(found, key=lambda tried: (tried.loss, tried.rate))
-    if best is own or best.scores is None:
-        return own, "none was better than the usual one" if own.scores else "all diverged; it is the usual one"
-    if own.scores is None:
-        return best, f"the least loss, {best.loss:.4f}; the usual {own.rate:g} diverged"
-    gap, error = paired(own.scores, best.scores)
-    told = f"{best.loss:.4f} at {best.rate:g}, {own.loss:.4f} at the usual {own.rate:g}"
-    if gap < CLEAR * error:
+    near = sorted(found, key=lambda tried: (abs(math.log(tried.rate / usual)), tried.rate))
+    own, best = near[0], min(found, key=lambda tried: (tried.loss, tried.rate))
+    if best.scores is None:
+        return own, "all diverged; it is the usual one"
+    if best is own:
+        return own, "none was better than the usual one"
+    if own.scores is not None and not _clear(own, best):
+        told = f"{best.loss:.4f} at {best.rate:g}, {own.loss:.4f} at the usual {own.rate:g}"
         return own, f"none was clearly better than the usual one ({told})"
-    edge = ", the last that was tried" if best in (found[0], found[-1]) else ""
-    return best, f"clearly less loss ({told}){edge}"
+    chosen = next(tried for tried in near if tried.scores and not _clear(tried, best))
+    edge = ", the last that was tried" if chosen in (found[0], found[-1]) else ""
+    if own.scores is None:
+        return chosen, f"the usual {own.rate:g} diverged{edge}"
+    return chosen, f"clearly less loss ({chosen.loss:.4f}, {own.loss:.4f} at the usual {own.rate:g}){edge}"
+
+
+def _clear(worse: Tried, better: Tried) -> bool:
+    """Tell whether what steps at a rate left is clearly worse than what those at another did."""
+    if worse is better or worse.scores is None or better.scores is None:
+        return worse.scores is None
+    gap, error = paired(worse.scores, better.scores)
+    return gap > CLEAR * error
 
 
 def paired(first: RowScores, second: RowScores) -> tuple[float, float]:

@@ -102,17 +102,19 @@ def scores(*nll: float) -> RowScores:
 
 def test_a_rate_is_taken_only_where_it_is_clearly_better() -> None:
     rows = np.linspace(1.0, 2.0, 16)
-    usual = Tried(1e-3, 3e-3, scores(*rows))
-    luck = Tried(
-        2e-3, 6e-3, scores(*(rows - 0.01 + 0.2 * (-1) ** np.arange(16)))
-    )  # less on average, row by row either way
-    clear = Tried(5e-4, 2e-3, scores(*(rows - 0.2)))
-    gone = Tried(4e-3, 1e-2, None)
+    either = 0.2 * (-1) ** np.arange(16)  # row by row in either way, nothing on average
+    usual = Tried(1e-3, scores(*rows))
+    luck = Tried(2e-3, scores(*(rows - 0.01 + either)))
+    clear = Tried(5e-4, scores(*(rows - 0.2)))
+    beyond = Tried(2.5e-4, scores(*(rows - 0.21 + either)))
+    gone = Tried(4e-3, None)
     assert judge([usual, luck, gone], 1e-3)[0] is usual
     assert judge([clear, usual, luck, gone], 1e-3)[0] is clear
+    assert judge([beyond, clear, usual], 1e-3)[0] is clear  # the best is no clearer, and farther from what is usual
     assert "the last that was tried" in judge([clear, usual], 1e-3)[1]
-    assert judge([Tried(1e-3, 3e-3, None), clear], 1e-3)[0] is clear
+    assert judge([Tried(1e-3, None), clear], 1e-3)[0] is clear
     assert judge([usual], 1e-3)[0] is usual
+    assert judge([gone, Tried(1e-3, None)], 1e-3)[0].rate == 1e-3
 
 
 def test_a_paired_difference_and_its_error_are_those_of_scipy() -> None:
