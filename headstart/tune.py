@@ -690,8 +690,8 @@ class _Session:
         # Last, since a run with a result is a finished one.
         write_json(self.folder.result_file, result)
         self.display.title("before and after")
-        for name, first, second, difference, clear in score_table(result):
-            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        for name, first, second, difference, clear, counted in score_table(result):
+            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear:<14} {counted}")
         for name, first, second, difference, clear in guard_lines(result["guard"]):
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         for wins in [] if isinstance(result["wins"], str) else result["wins"]:

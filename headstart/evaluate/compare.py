@@ -27,10 +27,14 @@ def _as_it_is(ratio: Any) -> Any:
 
 
 class Metric(ABC):
-    """A metric over rows. `lower_is_better` tells its sense; `decides` whether a verdict may rest on it."""
+    """A metric over rows, or over groups of rows where it is `grouped`: then its rows, in all that follows, are the groups.
+
+    `lower_is_better` tells its sense; `decides` whether a verdict may rest on it.
+    """
 
     lower_is_better: bool = False
     decides: bool = True
+    grouped: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -54,8 +58,8 @@ class Metric(ABC):
 class Ratio(Metric):
     """The sum of `values` over the sum of `weights`, both [N], `transform`ed; 0 where nothing weighs anything.
 
-    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right; with `grouped` rows are
-    groups of such, their values how many of them are right.
+    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right; where it is `grouped`, too,
+    the value of a group is how many of its rows are right.
     """
 
     values: Floats
@@ -266,6 +270,7 @@ class Clustered(Metric):
 
     metric: Metric
     members: Sequence[Draws]
+    grouped = True
 
     @property
     def lower_is_better(self) -> bool:  # type: ignore[override]
@@ -319,7 +324,7 @@ def cluster(metric: Metric, groups: Sequence[str]) -> Metric:
         return metric
     if isinstance(metric, Ratio):
         values, weights = (np.bincount(of, s, len(numbers)).astype(np.float64) for s in (metric.values, metric.weights))
-        return replace(metric, values=values, weights=weights, grouped=metric.right)
+        return replace(metric, values=values, weights=weights, grouped=True)
     order = np.argsort(of, kind="stable")
     return Clustered(metric, np.split(order, np.flatnonzero(np.diff(of[order])) + 1))
 
@@ -340,7 +345,7 @@ def _merge(first: Sequence[str], second: Sequence[str]) -> tuple[Draws, Draws]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the bounds between which it lies with 95% confidence."""
+    """A value with the bounds between which it lies with 95% confidence; infinite ones where nothing is known of them."""
 
     value: float
     low: float
@@ -350,14 +355,15 @@ class Interval:
         """Return the interval that holds other bounds, too."""
         return Interval(self.value, min(self.low, low), max(self.high, high))
 
-    def to_json(self) -> dict[str, float]:
-        """The three numbers by name."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def to_json(self) -> dict[str, float | None]:
+        """The three numbers by name; None for a bound of which nothing is known."""
+        low, high = (bound if math.isfinite(bound) else None for bound in (self.low, self.high))
+        return {"value": self.value, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric before and after on `rows` rows, and their difference (after minus before).
+    """One metric before and after, and their difference (after minus before), over `rows` rows, or groups where it is `grouped`.
 
     `p` is how often a difference as large comes about where nothing changed: by swaps of before and after.
     """
@@ -370,6 +376,7 @@ class Compared:
     rows: int
     decides: bool = True
     p: float = 0.0
+    grouped: bool = False
 
     @property
     def direction(self) -> int:
@@ -390,7 +397,7 @@ class Compared:
 
     @property
     def rows_needed(self) -> int | None:
-        """Return about how many rows would decide, if the difference is what it seems; None where it is decided or none.
+        """Return about how many rows, or groups, would decide, if the difference is what it seems; None where it is decided or none.
 
         An interval narrows with the root of the rows.
         """
@@ -400,6 +407,11 @@ class Compared:
         if self.direction or not value:
             return None
         return math.ceil(self.rows * max(1.0, (value - low if value > 0 else high - value) / abs(value)) ** 2) + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The difference as the result file holds it: with what it is over, and how sure it is."""
+        over = {"rows": self.rows, "grouped": self.grouped}
+        return {**self.difference.to_json(), **over, "direction": self.direction, "p": self.p}
 
 
 def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared:
@@ -428,22 +440,41 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
         first, second = (_of_draws(m, s, count) for m, s in zip((before, after), samples, strict=True))
         gap = whole(after) - whole(before)
         difference = _interval(gap, samples[1] - samples[0], count)
-        if isinstance(before, Ratio) and isinstance(after, Ratio) and after.grouped:
+        if isinstance(before, Ratio) and _grouped_right(after):
             difference = _with_counts_of(before, after, difference)
         p = _swap(before, after, seed)
-    return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
+    first, second, difference = (_if_known(item, rows) for item in (first, second, difference))
+    return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p, before.grouped)
 
 
 def interval(metric: Metric, seed: int = 0) -> Interval:
     """Return a metric by itself with its interval: what `compare` gives for either side."""
-    if _counted(metric):
-        return _wilson(metric.values)
-    return _of_draws(metric, _resample([metric], seed)[0], metric.rows_that_count)
+    found = (
+        _wilson(metric.values)
+        if _counted(metric)
+        else _of_draws(metric, _resample([metric], seed)[0], metric.rows_that_count)
+    )
+    return _if_known(found, len(metric))
+
+
+def tell_metric(metric: Metric) -> dict[str, Any]:
+    """Return a metric by itself as plain values: with its interval, and what it is over."""
+    return {**interval(metric).to_json(), "rows": len(metric), "grouped": metric.grouped}
+
+
+def _if_known(found: Interval, rows: int) -> Interval:
+    """Return an interval over rows, or groups; of a single one, whose draws are all the same, no bounds are known."""
+    return Interval(found.value, -math.inf, math.inf) if rows < 2 and found.low == found.high else found
 
 
 def _counted(metric: Metric) -> TypeGuard[Ratio]:
     """Tell whether each row is right or wrong, so that nothing needs to be drawn."""
     return isinstance(metric, Ratio) and metric.right and not metric.grouped
+
+
+def _grouped_right(metric: Metric) -> TypeGuard[Ratio]:
+    """Tell whether rows are groups of what is right or wrong."""
+    return isinstance(metric, Ratio) and metric.right and metric.grouped
 
 
 def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
@@ -453,7 +484,7 @@ def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
     rows were independent and, where the draws don't vary, as if each group were one row.
     """
     found = _interval(whole(metric), samples, rows)
-    if not isinstance(metric, Ratio) or not metric.grouped:
+    if not _grouped_right(metric):
         return found
     count = len(metric) if found.low == found.high else int(metric.weights.sum())
     return found.hull(*_wilson_bounds(found.value, count))
@@ -498,10 +529,7 @@ def to_json(compared: Sequence[Compared]) -> Mapping[str, Any]:
     return {
         "before": {item.name: item.before.to_json() for item in compared},
         "after": {item.name: item.after.to_json() for item in compared},
-        "differences": {
-            item.name: {**item.difference.to_json(), "rows": item.rows, "direction": item.direction, "p": item.p}
-            for item in compared
-        },
+        "differences": {item.name: item.to_json() for item in compared},
     }
 
 

@@ -260,6 +260,32 @@ def test_other_metrics_are_drawn_and_swapped_by_groups_too() -> None:
     assert fewer.direction == 0  # one group is one witness
 
 
+def test_of_a_single_group_no_bounds_are_known_and_nothing_is_decided() -> None:
+    truth = ["a", "b"] * 20
+    ones = np.ones(40)
+    sides = {
+        "macro_f1": (ClassMetric.of(truth, ["a"] * 40), ClassMetric.of(truth, truth)),
+        "nll": (Ratio(2 * ones, ones), Ratio(ones, ones)),
+    }
+    for name, pair in sides.items():
+        before, after = (cluster(metric, ["g"] * 40) for metric in pair)
+        found = compare(name, before, after)
+        for side in (found.before, found.after, found.difference, interval(before)):
+            assert (side.low, side.high) == (-np.inf, np.inf)
+            assert (side.to_json()["low"], side.to_json()["high"]) == (None, None)
+        assert (found.rows, found.grouped, found.direction, found.rows_needed) == (1, True, 0, 8)
+        assert verdict([found], name) == "not_measured"
+    alone = compare("nll", mean([3.0]), mean([2.0]))
+    assert (alone.difference.low, alone.grouped) == (-np.inf, False)
+
+
+def test_a_single_group_that_is_all_right_is_as_sure_as_a_single_row() -> None:
+    right = cluster(Ratio(np.ones(40), np.ones(40), right=True), ["g"] * 40)
+    wilson = stats.binomtest(1, 1).proportion_ci(method="wilson")
+    found = interval(right)
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, wilson.low, 1.0))
+
+
 def test_groups_that_are_all_right_are_as_sure_as_so_many_rows() -> None:
     ones, groups = np.ones(40), [f"g{n // 4}" for n in range(40)]
     right = Ratio(ones, ones, right=True)
