@@ -124,7 +124,7 @@ def start(config: Config, display: Display, track: Sequence[str] = (), *, prove:
         out = config.settings.out
         if out:
             RunFolder.check_free(Path(out))
-        job = _set_up(config, today, display)
+        job = _set_up(config, today, display, prove=prove)
         if config.settings.optim.lr == AUTO:
             choose_rate(job, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
@@ -160,7 +160,7 @@ def resume(
         config = folder.read_config()
         changes = find_changes(record, config)
         refuse(changes, allow)
-        job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display)
+        job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display, prove=prove)
         changes += find_other_sources(record, job.data)
         refuse(changes, allow)
         _check_graders(folder, job)
@@ -184,7 +184,7 @@ def _check_graders(folder: RunFolder, job: Job) -> None:
         raise RunError(Problem("run.changed", what, str(folder.path), cure))
 
 
-def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
+def _set_up(config: Config, today: datetime.date, display: Display, *, prove: bool) -> Job:
     display.title("data")
     data = build_data(config, today)
     for line in data_lines(data.prepared):
@@ -193,7 +193,7 @@ def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
     given = config.settings
     held = data.proof(given.eval.rows).kept
     grading = build_grading(given.eval.graders, (*given.data.train, *given.data.eval), given.data, held)
-    job = build_job(data, display.warn)
+    job = build_job(data, display.warn, prove=prove)
     job.grading = grading
     display.title("plan")
     for name, value in plan_facts(job.plan()):
