@@ -305,6 +305,7 @@ def best_threshold(outputs: Floats, truth: Floats) -> float:
     order = np.argsort(-probabilities, kind="stable")
     hits = np.cumsum(truth.ravel()[order])
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + truth.sum())
+    f1[:-1][np.diff(probabilities[order]) == 0] = 0.0  # no threshold parts equal ones
     best = int(f1.argmax())
     lower = probabilities[order[best + 1]] if best + 1 < len(order) else 0.0
     return float((probabilities[order[best]] + lower) / 2)
