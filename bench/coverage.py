@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,14 @@ def draw_skewed(chance: np.random.Generator, rows: int, gain: float) -> Pair:
     if gain == 0:  # nothing changed: as often up as down
         return {"score": mean(before)}, {"score": mean(before + chance.laplace(0, 0.7, rows))}
     return {"score": mean(before)}, {"score": mean(before + gain + chance.exponential(0.7, rows) - 0.7)}
+
+
+def draw_errors(chance: np.random.Generator, rows: int, gain: float) -> Pair:
+    """Errors of which a few are far larger than the rest, before and after."""
+    each = chance.lognormal(0, 1, rows)
+    sides = (mean(each * level * chance.lognormal(0, 0.35, rows)) for level in (1, 1 - gain))
+    before, after = (replace(side, lower_is_better=True) for side in sides)
+    return {"mae": before}, {"mae": after}
 
 
 def draw_loss(chance: np.random.Generator, rows: int, gain: float) -> Pair:
@@ -74,6 +82,7 @@ def draw_classes(chance: np.random.Generator, rows: int, gain: float) -> Pair:
 CASES: dict[str, tuple[Draw, float]] = {
     "mean, normal": (draw_normal, 0.2),
     "mean, skewed": (draw_skewed, 0.2),
+    "mean of errors": (draw_errors, 0.2),
     "loss per token": (draw_loss, 0.1),
     "right or wrong": (draw_right, 0.1),
     "classes": (draw_classes, 0.15),

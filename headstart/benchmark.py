@@ -23,7 +23,7 @@ from headstart.evaluate.harness import Asked, OnProgress, TaskScores, as_harness
 from headstart.files import new_file, write_json
 from headstart.models.load import find_base, is_encoder, load_tokenizer, model_length, stop_ids
 from headstart.models.source import find_model, weights_hash
-from headstart.report.words import clearness
+from headstart.report.words import bounds, clearness, shift
 from headstart.verbs import PACK_TOKENS, load_here
 
 
@@ -181,9 +181,9 @@ def say_benchmarks(display: Display, found: Sequence[Benchmarked]) -> None:
         display.title(one.model)
         for task, told in one.to_json()["tasks"].items():
             for name, value in told["metrics"].items():
-                bounds = f"[{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else "no interval"
+                sure = f"[{bounds(value)}]" if "low" in value else "no interval"
                 display.line(
-                    f"  {task:<28} {name:<16} {value['value']:>9.3f}  {bounds:<20} {told['documents']:,} documents"
+                    f"  {task:<28} {name:<16} {value['value']:>9.3f}  {sure:<20} {told['documents']:,} documents"
                 )
         if one.cut:
             display.warn(f"{one.cut:,} prompts were too long for the model and lost their beginning")
@@ -191,6 +191,5 @@ def say_benchmarks(display: Display, found: Sequence[Benchmarked]) -> None:
         display.title(f"{found[0].model} -> {other.model}, on the same documents")
         for task, each in tasks.items():
             for item in each:
-                low, value, high = item.difference.low, item.difference.value, item.difference.high
-                shown = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-                display.line(f"  {task:<28} {item.name:<16} {shown:<26} {clearness(item.direction, low, high)}")
+                gap = item.to_json()
+                display.line(f"  {task:<28} {item.name:<16} {shift(gap):<26} {clearness(gap)}")

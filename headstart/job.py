@@ -234,10 +234,10 @@ def _objective_words(settings: Settings) -> str:
     return f"{terms.objective}, beta {terms.beta:g}{smoothed}, likelihood of the chosen answer {terms.likelihood:g}"
 
 
-def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
+def build_job(data: Data, tell: Callable[[str], None] | None = None, *, prove: bool = True) -> Job:
     """Load the model, decide what was left open, and measure what the run will need.
 
-    `tell` is called with what can't be had as asked. Raises ModelError, and ResourceError where the run can't fit.
+    `tell` gets what can't be had as asked; without `prove` no row is written otherwise. Raises ModelError; ResourceError: it can't fit.
     """
     device = machine.pick_device()
     config = _decide_machine(data.config, device)
@@ -291,7 +291,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None) -> Job:
     sped = reader.speed_up() if config.settings.engine.fast == "on" else Sped()
     config = choose(config, _facts(data, device, adapted.model))
     settings = config.settings
-    data.variants = _write_variants(data, config)
+    data.variants = _write_variants(data, config) if prove else []
     engine = Engine(
         reader,
         adapted.trainable(),

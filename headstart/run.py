@@ -208,11 +208,10 @@ class Run:
         return load_model(source, pick_device(), dtype, task, find_labels(source)).adapted
 
     def __repr__(self) -> str:
+        from headstart.report.words import shift
+
         difference = self.result["difference"]
-        return (
-            f"Run({str(self.path)!r}: {self.result['verdict']}, {difference['metric']} "
-            f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}])"
-        )
+        return f"Run({str(self.path)!r}: {self.result['verdict']}, {difference['metric']} {shift(difference)})"
 
     def _repr_html_(self) -> str:
         from headstart.report.words import sentence

@@ -21,8 +21,8 @@ from headstart.lineage import find_parents
 from headstart.machine import home
 from headstart.models.source import BUILT_IN, RECORD, cached
 from headstart.report.strength import strength_lines, strength_words
-from headstart.report.versus import difference, flip_line
-from headstart.report.words import VERDICTS, clearness, data_lines, plan_facts, wins_words
+from headstart.report.versus import flip_line
+from headstart.report.words import VERDICTS, bounds, clearness, data_lines, over, plan_facts, shift, wins_words
 from headstart.run import RunFolder, find_runs
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def say_evaluated(display: Display, found: Evaluated) -> None:
     for note in found.notes:
         display.line(f"  {note}")
     for name, values in found.metrics.items():
-        bounds = f"95% interval {values['low']:.3f} to {values['high']:.3f}"
-        display.line(f"  {LABELS.get(name, name):<24} {values['value']:8.3f}   {bounds}")
+        sure = f"95% interval {bounds(values, between=' to ')}"
+        display.line(f"  {LABELS.get(name, name):<24} {values['value']:8.3f}   {sure}   {over(values)}")
     if found.robust:
         _say_robust(display, found.robust)
 
@@ -153,18 +153,14 @@ def _say_robust(display: Display, found: Robust) -> None:
     for item in found.varied:
         _say_compared(display, item.name, item.compared)
     if found.outside:
-        low, high = found.outside.low, found.outside.high
-        what = (
-            f"text from outside the job is told by confidence: AUROC {found.outside.value:.3f} [{low:.3f}, {high:.3f}]"
-        )
-        display.line(f"  {what} (0.5 is chance)")
+        auroc = f"{found.outside.value:.3f} [{bounds(found.outside.to_json())}]"
+        display.line(f"  text from outside the job is told by confidence: AUROC {auroc} (0.5 is chance)")
 
 
 def _say_compared(display: Display, name: str, item: Compared) -> None:
     values = f"{item.before.value:8.3f} -> {item.after.value:8.3f}"
-    display.line(
-        f"  {name:<24} {values}   {difference(item):<26} {clearness(item.direction, item.difference.low, item.difference.high)}"
-    )
+    told = item.to_json()
+    display.line(f"  {name:<24} {values}   {shift(told):<26} {clearness(told):<14} {over(told)}")
 
 
 def say_versus(display: Display, found: Versus) -> None:
@@ -197,7 +193,9 @@ def _say_flips(display: Display, flips: Flips) -> None:
 def say_strengths(display: Display, found: Mapping[str, Any]) -> None:
     """Say what each strength of a run gives."""
     display.end_progress()
-    display.title(f"{found['run']} on {found['rows']:,} rows that it never saw")
+    display.title(
+        f"{found['run']} on {over(found)} {'that it never saw' if found['own'] else 'of the data that was named'}"
+    )
     metric = LABELS.get(found["metric"], found["metric"])
     display.line(f"  {'strength':<10}{metric:>24}   {'against strength 0':<26} {'':<8} the guard")
     for strength, value, gap, clear, grown, kept in strength_lines(found):

@@ -47,7 +47,7 @@ class Setting:
         return {
             "strength": self.strength,
             "value": job.after.to_json(),
-            "difference": {**job.difference.to_json(), "direction": job.direction, "p": job.p},
+            "difference": job.to_json(),
             "guard": self.guard or NOT_MEASURED,
         }
 
@@ -77,6 +77,7 @@ class Strengths:
             "run": self.run,
             "metric": job.name,
             "rows": job.rows,
+            "grouped": job.grouped,
             "own": self.own,
             "zero": self.zero,
             "strengths": [setting.to_json() for setting in self.settings],

@@ -125,7 +125,7 @@ def start(config: Config, display: Display, track: Sequence[str] = (), *, prove:
         out = config.settings.out
         if out:
             RunFolder.check_free(Path(out))
-        job = _set_up(config, today, display)
+        job = _set_up(config, today, display, prove=prove)
         if config.settings.optim.lr == AUTO:
             choose_rate(job, display)
         path = Path(out) if out else new_run_path(config.settings.data.train[0], job.config.settings.model)
@@ -161,7 +161,7 @@ def resume(
         config = folder.read_config()
         changes = find_changes(record, config)
         refuse(changes, allow)
-        job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display)
+        job = _set_up(config.fixed(), datetime.date.fromisoformat(record["date"]), display, prove=prove)
         changes += find_other_sources(record, job.data)
         refuse(changes, allow)
         _check_graders(folder, job)
@@ -185,7 +185,7 @@ def _check_graders(folder: RunFolder, job: Job) -> None:
         raise RunError(Problem("run.changed", what, str(folder.path), cure))
 
 
-def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
+def _set_up(config: Config, today: datetime.date, display: Display, *, prove: bool) -> Job:
     display.title("data")
     data = build_data(config, today)
     for line in data_lines(data.prepared):
@@ -194,7 +194,7 @@ def _set_up(config: Config, today: datetime.date, display: Display) -> Job:
     given = config.settings
     held = data.proof(given.eval.rows).kept
     grading = build_grading(given.eval.graders, (*given.data.train, *given.data.eval), given.data, held)
-    job = build_job(data, display.warn)
+    job = build_job(data, display.warn, prove=prove)
     job.grading = grading
     display.title("plan")
     for name, value in plan_facts(job.plan()):
@@ -688,8 +688,8 @@ class _Session:
         # Last, since a run with a result is a finished one.
         write_json(self.folder.result_file, result)
         self.display.title("before and after")
-        for name, first, second, difference, clear in score_table(result):
-            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
+        for name, first, second, difference, clear, counted in score_table(result):
+            self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear:<14} {counted}")
         for name, first, second, difference, clear in guard_lines(result["guard"]):
             self.display.line(f"  {name:<24} {first:>8} -> {second:>8}   {difference:<26} {clear}")
         for wins in [] if isinstance(result["wins"], str) else result["wins"]:

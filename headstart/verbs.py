@@ -30,7 +30,7 @@ from headstart.dataset import Data, build_data, build_renderer, row_length
 from headstart.display import Display
 from headstart.engine.forward import Reader
 from headstart.errors import DataError, Problem, UsageError
-from headstart.evaluate.compare import interval
+from headstart.evaluate.compare import tell_metric
 from headstart.evaluate.graders.rows import Grading, build_grading, find_unfit, read_items, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, OnProgress, RowResult, choose_answered, measure
 from headstart.evaluate.predictions import Predictions
@@ -361,7 +361,7 @@ class _Scoring:
             rows += found
         measured = Measured(rows, reading.task)
         notes += ungraded_lines(ungraded({"": measured}))
-        values = {name: interval(metric).to_json() for name, metric in measured.metrics().items()}
+        values = {name: tell_metric(metric) for name, metric in measured.metrics().items()}
         robust = _measure_robust(reading, measured, model) if self.robust else None
         evaluated = Evaluated(reading.source.name, measured, values, list(dict.fromkeys(notes)), robust)
         if kept:

@@ -16,6 +16,7 @@ SWAPS = 4_000
 DRAWS_AT_ONCE = 1 << 21
 LEVEL = 0.95
 MIN_ROWS = 8
+JACKKNIFE_MOST = 1_000  # rows of which each is left out once
 BINS = 10
 
 Floats = NDArray[np.float64]
@@ -27,10 +28,15 @@ def _as_it_is(ratio: Any) -> Any:
 
 
 class Metric(ABC):
-    """A metric over rows. `lower_is_better` tells its sense; `decides` whether a verdict may rest on it."""
+    """A metric over rows, or over groups of rows where it is `grouped`: then its rows, in all that follows, are the groups.
+
+    `lower_is_better` tells its sense; `decides` whether a verdict may rest on it; `span` how far apart two of its values can lie.
+    """
 
     lower_is_better: bool = False
     decides: bool = True
+    grouped: bool = False
+    span: float = math.inf
 
     @abstractmethod
     def __len__(self) -> int:
@@ -54,8 +60,8 @@ class Metric(ABC):
 class Ratio(Metric):
     """The sum of `values` over the sum of `weights`, both [N], `transform`ed; 0 where nothing weighs anything.
 
-    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right; with `grouped` rows are
-    groups of such, their values how many of them are right.
+    `right` tells that each row is right or wrong, 1 or 0, and the metric is how many are right; where it is `grouped`, too,
+    the value of a group is how many of its rows are right.
     """
 
     values: Floats
@@ -115,6 +121,11 @@ class ClassMetric(Metric):
     def __len__(self) -> int:
         return len(self.truth)
 
+    @property
+    def span(self) -> float:  # type: ignore[override]
+        """A correlation goes from -1 to 1."""
+        return 2.0 if self.name == "mcc" else 1.0
+
     def over(self, draws: Draws) -> Floats:
         """Return the metric over each draw of rows; classes that a draw doesn't meet don't count."""
         truth, found = self.truth[draws], self.found[draws]
@@ -160,6 +171,7 @@ class SeveralF1(Metric):
     truth: NDArray[np.bool_]
     found: NDArray[np.bool_]
     names: Sequence[str] = ()
+    span = 1.0
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -200,6 +212,11 @@ class Rank(Metric):
     scores: Floats
     name: str = "spearman"
 
+    @property
+    def span(self) -> float:  # type: ignore[override]
+        """A correlation goes from -1 to 1."""
+        return 2.0 if self.name == "spearman" else 1.0
+
     def __len__(self) -> int:
         return len(self.truth)
 
@@ -236,6 +253,7 @@ class Calibration(Metric):
     right: Floats
     lower_is_better: bool = True
     decides: bool = False
+    span = 1.0
 
     def __len__(self) -> int:
         return len(self.right)
@@ -266,6 +284,7 @@ class Clustered(Metric):
 
     metric: Metric
     members: Sequence[Draws]
+    grouped = True
 
     @property
     def lower_is_better(self) -> bool:  # type: ignore[override]
@@ -276,6 +295,11 @@ class Clustered(Metric):
     def decides(self) -> bool:  # type: ignore[override]
         """Tell whether a verdict may rest on the metric."""
         return self.metric.decides
+
+    @property
+    def span(self) -> float:  # type: ignore[override]
+        """How far apart two values of the metric can lie."""
+        return self.metric.span
 
     def __len__(self) -> int:
         return len(self.members)
@@ -319,7 +343,7 @@ def cluster(metric: Metric, groups: Sequence[str]) -> Metric:
         return metric
     if isinstance(metric, Ratio):
         values, weights = (np.bincount(of, s, len(numbers)).astype(np.float64) for s in (metric.values, metric.weights))
-        return replace(metric, values=values, weights=weights, grouped=metric.right)
+        return replace(metric, values=values, weights=weights, grouped=True)
     order = np.argsort(of, kind="stable")
     return Clustered(metric, np.split(order, np.flatnonzero(np.diff(of[order])) + 1))
 
@@ -340,7 +364,7 @@ def _merge(first: Sequence[str], second: Sequence[str]) -> tuple[Draws, Draws]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the bounds between which it lies with 95% confidence."""
+    """A value with the bounds between which it lies with 95% confidence; infinite ones where nothing is known of them."""
 
     value: float
     low: float
@@ -350,14 +374,15 @@ class Interval:
         """Return the interval that holds other bounds, too."""
         return Interval(self.value, min(self.low, low), max(self.high, high))
 
-    def to_json(self) -> dict[str, float]:
-        """The three numbers by name."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def to_json(self) -> dict[str, float | None]:
+        """The three numbers by name; None for a bound of which nothing is known."""
+        low, high = (bound if math.isfinite(bound) else None for bound in (self.low, self.high))
+        return {"value": self.value, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric before and after on `rows` rows, and their difference (after minus before).
+    """One metric before and after, and their difference (after minus before), over `rows` rows, or groups where it is `grouped`.
 
     `p` is how often a difference as large comes about where nothing changed: by swaps of before and after.
     """
@@ -370,6 +395,7 @@ class Compared:
     rows: int
     decides: bool = True
     p: float = 0.0
+    grouped: bool = False
 
     @property
     def direction(self) -> int:
@@ -390,7 +416,7 @@ class Compared:
 
     @property
     def rows_needed(self) -> int | None:
-        """Return about how many rows would decide, if the difference is what it seems; None where it is decided or none.
+        """Return about how many rows, or groups, would decide, if the difference is what it seems; None where it is decided or none.
 
         An interval narrows with the root of the rows.
         """
@@ -400,6 +426,11 @@ class Compared:
         if self.direction or not value:
             return None
         return math.ceil(self.rows * max(1.0, (value - low if value > 0 else high - value) / abs(value)) ** 2) + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The difference as the result file holds it: with what it is over, and how sure it is."""
+        over = {"rows": self.rows, "grouped": self.grouped}
+        return {**self.difference.to_json(), **over, "direction": self.direction, "p": self.p}
 
 
 def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared:
@@ -426,24 +457,42 @@ def compare(name: str, before: Metric, after: Metric, seed: int = 0) -> Compared
         samples = _resample([before, after], seed)
         count = min(before.rows_that_count, after.rows_that_count)
         first, second = (_of_draws(m, s, count) for m, s in zip((before, after), samples, strict=True))
-        gap = whole(after) - whole(before)
-        difference = _interval(gap, samples[1] - samples[0], count)
-        if isinstance(before, Ratio) and isinstance(after, Ratio) and after.grouped:
+        difference = _of_pairs(before, after, samples[1] - samples[0], count)
+        if isinstance(before, Ratio) and _grouped_right(after):
             difference = _with_counts_of(before, after, difference)
         p = _swap(before, after, seed)
-    return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p)
+    first, second, difference = (_if_known(item, rows) for item in (first, second, difference))
+    return Compared(name, first, second, difference, before.lower_is_better, rows, before.decides, p, before.grouped)
 
 
 def interval(metric: Metric, seed: int = 0) -> Interval:
     """Return a metric by itself with its interval: what `compare` gives for either side."""
-    if _counted(metric):
-        return _wilson(metric.values)
-    return _of_draws(metric, _resample([metric], seed)[0], metric.rows_that_count)
+    found = (
+        _wilson(metric.values)
+        if _counted(metric)
+        else _of_draws(metric, _resample([metric], seed)[0], metric.rows_that_count)
+    )
+    return _if_known(found, len(metric))
+
+
+def tell_metric(metric: Metric) -> dict[str, Any]:
+    """Return a metric by itself as plain values: with its interval, and what it is over."""
+    return {**interval(metric).to_json(), "rows": len(metric), "grouped": metric.grouped}
+
+
+def _if_known(found: Interval, rows: int) -> Interval:
+    """Return an interval over rows, or groups; of a single one, whose draws are all the same, no bounds are known."""
+    return Interval(found.value, -math.inf, math.inf) if rows < 2 and found.low == found.high else found
 
 
 def _counted(metric: Metric) -> TypeGuard[Ratio]:
     """Tell whether each row is right or wrong, so that nothing needs to be drawn."""
     return isinstance(metric, Ratio) and metric.right and not metric.grouped
+
+
+def _grouped_right(metric: Metric) -> TypeGuard[Ratio]:
+    """Tell whether rows are groups of what is right or wrong."""
+    return isinstance(metric, Ratio) and metric.right and metric.grouped
 
 
 def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
@@ -452,11 +501,49 @@ def _of_draws(metric: Metric, samples: Floats, rows: float) -> Interval:
     Where rows in groups are right or wrong, draws of few groups hardly vary, or not at all: so it is at least as wide as if
     rows were independent and, where the draws don't vary, as if each group were one row.
     """
-    found = _interval(whole(metric), samples, rows)
-    if not isinstance(metric, Ratio) or not metric.grouped:
+    found = _interval(whole(metric), samples, _levels(rows))
+    if not _grouped_right(metric):
         return found
     count = len(metric) if found.low == found.high else int(metric.weights.sum())
     return found.hull(*_wilson_bounds(found.value, count))
+
+
+def _of_pairs(before: Metric, after: Metric, samples: Floats, rows: float) -> Interval:
+    """Return the interval of the difference by its draws, as wide as intervals that fall short in different cases.
+
+    Where a few rows changed much, quantiles of draws lie too near on the side of these: BCa (Efron, 1987) moves them, here from
+    where the expanded ones are. Of metrics that are no ratio, where a single row of a rare class decides much, draws that miss it vary
+    too little: Student's interval over the jackknife doesn't follow from draws.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    value, count = whole(after) - whole(before), len(after)
+    found = _interval(value, samples, _levels(rows))
+    if rows < 2 or count > JACKKNIFE_MOST:  # the skew of a mean falls with the root of the rows
+        return found
+    others = np.arange(count - 1) + (np.arange(count - 1) >= np.arange(count)[:, None])  # all rows but one
+    left = after.over(others) - before.over(others)
+    pulls = left.mean() - left
+    squares = float((pulls**2).sum())
+    if not squares:
+        return found
+    below = float((samples < value).mean() + (samples == value).mean() / 2)
+    bias = float(ndtri(min(max(below, 0.5 / len(samples)), 1 - 0.5 / len(samples))))
+    skew = float((pulls**3).sum()) / (6 * squares**1.5)
+    moved = _interval(value, samples, [_moved(z, bias, skew) for z in _normal_levels(rows)])
+    found = found.hull(moved.low, moved.high)
+    if isinstance(after, Ratio):
+        return found
+    half = float(stdtrit(rows - 1, (1 + LEVEL) / 2)) * math.sqrt(squares * (count - 1) / count)
+    return found.hull(max(value - half, -after.span), min(value + half, after.span))
+
+
+def _moved(z: float, bias: float, skew: float) -> float:
+    """Return the level at which BCa takes the quantile that belongs at the normal's `z`."""
+    from scipy.special import ndtr
+
+    room = 1 - skew * (bias + z)
+    return float(ndtr(bias + (bias + z) / room)) if room > 0 else float(z > 0)
 
 
 def _with_counts_of(before: Ratio, after: Ratio, difference: Interval) -> Interval:
@@ -498,30 +585,35 @@ def to_json(compared: Sequence[Compared]) -> Mapping[str, Any]:
     return {
         "before": {item.name: item.before.to_json() for item in compared},
         "after": {item.name: item.after.to_json() for item in compared},
-        "differences": {
-            item.name: {**item.difference.to_json(), "rows": item.rows, "direction": item.direction, "p": item.p}
-            for item in compared
-        },
+        "differences": {item.name: item.to_json() for item in compared},
     }
 
 
-def _interval(value: float, samples: Floats, rows: float) -> Interval:
-    """Return the expanded percentile interval (Hesterberg, 2015).
-
-    Draws of few rows vary too little, and their quantiles are those of a normal where Student's belong: so the quantiles
-    are taken further out, and of a mean of normal values the interval is that of the t-test.
-    """
-    low, high = np.quantile(samples, _levels(rows))
+def _interval(value: float, samples: Floats, levels: Sequence[float]) -> Interval:
+    low, high = np.quantile(samples, levels)
     return Interval(value, float(low), float(high))
 
 
 def _levels(rows: float) -> tuple[float, float]:
-    from scipy.special import ndtr, stdtrit
+    """Return the levels of the expanded percentile interval (Hesterberg, 2015).
+
+    Draws of few rows vary too little, and their quantiles are those of a normal where Student's belong: so the quantiles
+    are taken further out, and of a mean of normal values the interval is that of the t-test.
+    """
+    from scipy.special import ndtr
 
     if rows < 2:  # nothing is known of how rows vary
         return 0.0, 1.0
-    low = float(ndtr(math.sqrt(rows / (rows - 1)) * stdtrit(rows - 1, (1 - LEVEL) / 2)))
-    return low, 1 - low
+    low, high = ndtr(_normal_levels(rows))
+    return float(low), float(high)
+
+
+def _normal_levels(rows: float) -> tuple[float, float]:
+    """Return how far out a normal's quantiles are taken for so many rows of like weight, two or more."""
+    from scipy.special import stdtrit
+
+    far = math.sqrt(rows / (rows - 1)) * float(stdtrit(rows - 1, (1 + LEVEL) / 2))
+    return -far, far
 
 
 def _compare_right(before: Floats, after: Floats) -> tuple[Interval, Interval, Interval, float]:

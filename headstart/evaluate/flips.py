@@ -13,7 +13,9 @@ from headstart.evaluate.graders.forms import Grader
 from headstart.evaluate.measure import Measured, RowResult
 from headstart.evaluate.metrics import exact_match, won
 
-RIGHT_OR_WRONG = ("chat", "classification", "images", "multilabel", "tagging", "preference", "reward")
+RIGHT_OR_WRONG = ("chat", "classification", "images", "multilabel", "tagging")
+COMPARED = ("preference", "reward")
+AHEAD = "the better answers ahead"
 
 
 @dataclass(frozen=True)
@@ -62,38 +64,43 @@ def find_flips(first: Measured, second: Measured, grader: Grader | None = None) 
 
     Rows that were not answered, or not graded, are none of them.
     """
-    by = f"{grader.name} at least {grader.least:g}" if grader else "answers exactly right"
+    by = AHEAD if second.task in COMPARED else "answers exactly right"
+    by = f"{grader.name} at least {grader.least:g}" if grader else by
     fixed: list[Flip] = []
     broken: list[Flip] = []
-    known: list[tuple[bool, bool, str]] = []
+    known: list[tuple[float, float, str]] = []
     for a, b in zip(first.own, second.own, strict=True):
-        was, now = is_right(a, second.task, grader), is_right(b, second.task, grader)
+        was, now = how_right(a, second.task, grader), how_right(b, second.task, grader)
         if was is None or now is None:
             continue
         known.append((was, now, b.group))
         if was != now:
-            (fixed if now else broken).append(Flip(a, b))
+            (fixed if now > was else broken).append(Flip(a, b))
     if not known:
         return None
     before, after, groups = zip(*known, strict=True)
-    both = sum(was and now for was, now, _ in known)
-    p = paired_p(np.array(before, float), np.array(after, float), groups)
+    both = sum(was == now == 1 for was, now, _ in known)
+    p = paired_p(np.array(before), np.array(after), groups)
     return Flips(by, fixed, broken, both, len(known), p, has_groups(groups))
 
 
-def is_right(row: RowResult, task: str, grader: Grader | None = None) -> bool | None:
-    """Tell whether a row was answered rightly, or its better answers gained the most; None where that isn't known."""
+def how_right(row: RowResult, task: str, grader: Grader | None = None) -> float | None:
+    """Return 1 where a row was answered rightly, else 0; of answers that are compared the part of pairs in which the better is ahead.
+
+    So a tie, as all rows are before an untouched model or head has learned, can be fixed and broken alike. None where it
+    isn't known.
+    """
     if grader:
         score = row.grades.get(grader.name)
-        return None if score is None else score >= grader.least
-    if task in ("preference", "reward"):
+        return None if score is None else float(score >= grader.least)
+    if task in COMPARED:
         known = bool(row.found) and all(reference is not None for *_, reference in row.found)
-        return won(row.truth, row.found) == 1.0 if known else None
+        return won(row.truth, row.found) if known else None
     if task not in RIGHT_OR_WRONG or row.answer is None:
         return None
     if task == "multilabel":
-        return set(row.truth) == set(row.found)
-    return list(row.truth) == list(row.found) if row.truth else bool(exact_match(row.answer, row.reference))
+        return float(set(row.truth) == set(row.found))
+    return float(list(row.truth) == list(row.found)) if row.truth else exact_match(row.answer, row.reference)
 
 
 def count_flips(before: Measured, after: Measured) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class RowResult:
     (`guard`) that it is of, or the way in which it is written otherwise: `varied` is then the number of the own row that it is, -1 of
     text from outside the job. Rows of one `group` stand or fall together. `words` are those of a document with what each lost in
     nats, where that was asked.
-    `grades` are the scores that graders gave the answer, None where `ungraded` says why there is none.
+    `grades` are the scores that graders gave the answer, bools where it can only pass or fail, None where `ungraded` says why there
+    is none.
     """
 
     where: str

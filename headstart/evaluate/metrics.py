@@ -142,11 +142,11 @@ def _preference_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     if all(np.isfinite(gain).all() for gain in gains):
         kept = np.array([_won(g, p, s) for g, p, s in zip(gains, pairs, scores, strict=True)])
-        metrics |= by_group({"preference_accuracy": _pass_or_mean(kept)}, rows)
+        metrics |= by_group({"preference_accuracy": _right_or_mean(kept)}, rows)
     rates = [f[:, 0] / f[:, 1] for f in found]
     several, votes = np.flatnonzero(~lone).tolist(), np.flatnonzero(lone).tolist()
     if len(several):
-        likelier = _pass_or_mean(np.array([_won(rates[n], pairs[n], scores[n]) for n in several]))
+        likelier = _right_or_mean(np.array([_won(rates[n], pairs[n], scores[n]) for n in several]))
         margins = [found[n][pairs[n][:, 0], 0] - found[n][pairs[n][:, 1], 0] for n in several]
         margin = _mean(np.array([margin.mean() for margin in margins]))
         metrics |= by_group({"likelier": likelier, "margin": margin}, [rows[n] for n in several])
@@ -175,7 +175,7 @@ def _reward_metrics(rows: Sequence[Scored]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     several = [(r, s, np.argwhere(s[:, None] > s[None])) for r, s in zip(rewards, scores, strict=True) if len(s) > 1]
     if several:
-        accuracy = _pass_or_mean(np.array([_won(r, p, s) for r, s, p in several]))
+        accuracy = _right_or_mean(np.array([_won(r, p, s) for r, s, p in several]))
         leads = np.array([(r[p[:, 0]] - r[p[:, 1]]).mean() for r, _, p in several])
         margin = Ratio(leads, np.ones(len(leads)), decides=False)  # rewards have no unit
         some = [row for row in rows if len(row.truth) > 1]
@@ -236,18 +236,23 @@ def _answer_metrics(answered: Sequence[Scored]) -> dict[str, Metric]:
 
 
 def grade_metrics(rows: Sequence[Any]) -> dict[str, Metric]:
-    """Return the mean score of each grader over the rows that it could grade."""
+    """Return the mean score of each grader over the rows that it could grade.
+
+    It is a rate where the scores say that a row can only pass or fail; on any other scale a score may be 0 or 1 by chance.
+    """
     names = dict.fromkeys(name for row in rows for name in row.grades)
     graded = {name: [row for row in rows if row.grades.get(name) is not None] for name in names}
     metrics: dict[str, Metric] = {}
     for name, some in graded.items():
         if some:
-            metrics |= by_group({name: _pass_or_mean(np.array([row.grades[name] for row in some], float))}, some)
+            scores = [row.grades[name] for row in some]
+            of = _rate if all(isinstance(score, bool) for score in scores) else _mean
+            metrics |= by_group({name: of(np.array(scores, float))}, some)
     return metrics
 
 
-def _pass_or_mean(values: Floats) -> Ratio:
-    """Return the mean of scores; where all are 1 or 0, as those of graders that let pass or fail, as a rate."""
+def _right_or_mean(values: Floats) -> Ratio:
+    """Return the mean of parts that are right, each from 0 to 1; as a rate where all are 1 or 0, as of pairs without a tie."""
     return _rate(values) if np.isin(values, (0, 1)).all() else _mean(values)
 
 
@@ -300,6 +305,7 @@ def best_threshold(outputs: Floats, truth: Floats) -> float:
     order = np.argsort(-probabilities, kind="stable")
     hits = np.cumsum(truth.ravel()[order])
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + truth.sum())
+    f1[:-1][np.diff(probabilities[order]) == 0] = 0.0  # no threshold parts equal ones
     best = int(f1.argmax())
     lower = probabilities[order[best + 1]] if best + 1 < len(order) else 0.0
     return float((probabilities[order[best]] + lower) / 2)

@@ -44,6 +44,7 @@ class OldPart:
             **{name: side.to_json() for name, side in sides.items()},
             "bound": self.bound,
             "rows": found.rows,
+            "grouped": found.grouped,
             "verdict": self.verdict,
         }
 

@@ -84,7 +84,7 @@ class Predictions:
         """Keep the rows of a batch."""
         names = dict.fromkeys(name for row in rows for name in row.grades)
         columns: dict[str, pa.Array] = {name: pa.array(_column(name, rows), kind) for name, kind in TYPES.items()}
-        columns |= {GRADE + n: pa.array([row.grades.get(n) for row in rows], pa.float64()) for n in names}
+        columns |= {GRADE + n: pa.array([_number(row.grades.get(n)) for row in rows], pa.float64()) for n in names}
         # In ASCII: a row may hold half a surrogate, which is no UTF-8.
         as_json = [json.dumps(items.get(row.where, {}), default=str) for row in rows]
         columns["item"] = pa.array(as_json, pa.string())
@@ -101,6 +101,10 @@ class Predictions:
 
     def _part(self, number: int) -> Path:
         return self.parts / f"{number:05d}.parquet"
+
+
+def _number(grade: float | None) -> float | None:
+    return None if grade is None else float(grade)
 
 
 def _column(name: str, rows: Sequence[RowResult]) -> list[Any]:

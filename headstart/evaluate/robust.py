@@ -178,14 +178,14 @@ class Varied:
 
     name: str
     compared: Compared
-    rows: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         found = self.compared
         sides = {"clean": found.before, "varied": found.after, "difference": found.difference}
         told = {name: side.to_json() for name, side in sides.items()}
-        return {"metric": found.name, **told, "rows": self.rows, "direction": found.direction, "p": found.p}
+        over = {"rows": found.rows, "grouped": found.grouped}
+        return {"metric": found.name, **told, **over, "direction": found.direction, "p": found.p}
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def find_robust(measured: Measured) -> Robust:
         after = varied.metrics()
         metric = next((m for m in PRIMARY[measured.task] if m in before and m in after), None)
         if metric is not None:
-            found.append(Varied(name, compare(metric, before[metric], after[metric]), len(varied.rows)))
+            found.append(Varied(name, compare(metric, before[metric], after[metric])))
     return Robust(found, know_outside(measured, outside) if outside else None)
 
 

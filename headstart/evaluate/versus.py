@@ -21,7 +21,7 @@ class Evaluated:
 
     model: str
     measured: Measured
-    metrics: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, Mapping[str, Any]]
     notes: Sequence[str] = ()
     robust: Robust | None = None
 

@@ -113,8 +113,8 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
     model, under = result["model"], result["base"] or result["model"]
     head = ["---", *_metadata(under, result), "---"]
     scores = [
-        f"| {_text(name)} | {before} | {after} | {difference} |"
-        for name, before, after, difference, _ in score_table(result)
+        f"| {_text(name)} | {before} | {after} | {difference} | {counted} |"
+        for name, before, after, difference, _, counted in score_table(result)
     ]
     rest = (PLAIN if template == "plain" else CHAT.format()) + ANSWER.format(stop_ids=result["stop_ids"])
     shape = SHAPES.get(result["task"], LORA if result["method"] == "lora" else FULL)
@@ -145,8 +145,8 @@ def model_card(folder: Path, result: Mapping[str, Any], template: str) -> str:
             "",
             f"**{_text(sentence(result))}.**",
             "",
-            "| | before | after | difference, 95% interval |",
-            "|---|---|---|---|",
+            "| | before | after | difference, 95% interval | over |",
+            "|---|---|---|---|---|",
             *scores,
             "",
             _known(result),

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 POINTS_MAX = 300
 EDGE = 24
@@ -99,13 +100,19 @@ def _draw(line: Series, place: object) -> list[str]:
     return parts
 
 
+def ends(side: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the bounds of an interval as they are drawn: at its value where none are known."""
+    low, high = (side["value"] if side[end] is None else side[end] for end in ("low", "high"))
+    return low, high
+
+
 @dataclass(frozen=True)
 class Change:
     """A row of the before-and-after chart: values with their bounds."""
 
     name: str
-    before: Mapping[str, float]
-    after: Mapping[str, float]
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
     better: bool | None
 
 
@@ -116,7 +123,7 @@ def change_chart(changes: Sequence[Change]) -> str:
     """
     rows = []
     for change in changes:
-        bounds = [side[k] for side in (change.before, change.after) for k in ("low", "high", "value")]
+        bounds = [bound for side in (change.before, change.after) for bound in (*ends(side), side["value"])]
         low, span = min(bounds), (max(bounds) - min(bounds)) or 1.0
 
         def across(value: float, low: float = low, span: float = span) -> float:
@@ -125,8 +132,8 @@ def change_chart(changes: Sequence[Change]) -> str:
         style = "good" if change.better else "bad" if change.better is False else "flat"
         marks, values = "", ""
         for side, name in ((change.before, "before"), (change.after, style)):
-            begin, width = across(side["low"]), across(side["high"]) - across(side["low"])
-            bar = f'<i class="bar {name}" style="left:{begin}%;width:{width:.1f}%"></i>'
+            begin, end = map(across, ends(side))
+            bar = f'<i class="bar {name}" style="left:{begin}%;width:{end - begin:.1f}%"></i>'
             marks += f'<span>{bar}<i class="dot {name}" style="left:{across(side["value"])}%"></i></span>'
             values += f'<span class="{name}">{side["value"]:.3f}</span>'
         rows.append(f'<div><b>{html.escape(change.name)}</b><div class="track">{marks}</div><div>{values}</div></div>')

@@ -30,12 +30,14 @@ from headstart.report.words import (
     named,
     old_lines,
     outside_words,
+    over,
     robust_lines,
     score_table,
     sentence,
     speed_facts,
     surprise_lines,
     trouble_facts,
+    unit,
     wins_words,
 )
 
@@ -52,7 +54,7 @@ PREDICTED = (
     " Here the text itself is what is predicted, and written otherwise it is another one, dearer or cheaper by itself: so it "
     "is the difference to the untouched model that tells."
 )
-GUARD_STYLES = {"kept": "good", "lost": "bad", "unclear": "flat", "too few rows": "flat"}
+GUARD_STYLES = {"kept": "good", "lost": "bad"}
 
 
 def report_page(
@@ -122,7 +124,7 @@ def _first_screen(name: str, result: Mapping[str, Any]) -> str:
             result["after"][key],
             {"better": True, "worse": False}.get(clear),
         )
-        for key, (*_, clear) in zip(result["differences"], score_table(result), strict=True)
+        for key, (*_, clear, _) in zip(result["differences"], score_table(result), strict=True)
     ]
     mend = "".join(f"<p>To mend: {html.escape(cure)}.</p>" for cure in cures(result, "RUN"))
     return (
@@ -140,20 +142,18 @@ def _rate(result: Mapping[str, Any]) -> tuple[str, str]:
 
 def _scores(result: Mapping[str, Any]) -> str:
     rows = [
-        [cell(name), cell(before), cell(after), cell(difference), cell(clear, STYLES.get(clear, "flat"))]
-        for name, before, after, difference, clear in score_table(result)
+        [*map(cell, values), cell(clear, STYLES.get(clear, "flat")), cell(counted)]
+        for *values, clear, counted in score_table(result)
     ]
     answered = f"; of the answers, over the {result['answered']:,} rows that were answered"
-    groups = result.get("groups")
-    grouped = (
-        f" Rows of one group are drawn and swapped together: it is decided over {groups:,} groups." if groups else ""
-    )
+    primary = result["differences"][result["difference"]["metric"]]
+    grouped = f" Rows of one group are drawn and swapped together: it is decided over {over(primary)}."
     note = (
         f"<p>Over {result['rows']['proof']:,} rows that were never trained on and chose nothing during training"
         f"{answered if result['task'] == 'chat' else ''}. In brackets the 95% interval of "
-        "the paired difference (bootstrap over rows; of what is right or wrong, from the counts). It is called better or worse "
+        f"the paired difference (bootstrap over {unit(primary)}; of what is right or wrong, from the counts). It is called better or worse "
         "where the interval is clear of zero and chance (swaps of before and after, or McNemar's exact test) makes such a "
-        f"difference in less than 5 of 100 cases.{grouped} {html.escape(_capital(flips_words(result['flips'])))}.</p>"
+        f"difference in less than 5 of 100 cases.{grouped * primary.get('grouped', False)} {html.escape(_capital(flips_words(result['flips'])))}.</p>"
     )
     if result["task"] == "preference":
         note += (
@@ -171,7 +171,7 @@ def _scores(result: Mapping[str, Any]) -> str:
     note += "".join(f"<p>{html.escape(_capital(wins_words(item)))}.</p>" for item in wins)
     missed = "".join(f"<p>{html.escape(line)}.</p>" for line in ungraded_lines(result.get("ungraded", {})))
     return (
-        table(["", "before", "after", "difference", ""], rows)
+        table(["", "before", "after", "difference", "", "over"], rows)
         + note
         + missed
         + _old(result)
@@ -187,12 +187,12 @@ def _old(result: Mapping[str, Any]) -> str:
         return ""
     if isinstance(old, str):
         return "<h3>What it learned before</h3><p>Not measured, so that it can't be called better.</p>"
-    rows = [[*map(cell, values), cell(kept, GUARD_STYLES[kept])] for *values, kept in old_lines(old)]
+    rows = [[*map(cell, values), cell(kept, GUARD_STYLES.get(kept, "flat"))] for *values, kept in old_lines(old)]
     note = (
         "<p>Rows that were held out of the runs that it comes from, and never trained on. Lost: by its interval a metric fell by more "
         f"than {old['bound']:.0%} of what that run had gained on these rows (the bound); kept: by no more.</p>"
     )
-    head = ["", "", "rows", "before", "after", "difference", "bound", ""]
+    head = ["", "", "over", "before", "after", "difference", "bound", ""]
     return "<h3>What it learned before</h3>" + table(head, rows) + note
 
 
@@ -201,7 +201,12 @@ def _guard(result: Mapping[str, Any]) -> str:
     if isinstance(guard, str):
         return "<h3>What it knew before</h3><p>Not measured.</p>"
     rows = [
-        [cell(name), cell(named(guard["parts"][name]["metric"])), *map(cell, values), cell(kept, GUARD_STYLES[kept])]
+        [
+            cell(name),
+            cell(named(guard["parts"][name]["metric"])),
+            *map(cell, values),
+            cell(kept, GUARD_STYLES.get(kept, "flat")),
+        ]
         for name, *values, kept in guard_lines(guard)
     ]
     note = (
@@ -219,7 +224,7 @@ def _robust(result: Mapping[str, Any]) -> str:
     rows = [[*map(cell, values), cell(clear, STYLES.get(clear, "flat"))] for *values, clear in robust_lines(robust)]
     predicted = is_predicted(robust)
     gap = "difference to the untouched model" if predicted else "difference to that"
-    head = ["", "rows", "untouched model", "tuned model", "as they are", gap, ""]
+    head = ["", "over", "untouched model", "tuned model", "as they are", gap, ""]
     metric = next((part["metric"] for part in robust["varied"].values()), "")
     note = (
         f"<p>{html.escape(_capital(named(metric)))} on rows of the proof that are written otherwise, and of the tuned model on the "

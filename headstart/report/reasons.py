@@ -15,6 +15,7 @@ from headstart.report.words import (
     guard_words,
     named,
     old_words,
+    over,
     robust_words,
     score_words,
     sentence,
@@ -130,7 +131,8 @@ def _up_to_date(result: Mapping[str, Any]) -> Reason:
     if not old or isinstance(old, str):
         how = "headstart update RUN NEW_DATA: it goes on from this run, and is scored on new rows and old ones"
         return Reason("Up to date", asks, how=how)
-    new = score_words(result, result["difference"]["metric"], f"on {result['rows']['proof']:,} new rows")
+    metric = result["difference"]["metric"]
+    new = score_words(result, metric, f"on {over(result['differences'][metric])} of the new data")
     return Reason("Up to date", asks, f"{new}; {old_words(old)}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from headstart import machine
 from headstart.engine.clock import PHASES
 from headstart.engine.loop import Progress
-from headstart.evaluate.compare import compare_all, has_groups, to_json, verdict
+from headstart.evaluate.compare import compare_all, to_json, verdict
 from headstart.evaluate.flips import count_flips
 from headstart.evaluate.graders.rows import pair_grades, ungraded
 from headstart.evaluate.guard import BOUND, FEW, KEPT, LOST, compare_guard, guard_result
@@ -49,14 +49,13 @@ def build_result(
     guard = guard_result(kept, guard_bound) if kept else None
     aged = compare_old(before, after, old or {})
     parts = {f"{part.compared.name} of {part.name}" for part in aged}  # which have a bound of their own
-    grouped = has_groups([row.group for row in after.own])
     decided = verdict([item for item in compared if item.name not in parts], name)
     kept_old = None if old is None else old_result(aged) if aged else NOT_MEASURED
     result = {
         **facts,
         "verdict": _decide(decided, guard, kept_old),
         "rows_needed": primary.rows_needed,
-        "groups": len({row.group or number for number, row in enumerate(after.own)}) if grouped else None,
+        "groups": primary.rows if primary.grouped else None,
         "flips": count_flips(before, after),
         **to_json(compared),
         "difference": {"metric": name, **primary.difference.to_json()},

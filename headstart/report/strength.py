@@ -9,7 +9,7 @@ from typing import Any
 from headstart.report.charts import Series, line_chart
 from headstart.report.frame import document, section
 from headstart.report.tables import cell, table
-from headstart.report.words import clearness, named
+from headstart.report.words import clearness, named, over, shift
 
 STYLES = {"kept": "good", "lost": "bad", "better": "good", "worse": "bad"}
 LINES = ("watch", "train")
@@ -20,12 +20,11 @@ def strength_lines(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
     lines = []
     for item in found["strengths"]:
         gap, guard = item["difference"], item["guard"]
-        shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         parts = {} if isinstance(guard, str) else guard["parts"]
         grown = ", ".join(f"{name} {part['loss']['value']:+.1%}" for name, part in parts.items())
-        clear = clearness(gap["direction"], gap["low"], gap["high"]) if item["strength"] else ""
+        clear = clearness(gap) if item["strength"] else ""
         verdict = guard if isinstance(guard, str) else guard["verdict"]
-        lines.append((f"{item['strength']:g}", f"{item['value']['value']:.3f}", shown, clear, grown, verdict))
+        lines.append((f"{item['strength']:g}", f"{item['value']['value']:.3f}", shift(gap), clear, grown, verdict))
     return lines
 
 
@@ -57,7 +56,7 @@ def strength_page(found: Mapping[str, Any]) -> str:
     head = ["strength", named(found["metric"]), "against strength 0", "", "loss of the guard grew by", ""]
     note = (
         f"<p>At strength 0 it is {html.escape(found['zero'])}, at 1 the run; between them each weight lies on the line from one to the other. "
-        f"Scored on {found['rows']:,} rows {'that were never trained on' if found['own'] else 'of the data that was named'}, and on the guard. In brackets the 95% interval of "
+        f"Scored on {over(found)} {'that were never trained on' if found['own'] else 'of the data that was named'}, and on the guard. In brackets the 95% interval of "
         "the paired difference. Write a model at a strength: <code>headstart strength RUN --at 0.5 -o FOLDER</code>.</p>"
     )
     lead = strength_words(found)

@@ -10,12 +10,12 @@ from typing import Any
 
 from headstart.display import in_time
 from headstart.evaluate.versus import Pair
-from headstart.report.charts import Series, line_chart
+from headstart.report.charts import Series, ends, line_chart
 from headstart.report.frame import document, section
 from headstart.report.reasons import NOT_MEASURED, curve_words, scratch_words, seeds_words
 from headstart.report.tables import cell, table
 from headstart.report.versus import pair_section
-from headstart.report.words import VERDICTS, named, score_words
+from headstart.report.words import VERDICTS, bounds, named, score_words, shift
 
 STYLES = {"better": "good", "worse": "bad"}
 PRETRAINED, RANDOM = "with the head start", "from random weights"
@@ -156,8 +156,9 @@ def curve_page(found: Mapping[str, Any]) -> str:
     lines = []
     for name, outcomes, style in ways:
         scored = [(n, o["result"]["after"][metric]) for n, o in zip(counts, outcomes, strict=False) if o["result"]]
-        bounds = [(score["low"], score["high"]) for _, score in scored]
-        lines.append(Series(name, [(n, score["value"]) for n, score in scored], style, dots=True, bounds=bounds))
+        points = [(n, score["value"]) for n, score in scored]
+        spans = [ends(score) for _, score in scored]
+        lines.append(Series(name, points, style, dots=True, bounds=spans))
     note = (
         "<p>All runs were scored on the same rows, which none of them was trained on; with bars the 95% interval over these. The rows of "
         "a smaller run are among those of a larger one.</p>"
@@ -215,8 +216,8 @@ def _scored(outcome: Mapping[str, Any], metric: str) -> list[str]:
     verdict = result["verdict"]
     return [
         cell(f"{before['value']:.3f}"),
-        cell(f"{after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"),
-        cell(f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"),
+        cell(f"{after['value']:.3f} [{bounds(after)}]"),
+        cell(shift(gap)),
         cell(VERDICTS[verdict], STYLES.get(verdict, "flat")),
     ]
 

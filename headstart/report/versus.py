@@ -6,13 +6,12 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headstart.evaluate.compare import Compared
 from headstart.evaluate.flips import Flip, Flips
 from headstart.evaluate.versus import Pair, Versus
 from headstart.report.charts import Change, change_chart
 from headstart.report.frame import document, excerpt, marked, section
 from headstart.report.tables import cell, table
-from headstart.report.words import chance_words, clearness, named, wins_words
+from headstart.report.words import bounds, chance_words, clearness, named, over, shift, wins_words
 
 EXAMPLES = 5  # flips of a kind that are shown
 STYLES = {1: "good", -1: "bad", 0: "flat"}
@@ -31,12 +30,6 @@ def versus_page(found: Versus) -> str:
         section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)) if notes else "",
     ]
     return document(title, "".join(body))
-
-
-def difference(item: Compared) -> str:
-    """Return a difference with its interval, as text."""
-    gap = item.difference
-    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def flip_line(flips: Flips) -> str:
@@ -58,16 +51,20 @@ def pair_section(pair: Pair) -> str:
             cell(named(item.name)),
             cell(f"{item.before.value:.3f}"),
             cell(f"{item.after.value:.3f}"),
-            cell(difference(item)),
-            cell(clearness(item.direction, item.difference.low, item.difference.high), STYLES[item.direction]),
-            cell(f"{item.rows:,}"),
+            cell(shift(told)),
+            cell(clearness(told), STYLES[item.direction]),
+            cell(over(told)),
         ]
         for item in pair.compared
+        for told in [item.to_json()]
     ]
-    note = "<p>In brackets the 95% interval of the paired difference (bootstrap over rows; of what is right or wrong, from the counts).</p>"
+    note = (
+        "<p>In brackets the 95% interval of the paired difference (bootstrap over rows, or over groups of rows that stand or fall "
+        "together; of what is right or wrong, from the counts).</p>"
+    )
     wins = (wins_words(item.to_json(), f"Answers of {pair.b}", f"those of {pair.a}") for item in pair.wins)
     note += "".join(f"<p>{html.escape(said)}.</p>" for said in wins)
-    scores = change_chart(changes) + table(["", pair.a, pair.b, "difference", "", "rows"], rows) + note
+    scores = change_chart(changes) + table(["", pair.a, pair.b, "difference", "", "over"], rows) + note
     return section(f"{pair.a} → {pair.b}", scores + (_flips(pair) if pair.flips else ""))
 
 
@@ -107,8 +104,8 @@ def _scores(found: Versus) -> str:
     return table(["", *(model.model for model in found.models)], rows) + note
 
 
-def _with_bounds(value: Mapping[str, float] | None) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else "not measured"
+def _with_bounds(value: Mapping[str, Any] | None) -> str:
+    return f"{value['value']:.3f} [{bounds(value)}]" if value else "not measured"
 
 
 def _settings(names: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> str:

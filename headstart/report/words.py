@@ -8,12 +8,14 @@ from typing import Any
 from headstart.data.documents import Fit
 from headstart.display import in_bytes, in_time
 from headstart.evaluate.compare import MIN_ROWS
+from headstart.evaluate.guard import FEW
 from headstart.evaluate.measure import LABELS
 from headstart.evaluate.surprise import in_bits
 from headstart.report.watched import sign_facts
 
 FILES = 20  # that are listed
 ROWS_MOST = 100_000  # more are no help to anyone
+SHARE = "+.1%"
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -22,11 +24,37 @@ VERDICTS = {
 }
 
 
-def clearness(direction: int, low: float, high: float) -> str:
-    """Say how sure a difference is: rows that are few can all change in one way by chance, with no zero in the interval."""
-    if direction:
-        return "better" if direction > 0 else "worse"
-    return "may be chance" if low > 0 or high < 0 else "unclear"
+def clearness(told: Mapping[str, Any]) -> str:
+    """Say how sure a difference is, of which its bounds, its direction and what it is over are told.
+
+    Rows that are few can all change in one way by chance, with no zero in the interval.
+    """
+    if told["rows"] < MIN_ROWS:
+        return f"needs {MIN_ROWS} {unit(told)}"
+    if told["direction"]:
+        return "better" if told["direction"] > 0 else "worse"
+    return "may be chance" if told["low"] > 0 or told["high"] < 0 else "unclear"
+
+
+def unit(told: Mapping[str, Any]) -> str:
+    """Name what a metric is over: rows, or groups of rows that stand or fall together."""
+    return "groups" if told.get("grouped") else "rows"
+
+
+def over(told: Mapping[str, Any]) -> str:
+    """Say over how many rows, or groups of rows, a metric is."""
+    return f"{told['rows']:,} {unit(told)}".removesuffix("s" * (told["rows"] == 1))
+
+
+def bounds(side: Mapping[str, Any], form: str = ".3f", between: str = ", ") -> str:
+    """Say the bounds of an interval; of a single row, or group, none are known."""
+    low, high = side["low"], side["high"]
+    return "not known" if low is None or high is None else f"{low:{form}}{between}{high:{form}}"
+
+
+def shift(gap: Mapping[str, Any]) -> str:
+    """Say a difference with its interval, as tables have it."""
+    return f"{gap['value']:+.3f} [{bounds(gap, '+.3f')}]"
 
 
 def named(metric: str) -> str:
@@ -38,7 +66,7 @@ def named(metric: str) -> str:
 def sentence(result: Mapping[str, Any]) -> str:
     """Say the verdict with the figure that it rests on; where the guard made it, with what was lost too."""
     metric = result["difference"]["metric"]
-    rows = f"on {result['rows']['proof']:,} rows that it never saw"
+    rows = f"on {over(result['differences'][metric])} that it never saw"
     rows += ", before with a new head that gives 0 to all" * bool(result.get("new_head"))
     lost = guard_words(result["guard"]) if _guard_verdict(result) == "lost" else ""
     said = f"{VERDICTS[result['verdict']]}: {score_words(result, metric, rows)}"
@@ -91,7 +119,7 @@ OLD_VERDICTS = {
     "kept": "what it learned before is kept",
     "lost": "what it learned before fell",
     "unclear": "it can't be told whether what it learned before is kept",
-    "too few rows": "too few old rows to tell whether what it learned before is kept",
+    FEW: "too few {unit} of old rows to tell whether what it learned before is kept",
 }
 
 
@@ -102,23 +130,27 @@ def old_words(old: Mapping[str, Any] | str | None) -> str:
     if isinstance(old, str):
         return "old rows were not measured"
     parts = [
-        f"{named(part['metric'])} {part['before']['value']:.3f} -> {part['after']['value']:.3f} on {part['rows']:,} rows of {name}"
+        f"{named(part['metric'])} {part['before']['value']:.3f} -> {part['after']['value']:.3f} on {over(part)} of {name}"
         for name, part in old["parts"].items()
     ]
-    return f"{OLD_VERDICTS[old['verdict']]}: {', '.join(parts)}"
+    few: Mapping[str, Any] = next((part for part in old["parts"].values() if part["verdict"] == FEW), {})
+    return f"{OLD_VERDICTS[old['verdict']].format(unit=unit(few))}: {', '.join(parts)}"
+
+
+def few_words(part: Mapping[str, Any]) -> str:
+    """Say the verdict on a part, and where it is over too few of what."""
+    return f"too few {unit(part)}" if part["verdict"] == FEW else str(part["verdict"])
 
 
 def old_lines(old: Mapping[str, Any] | str | None) -> list[tuple[str, ...]]:
-    """Return a line for each run whose rows were to be kept: name, metric, rows, before, after, difference, bound, verdict."""
+    """Return a line for each run whose rows were to be kept: name, metric, over what, before, after, difference, bound, verdict."""
     if not old or isinstance(old, str):
         return []
     lines: list[tuple[str, ...]] = []
     for name, part in old["parts"].items():
-        gap = part["difference"]
-        shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         sides = (f"{part['before']['value']:.3f}", f"{part['after']['value']:.3f}")
-        facts = (name, named(part["metric"]), f"{part['rows']:,}")
-        lines.append((*facts, *sides, shown, f"{part['bound']:.3g}", part["verdict"]))
+        facts = (name, named(part["metric"]), over(part))
+        lines.append((*facts, *sides, shift(part["difference"]), f"{part['bound']:.3g}", few_words(part)))
     return lines
 
 
@@ -140,7 +172,7 @@ def guard_lines(guard: Mapping[str, Any] | str) -> list[tuple[str, str, str, str
     lines = []
     for name, part in guard["parts"].items():
         loss = part["loss"]
-        grown = f"{_share(loss['value'])} [{_share(loss['low'])}, {_share(loss['high'])}]"
+        grown = f"{_share(loss['value'])} [{bounds(loss, SHARE)}]"
         lines.append((name, f"{part['before']['value']:.3f}", f"{part['after']['value']:.3f}", grown, part["verdict"]))
     return lines
 
@@ -153,7 +185,12 @@ def robust_words(robust: Mapping[str, Any] | str) -> str:
     if isinstance(robust, str):
         return ""
     said = []
-    parts = {name: part for name, part in robust["varied"].items() if part["rows"] >= MIN_ROWS}
+    varied = robust["varied"]
+    parts = {name: part for name, part in varied.items() if part["rows"] >= MIN_ROWS}
+    if varied and not parts:
+        said.append(
+            f"too few {unit(next(iter(varied.values())))} to tell what it loses where inputs are written otherwise"
+        )
     if parts:
         fell = {name: part for name, part in parts.items() if part["direction"] < 0}
         if is_predicted(robust):
@@ -179,7 +216,7 @@ def is_predicted(robust: Mapping[str, Any]) -> bool:
 def _change(part: Mapping[str, Any], side: str, difference: str) -> str:
     """Say what became of rows written otherwise, from a `side` on, with the `difference` to that."""
     sides = f"{part[side]['value']:.3f} -> {part['varied']['value']:.3f}"
-    return f"{named(part['metric'])} {sides}{_bounds(part[difference])} on {part['rows']:,} rows"
+    return f"{named(part['metric'])} {sides}{_bounds(part[difference])} on {over(part)}"
 
 
 def outside_words(robust: Mapping[str, Any]) -> str:
@@ -188,12 +225,12 @@ def outside_words(robust: Mapping[str, Any]) -> str:
     if isinstance(outside, str):
         return ""
     sides = f"{outside['before']['value']:.3f} -> {outside['after']['value']:.3f}"
-    bounds = f"95% interval {outside['after']['low']:.3f} to {outside['after']['high']:.3f}"
-    return f"its confidence tells text from outside the job with an AUROC of {sides} ({bounds}; 0.5 is chance)"
+    sure = f"95% interval {bounds(outside['after'], between=' to ')}"
+    return f"its confidence tells text from outside the job with an AUROC of {sides} ({sure}; 0.5 is chance)"
 
 
 def robust_lines(robust: Mapping[str, Any] | str) -> list[tuple[str, ...]]:
-    """Return a line a way of writing: name, rows, untouched, tuned, the tuned model's rows as they are, difference to these, how sure.
+    """Return a line a way of writing: name, over what, untouched, tuned, the tuned model's rows as they are, difference to these, how sure.
 
     Of text that is predicted itself it is the difference to the untouched model.
     """
@@ -205,8 +242,7 @@ def robust_lines(robust: Mapping[str, Any] | str) -> list[tuple[str, ...]]:
         if is_predicted(robust):
             gap, direction = part["gain"], part["gain_direction"]
         values = (f"{part[side]['value']:.3f}" for side in ("untouched", "varied", "clean"))
-        shown = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-        lines.append((name, f"{part['rows']:,}", *values, shown, clearness(direction, gap["low"], gap["high"])))
+        lines.append((name, over(part), *values, shift(gap), clearness({**part, **gap, "direction": direction})))
     return lines
 
 
@@ -230,7 +266,7 @@ def flips_words(flips: Mapping[str, Any] | None) -> str:
 
 def wins_words(wins: Mapping[str, Any], side: str = "its answers", other: str = "the untouched model's") -> str:
     """Say how often the answers of one side beat those of the other."""
-    rate = f"{wins['value']:.0%} (95% interval {wins['low']:.0%} to {wins['high']:.0%})"
+    rate = f"{wins['value']:.0%} (95% interval {bounds(wins, '.0%', ' to ')})"
     counts = f"{wins['wins']:,} won, {wins['losses']:,} lost, {wins['ties']:,} ties"
     return f"{side} win {rate} against {other}, by {wins['by']}: {counts} ({chance_words('sign test p', grouped=wins.get('grouped', False))} {wins['p']:.2g})"
 
@@ -245,7 +281,7 @@ def needed_words(result: Mapping[str, Any]) -> str:
     needed = result.get("rows_needed")
     if not needed:
         return ""
-    what = "groups" if result.get("groups") else "rows"
+    what = unit(result["differences"][result["difference"]["metric"]])
     if needed > ROWS_MOST:
         return "if there is a difference, it is too small to be seen in any number of rows that is at hand"
     if result["verdict"] == "not_measured":
@@ -254,22 +290,20 @@ def needed_words(result: Mapping[str, Any]) -> str:
 
 
 def _bounds(gap: Mapping[str, float]) -> str:
-    return f" ({gap['value']:+.3f}, 95% interval {gap['low']:+.3f} to {gap['high']:+.3f})"
+    return f" ({gap['value']:+.3f}, 95% interval {bounds(gap, '+.3f', ' to ')})"
 
 
 def _share(part: float) -> str:
-    return f"{part:+.1%}"
+    return f"{part:{SHARE}}"
 
 
-def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Return a line a metric: its name, before, after, the difference with its interval, and how sure it is."""
+def score_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Return a line a metric: its name, before, after, the difference with its interval, how sure it is, and what it is over."""
     lines = []
     for name, difference in result["differences"].items():
         before, after = result["before"][name]["value"], result["after"][name]["value"]
-        low, high = difference["low"], difference["high"]
-        clear = clearness(difference["direction"], low, high)
-        shown = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append((named(name), f"{before:.3f}", f"{after:.3f}", shown, clear))
+        sides = (f"{before:.3f}", f"{after:.3f}")
+        lines.append((named(name), *sides, shift(difference), clearness(difference), over(difference)))
     return lines
 
 

@@ -15,7 +15,7 @@ from headstart.errors import DivergedError, Problem, UsageError
 from headstart.files import write_atomic, write_json
 from headstart.report.reasons import curve_words
 from headstart.report.trials import PRETRAINED, RANDOM, curve_page
-from headstart.report.words import VERDICTS, named
+from headstart.report.words import VERDICTS, bounds, named
 from headstart.trials.retell import read_measured, retell
 from headstart.trials.scratch import from_random, need_learnable
 from headstart.trials.study import Outcome, Study, same_rows, study_path, vary
@@ -161,5 +161,4 @@ def _told(found: Curve, outcome: Outcome) -> str:
     if outcome.result is None:
         return f"failed: {outcome.failed}"
     before, after = (outcome.result[side][found.metric] for side in ("before", "after"))
-    bounds = f"[{after['low']:.3f}, {after['high']:.3f}]"
-    return f"{before['value']:.3f} -> {after['value']:.3f} {bounds}  {VERDICTS[outcome.result['verdict']]}"
+    return f"{before['value']:.3f} -> {after['value']:.3f} [{bounds(after)}]  {VERDICTS[outcome.result['verdict']]}"

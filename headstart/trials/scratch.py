@@ -10,7 +10,7 @@ from typing import Any
 from headstart.config import Config, LoraSettings, Override, Settings, build_config
 from headstart.display import Display, in_time
 from headstart.errors import DivergedError, Problem, UsageError
-from headstart.evaluate.compare import interval
+from headstart.evaluate.compare import tell_metric
 from headstart.evaluate.measure import Measured, grouped_like
 from headstart.evaluate.versus import Evaluated, Pair, build_versus
 from headstart.files import read_json, write_atomic, write_json
@@ -183,7 +183,7 @@ def untouched_points(result: Mapping[str, Any]) -> list[Point]:
     It isn't scored on the watched rows; which of these are which follows from hashes, so that both are drawn alike.
     """
     losses = [result["before"][name] for name in ("nll", "cross_entropy") if name in result.get("before", {})]
-    return [Point(0, 0, 0.0, loss["high"]) for loss in losses[:1]]
+    return [Point(0, 0, 0.0, loss["high"]) for loss in losses[:1] if loss["high"] is not None]
 
 
 def first_at(points: Sequence[Point], loss: float) -> Point | None:
@@ -205,7 +205,7 @@ def _pair(tuned: Outcome, random: Outcome) -> Pair | None:
     for name, outcome in ((RANDOM, random), (PRETRAINED, tuned)):
         measured = read_measured(Path(outcome.run), "after")
         own = Measured(measured.own, measured.task)  # what it knew before is none of random weights
-        values = {key: interval(metric).to_json() for key, metric in own.metrics().items()}
+        values = {key: tell_metric(metric) for key, metric in own.metrics().items()}
         sides.append(Evaluated(name, own, values))
     if [row.where for row in sides[0].measured.rows] != [row.where for row in sides[1].measured.rows]:
         return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import headstart
+from headstart import job
 from headstart.display import Display
+from headstart.evaluate.robust import write_variants
 from headstart.files import read_json
 from headstart.run import RunFolder
 from headstart.tune import tune
@@ -21,13 +24,21 @@ SMALL = ["-m", "minilm", "-s", "batch_size=8", "-s", "data.held_out=20", "-s", "
 SWEEP = ["sweep", "labels.csv", *SMALL, "--over", "optim.lr=1e-6,5e-3,1e-4"]
 
 
-def test_a_sweep_that_is_killed_goes_on_and_proves_the_winner_alone(labels: Path) -> None:  # noqa: F811
+def test_a_sweep_that_is_killed_goes_on_and_proves_the_winner_alone(
+    labels: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with killed_at(7):  # the third step of the second trial
         assert call(*SWEEP, "-o", "runs/sweep").exit_code == 130
     assert list(read_json(Path("runs/sweep/study.json"))["outcomes"]) == ["rung-1/01"]
     begun = Path("runs/sweep/rung-1/01/metrics.jsonl").stat().st_mtime_ns
+    written: list[Any] = []
+    monkeypatch.setattr(job, "write_variants", lambda *a, **k: written.append(a) or write_variants(*a, **k))
     code, found = as_json(*SWEEP, "-o", "runs/sweep")
     assert code == 0
+    assert (
+        len(written) == 2
+    )  # for the plan of a full run, and where the winner is proven: no trial writes rows otherwise
     assert Path("runs/sweep/rung-1/01/metrics.jsonl").stat().st_mtime_ns == begun  # what ended isn't run again
     first, last = (rung["trials"] for rung in found["rungs"])
     assert [trial["settings"]["optim.lr"] for trial in first] == ["1e-6", "5e-3", "1e-4"]

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from headstart.errors import DataError, HeadstartError, ModelError, UsageError
+from headstart.evaluate.compare import interval
 from headstart.evaluate.graders import ask as asking
 from headstart.evaluate.graders.ask import cosines
 from headstart.evaluate.graders.fill import Case, fill
@@ -570,6 +572,46 @@ def test_grades_are_metrics_and_only_answered_rows_have_them() -> None:
     assert [r.grades for r in graded.rows] == [{"hit": 1}, {"hit": 0}, {}]
     metric = graded.metrics()["hit"]
     assert (len(metric), not metric.lower_is_better) == (2, True)
+
+
+def test_only_what_can_pass_or_fail_has_the_interval_of_a_rate() -> None:
+    forms = {
+        "string_check": {"operation": "ilike", "input": "{{sample.output_text}}", "reference": "{{row.reference}}"},
+        "exact_match": {"input": "{{sample.output_text}}", "reference": "{{row.reference}}"},
+        "numeric": {"input": "7 {{sample.output_text}}", "reference": "7"},
+        "json_schema": {"input": "1", "schema": {"type": "number"}},
+        "python": {"source": "def grade(sample, item):\n    return sample['output_text'] == 'yes'"},
+        "text_similarity": {
+            "input": "{{sample.output_text}}",
+            "reference": "{{row.reference}}",
+            "evaluation_metric": "rouge_l",
+        },
+        "multi": {
+            "graders": {"a": {"type": "numeric", "input": "1", "reference": "1"}},
+            "calculate_output": "1 + 4 * (1 - a)",
+        },
+    }
+    graders = [build_grader({"type": kind, "name": kind, **form}) for kind, form in forms.items()]
+    counted = build_grader({"type": "python", "name": "counted", "source": "def grade(sample, item):\n    return 1"})
+    rows = Measured([row(line, "yes") for line in range(8)], "chat")
+    graded = Grading([*graders, counted]).grade(rows, print)
+    again = Measured.from_json(json.loads(json.dumps(graded.to_json())), "chat")
+    low = binomtest(8, 8).proportion_ci(method="wilson").low
+    for side in (graded, again):  # a scale from 1 to 5, of which every answer got the 1, is no rate
+        found = {name: interval(metric) for name, metric in side.metrics().items() if name in {*forms, "counted"}}
+        assert {name: bounds.low for name, bounds in found.items() if bounds.low < 1} == pytest.approx(
+            dict.fromkeys(("string_check", "exact_match", "numeric", "json_schema", "python"), low)
+        )
+
+
+def test_a_label_passes_or_fails_and_a_score_of_a_model_is_on_its_scale(endpoint: str) -> None:
+    Judge.replies[:] = ['{"result": "good"}'] * 8 + ['{"result": 1}'] * 8
+    labels = build_grader(judge(endpoint, "label_model", labels=["good", "bad"], passing_labels=["good"]))
+    scores = build_grader(judge(endpoint, range=[1, 5]))
+    rows = Measured([row(line, "yes") for line in range(8)], "chat")
+    passed = Grading([labels]).grade(rows, print).metrics()["judge"]
+    assert interval(passed).low == pytest.approx(binomtest(8, 8).proportion_ci(method="wilson").low)
+    assert interval(Grading([scores]).grade(rows, print).metrics()["judge"]).low == 1
 
 
 def test_a_row_that_one_side_could_not_grade_counts_on_neither() -> None:

@@ -86,6 +86,12 @@ def test_the_threshold_is_the_best_of_all() -> None:
     probabilities = 1 / (1 + np.exp(-outputs))
     ours = theirs.f1_score(truth, probabilities >= best_threshold(outputs, truth), average="micro")
     assert ours == max(theirs.f1_score(truth, probabilities >= p, average="micro") for p in probabilities.ravel())
+    coarse = np.round(outputs)  # many are equal
+    told = 1 / (1 + np.exp(-coarse)) >= best_threshold(coarse, truth)
+    ways = [theirs.f1_score(truth, coarse >= value, average="micro") for value in np.unique(coarse)]
+    assert theirs.f1_score(truth, told, average="micro") == max(ways)
+    # The first of four that are equal is right: alone it would have an F1 of 2/3, all four have 1/3 and all five 4/7.
+    assert best_threshold(np.array([[0.0, 0.0, 0.0, 0.0, -9.0]]), np.array([[1.0, 0.0, 0.0, 0.0, 1.0]])) < 1e-3
 
 
 def test_numbers_are_scored_as_by_scikit_learn() -> None:

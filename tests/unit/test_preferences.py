@@ -532,6 +532,15 @@ def test_references_are_computed_once_for_the_same_rows_model_and_settings(tmp_p
     assert len(calls) == 3
 
 
+def test_rows_that_all_left_a_tie_are_fixed_by_chance_as_often_as_broken() -> None:
+    def told(gains: list[float]) -> Measured:
+        rows = [RowResult(f"f:{n}", -1.0, 1.0, truth=[1.0, 0.0], found=[(g, 3, 0.0), (0.0, 2, 0.0)]) for n, g in enumerate(gains)]  # fmt: skip
+        return Measured(rows, "preference")
+
+    found = count_flips(told([0.0] * 20), told([1.0, -1.0] * 10))
+    assert (found["fixed"], found["broken"], found["p"]) == (10, 10, 1.0)
+
+
 def test_rows_that_are_fixed_are_those_whose_better_answer_gained_the_most() -> None:
     def told(gain: float, task: str = "preference") -> Measured:
         row = RowResult("f:1", -1.0, 1.0, "q", "a", truth=[1.0, 0.0], found=[(-9.0 + gain, 3, -9.0), (-4.0, 2, -4.0)])
@@ -539,6 +548,7 @@ def test_rows_that_are_fixed_are_those_whose_better_answer_gained_the_most() -> 
 
     assert count_flips(told(0.0), told(2.0))["fixed"] == 1  # a tie is not won
     assert count_flips(told(2.0), told(-1.0))["broken"] == 1
+    assert count_flips(told(0.0), told(-1.0))["broken"] == 1  # nor is it lost
     several = [
         Measured([RowResult("f:1", 1.0, 1.0, "q", "b, a", "x", truth=["b", "a"], found=found)], "multilabel")
         for found in ([], ["a", "b"])

@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,8 +21,9 @@ from headstart.config import build_config
 from headstart.display import Display, in_bytes, in_time, safe
 from headstart.engine.loop import Progress
 from headstart.errors import Problem
-from headstart.evaluate.compare import Ratio, compare
+from headstart.evaluate.compare import Ratio, compare, tell_metric
 from headstart.evaluate.measure import Measured, RowResult
+from headstart.evaluate.versus import Evaluated, build_versus
 from headstart.files import json_text, read_json, write_json
 from headstart.report.card import model_card
 from headstart.report.charts import POINTS_MAX, Series, line_chart, nice_ticks, thin_out
@@ -29,7 +31,9 @@ from headstart.report.frame import marked
 from headstart.report.page import report_page
 from headstart.report.result import build_result
 from headstart.report.told import told_sections
-from headstart.report.words import clearness, cures, sentence
+from headstart.report.versus import versus_page
+from headstart.report.words import clearness, cures, old_lines, old_words, score_table, sentence
+from headstart.show import say_evaluated, say_versus
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -76,7 +80,7 @@ PLAN: dict[str, Any] = {
 SOURCE = {"name": PAYLOADS[0], "kind": "hub", "revision": "abc", "sha256": "", "path": "/x", "license": "MIT"}
 
 
-def result(gain: float = 5.0) -> dict[str, Any]:
+def result(gain: float = 5.0, before: Measured | None = None, after: Measured | None = None) -> dict[str, Any]:
     return build_result(
         facts={
             "kind": "instruction",
@@ -102,8 +106,8 @@ def result(gain: float = 5.0) -> dict[str, Any]:
             best_step=400,
             end="finished",
         ),
-        before=rows(0),
-        after=rows(gain),
+        before=before or rows(0),
+        after=after or rows(gain),
         device="cpu",
     )
 
@@ -331,8 +335,89 @@ def test_an_interval_without_zero_that_rests_on_few_rows_may_be_chance() -> None
     )
     found = compare("accuracy", before, after)
     assert found.p == 0.0625
-    assert clearness(found.direction, found.difference.low, found.difference.high) == "may be chance"
-    assert [clearness(d, -1.0, 1.0) for d in (1, 0, -1)] == ["better", "unclear", "worse"]
+    assert clearness(found.to_json()) == "may be chance"
+    wide = {"low": -1.0, "high": 1.0, "rows": 8}
+    assert [clearness({**wide, "direction": d}) for d in (1, 0, -1)] == ["better", "unclear", "worse"]
+
+
+def grouped(measured: Measured, group: Callable[[int], str]) -> Measured:
+    return Measured([replace(row, group=group(n)) for n, row in enumerate(measured.rows)], measured.task)
+
+
+def test_what_is_decided_over_groups_says_so_wherever_it_is_told() -> None:
+    """Twenty rows in ten groups, of which twelve rows, in six groups, were answered."""
+    sides = [grouped(rows(gain), lambda n: f"g{n // 2}") for gain in (0.0, 5.0)]
+    found = result(5.0, *sides)
+    over = {name: (gap["rows"], gap["grouped"]) for name, gap in found["differences"].items()}
+    assert (over["nll"], over["rouge_l"], found["groups"]) == ((10, True), (6, True), 10)
+    assert " on 10 groups that it never saw " in sentence(found)
+    assert {(line[0], *line[4:]) for line in score_table(found)} >= {
+        ("loss per predicted token", "better", "10 groups"),
+        ("ROUGE-L", "needs 8 groups", "6 groups"),
+    }
+    page = report_page(found, *sides, [], DATA, build_config())
+    assert "it is decided over 10 groups." in page
+    assert "(bootstrap over groups;" in page
+    assert "<td>6 groups</td>" in page
+    assert "| 10 groups |" in model_card(Path("runs/x"), found, "plain")
+    assert "decided over" not in report_page(result(), rows(0), rows(5.0), [], DATA, build_config())
+
+
+def test_groups_that_decide_are_those_of_the_metric_itself() -> None:
+    """Picked answers stand for twelve of twenty rows, in three groups, so that more groups are needed than there are."""
+    sides = [
+        Measured([replace(row, probability=None if row.answer is None else 0.5) for row in side.rows], "chat")
+        for side in (grouped(rows(gain), lambda n: f"g{n // 4}") for gain in (0.0, 5.0))
+    ]
+    found = result(5.0, *sides)
+    assert (found["difference"]["metric"], found["groups"]) == ("accuracy", 3)
+    assert "it is decided over 3 groups." in report_page(found, *sides, [], DATA, build_config())
+    assert sentence(found).endswith("too small to decide: at least 8 groups are needed")
+
+
+def test_models_side_by_side_say_over_how_many_groups_they_differ() -> None:
+    sides = [grouped(rows(gain), lambda n: f"g{n // 2}") for gain in (0.0, 5.0)]
+    models = [
+        Evaluated(name, side, {key: tell_metric(metric) for key, metric in side.metrics().items()})
+        for name, side in zip("ab", sides, strict=True)
+    ]
+    found = build_versus(models, {})
+    assert "a, b on 20 rows" in versus_page(found)
+    assert "<td>10 groups</td></tr>" in versus_page(found)
+    for say in (lambda display: say_versus(display, found), lambda display: say_evaluated(display, models[0])):
+        file = io.StringIO()
+        say(Display(file, live=False))
+        (line,) = [line for line in file.getvalue().splitlines() if line.startswith("  loss per predicted token ")]
+        assert line.endswith(" 10 groups")
+    assert json.loads(json_text(found.to_json()))["pairs"][0]["differences"]["nll"]["grouped"]
+
+
+def test_a_single_group_is_told_without_bounds() -> None:
+    sides = [grouped(rows(gain), lambda _: "all") for gain in (0.0, 5.0)]
+    found = json.loads(json_text(result(5.0, *sides), allow_nan=False))
+    gap = found["differences"]["nll"]
+    assert gap.pop("value") == pytest.approx(-1.0)
+    assert gap == {"low": None, "high": None, "rows": 1, "grouped": True, "direction": 0, "p": 1.0}
+    gap["value"] = -1.0
+    assert found["verdict"] == "not_measured"
+    (line,) = [line for line in score_table(found) if line[0] == "loss per predicted token"]
+    assert line[3:] == ("-1.000 [not known]", "needs 8 groups", "1 group")
+    page = report_page(found, *sides, [], DATA, build_config())
+    assert "95% interval not known" in page
+    assert "decided over 1 group." in page
+
+
+def test_old_rows_in_groups_are_counted_as_groups() -> None:
+    old = {"metric": "nll", "rows": 3, "grouped": True, "verdict": "too few rows", "bound": 0.1}
+    sides = {name: {"value": 0.5, "low": 0.4, "high": 0.6} for name in ("before", "after", "difference")}
+    told = {"verdict": "too few rows", "bound": 0.05, "parts": {"first": {**old, **sides}}}
+    assert old_words(told) == (
+        "too few groups of old rows to tell whether what it learned before is kept: "
+        "loss per predicted token 0.500 -> 0.500 on 3 groups of first"
+    )
+    assert old_lines(told)[0][2::5] == ("3 groups", "too few groups")
+    kept = {"first": {**old, **sides, "verdict": "kept", "rows": 1, "grouped": False}}
+    assert old_words({**told, "verdict": "kept", "parts": kept}).endswith("on 1 row of first")
 
 
 def test_what_differs_from_the_reference_is_marked_and_nothing_else() -> None:

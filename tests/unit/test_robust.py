@@ -200,6 +200,17 @@ def test_a_run_tells_what_inputs_that_vary_cost_and_what_is_still_gained_on_them
     )
 
 
+def test_rows_of_too_few_groups_tell_nothing_of_inputs_that_vary() -> None:
+    sides = [measured(False, 0.5, lambda _: False), measured(True, 0.9, str.isupper)]
+    few = [Measured([replace(row, group=str(int(row.where[-1]) % 5)) for row in s.rows], s.task) for s in sides]
+    result = robust_result(*few)
+    assert result is not None
+    lower = result["varied"]["lower case"]
+    assert (lower["rows"], lower["grouped"], lower["direction"]) == (5, True, 0)
+    assert robust_words(result).startswith("too few groups to tell what it loses where inputs are written otherwise")
+    assert [line[1::5] for line in robust_lines(result) if line[0] == "lower case"] == [("5 groups", "needs 8 groups")]
+
+
 def test_rows_that_stand_in_one_line_are_told_apart() -> None:
     """All rows of a JSON array on one line stand at `file.json:1`."""
     result = robust_result(

@@ -39,7 +39,7 @@ SHOWN = 80  # characters of what a model said that are shown
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader gave a row: a score, or why there is none."""
+    """What a grader gave a row: a score, or why there is none. The score is a bool where a row can only pass or fail."""
 
     score: float | None
     why: str = ""
@@ -81,12 +81,12 @@ def parts_of(grader: Grader) -> list[Grader]:
     return [grader, *(grader.graders.values() if isinstance(grader, Multi) else ())]
 
 
-def _each(score: Callable[[Any, Case], float]) -> Callable[[Any, Sequence[Case], Tell], list[Grade]]:
-    """Return a function that grades row by row; ValueError says why a row can't be graded."""
+def _each(check: Callable[[Any, Case], bool]) -> Callable[[Any, Sequence[Case], Tell], list[Grade]]:
+    """Return a function that lets rows pass or fail; ValueError says why a row can't be graded."""
 
     def one(grader: Any, case: Case) -> Grade:
         try:
-            return Grade(float(score(grader, case)))
+            return Grade(check(grader, case))
         except ValueError as error:
             return Grade(None, str(error))
 
@@ -97,16 +97,16 @@ def _pair(grader: Any, case: Case) -> tuple[str, str]:
     return fill(grader.input, case), fill(grader.reference, case)
 
 
-def _check_string(grader: StringCheck, case: Case) -> float:
+def _check_string(grader: StringCheck, case: Case) -> bool:
     return CHECKS[grader.operation](*_pair(grader, case))
 
 
-def _match(grader: ExactMatch, case: Case) -> float:
+def _match(grader: ExactMatch, case: Case) -> bool:
     text, reference = (normalise(text, grader.ignore) for text in _pair(grader, case))
     return text == reference
 
 
-def _compare_numbers(grader: Numeric, case: Case) -> float:
+def _compare_numbers(grader: Numeric, case: Case) -> bool:
     text, reference = map(last_number, _pair(grader, case))
     if reference is None:
         raise ValueError("the reference has no number")
@@ -114,11 +114,11 @@ def _compare_numbers(grader: Numeric, case: Case) -> float:
     return text is not None and abs(text - reference) <= room
 
 
-def _fit_schema(grader: JsonSchema, case: Case) -> float:
+def _fit_schema(grader: JsonSchema, case: Case) -> bool:
     try:
         value = parse_json(fill(grader.input, case))
     except ValueError:
-        return 0.0
+        return False
     try:
         return bool(_validator(grader).is_valid(value))
     except RecursionError:
@@ -224,14 +224,14 @@ def _label_by_model(grader: LabelModel, cases: Sequence[Case], _: Tell) -> list[
 
 
 def _read_label(said: str, grader: LabelModel) -> Grade:
-    """Return 1 for a label that passes, else 0; the label is the result, or the only one that is spelled."""
+    """Tell whether the label passes; it is the result, or the only one that is spelled."""
     result = str(_result(said) or said).strip().casefold()
     met = [label for label in grader.labels if label.casefold() == result]
     if not met:
         met = [label for label in grader.labels if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", result)]
     if len(met) != 1:
         return Grade(None, f"the model gave no label, or several: {said!r:.{SHOWN}}")
-    return Grade(float(met[0] in grader.passing_labels))
+    return Grade(met[0] in grader.passing_labels)
 
 
 def _reward(grader: RewardModel, cases: Sequence[Case], _: Tell) -> list[Grade]:

@@ -180,7 +180,7 @@ def answer(grade: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Return the score of a case, or what went wrong."""
     try:
         score = grade(case["sample"], case["item"])
-        if isinstance(score, bool) or not isinstance(score, int | float):
+        if not isinstance(score, int | float):
             score = float(score)
         if not math.isfinite(score):
             raise ValueError(f"the score is {score}")
@@ -188,7 +188,7 @@ def answer(grade: Any, case: dict[str, Any]) -> dict[str, Any]:
         return {"why": "it needs more memory than it may have"}
     except BaseException as error:
         return {"why": f"{type(error).__name__}: {error}"[:ANSWER_MAX]}
-    return {"score": float(score)}
+    return {"score": score if isinstance(score, bool) else float(score)}
 
 
 def main() -> None:

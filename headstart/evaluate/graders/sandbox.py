@@ -107,7 +107,7 @@ class _Process:
         """Return the score of a case, or what went wrong. Raises SandboxError where this process is of no use any more."""
         answer = self._ask({"sample": case.sample, "item": case.item}, self._grader.time_limit_s)
         match answer:
-            case {"score": float(score)} if math.isfinite(score):
+            case {"score": bool(score) | float(score)} if math.isfinite(score):
                 return score
             case {"why": str(why)}:
                 return why.encode(errors="backslashreplace").decode()  # half a surrogate can't be kept
