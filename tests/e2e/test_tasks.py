@@ -148,7 +148,9 @@ def test_pairs_of_texts(tiny_home: Path) -> None:
     for _ in range(80):
         a, b = chance.randrange(50), chance.randrange(50)
         rows.append({"sentence1": f"{a} text", "sentence2": f"{b}", "label": "low" if low(b) else "high"})
-    run = tune(write("rows.jsonl", rows), "-m", "minilm", "-s", "steps=60", "-s", "seed=2", task="classification")
+    # At 1e-2 which seeds learn is luck; at this rate all of five did, with 68 right and more.
+    settings = ["-s", "steps=60", "-s", "optim.lr=3e-3"]
+    run = tune(write("rows.jsonl", rows), "-m", "minilm", *settings, task="classification")
     found = predict(run, "rows.jsonl")
     assert sum(row["prediction"] == row["label"] for row in found) > 50
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run.path / "model")
