@@ -122,7 +122,7 @@ def _following(feed: Feed, examples: Sequence[Example], steps: int) -> list[Exam
 
 
 def judge(found: Sequence[Tried], usual: float) -> tuple[Tried, str]:
-    """Return the rate to take, and why: of those that aren't clearly worse than the best, the one nearest to the usual rate.
+    """Return the rate to take, and why: of those clearly better than the usual and not clearly worse than the best, the nearest to it.
 
     Clearly: by `CLEAR` standard errors of the paired difference over rows. The usual one rests on more runs.
     """
@@ -135,7 +135,7 @@ def judge(found: Sequence[Tried], usual: float) -> tuple[Tried, str]:
     if own.scores is not None and not _clear(own, best):
         told = f"{best.loss:.4f} at {best.rate:g}, {own.loss:.4f} at the usual {own.rate:g}"
         return own, f"none was clearly better than the usual one ({told})"
-    chosen = next(tried for tried in near if tried.scores and not _clear(tried, best))
+    chosen = next(tried for tried in near if tried.scores and not _clear(tried, best) and _clear(own, tried))
     edge = ", the last that was tried" if chosen in (found[0], found[-1]) else ""
     if own.scores is None:
         return chosen, f"the usual {own.rate:g} diverged{edge}"

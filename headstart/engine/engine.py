@@ -119,7 +119,11 @@ class Engine:
         # Decay moves every row. On a GPU, rows of which none knows how many there are would have the host wait for it.
         by_rows = not weight_decay and reader.device.type == "cpu"
         self.rows = {n: RowAdamW(p) for n, p in self.trainable.items() if by_rows and hasattr(p, LOOKED_UP)}
-        self.optimizer = build_adamw({n: p for n, p in self.trainable.items() if n not in self.rows}, weight_decay)
+        whole = {n: p for n, p in self.trainable.items() if n not in self.rows}
+        for parameter in whole.values():
+            if hasattr(parameter, LOOKED_UP):
+                setattr(parameter, LOOKED_UP, None)  # another engine may have learned it by rows
+        self.optimizer = build_adamw(whole, weight_decay)
         self.clock = Clock(reader.device.type)
 
     @property
@@ -279,6 +283,10 @@ class Engine:
             rows.gradient.clear()
 
     def _update(self, sums: Sums, lr: float) -> float:
+        if any(rows.weight.grad is not None for rows in self.rows.values()):
+            raise RuntimeError(
+                "an embedding that learns by rows got a gradient of the whole, which nothing would apply"
+            )
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         gradients += [rows.gradient.values for rows in self.rows.values()]
         # The one moment of a step at which the host waits for a GPU.

@@ -51,10 +51,13 @@ VERBS = _pairs(
     "choose: pick, select: pick, read: look at, translate: convey, compare: contrast, draft: write up, suggest: propose"
 )
 NOUNS = _pairs(
-    "text: passage, passage: text, dialogue: conversation, conversation: dialogue, article: piece, question: query, request: inquiry, "
-    "following: given, sentence: line"
+    "text: passage, passage: text, dialogue: conversation, conversation: dialogue, question: query, following: given"
 )
-VERB = re.compile(rf"(?i)((?:^|[.!?:;,] |\b(?:please|to|and|then) ))({'|'.join(VERBS)})\b")
+# Only before what it is to be done to: "answer yes or no", "a complete waste" and "list of names" tell no task so.
+DONE_TO = (
+    "a|an|the|this|these|that|those|each|all|any|my|me|our|your|its|his|her|their|if|whether|what|which|where|how|why"
+)
+VERB = re.compile(rf"(?i)((?:^|[.!?:;,] |\b(?:please|to|and|then) ))({'|'.join(VERBS)})(?= (?:{DONE_TO})\b)")
 NOUN = re.compile(rf"(?i)\b({'|'.join(NOUNS)})\b")
 
 Vary = Callable[[str, random.Random], str]

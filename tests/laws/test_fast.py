@@ -193,6 +193,20 @@ def test_what_rows_have_learned_goes_on_from_its_state(fast: bool, later: bool) 
         torch.testing.assert_close(parameter, second.trainable[name], rtol=1e-3, atol=1e-4)
 
 
+def test_an_engine_after_one_by_rows_learns_the_whole_and_no_gradient_is_left_aside() -> None:
+    first = by_rows(fast=True)
+    (name,) = first.rows
+    second = Engine(first.reader, first.trainable, nll, weight_decay=0.1)
+    before = first.trainable[name].detach().clone()
+    some_steps(second, range(1))
+    moved = (second.trainable[name] / before - 1).abs()
+    assert float(moved.max(1).values.gt(1e-2).sum()) > 0  # more than decay alone
+    third = by_rows(fast=True)
+    third.trainable[name].grad = torch.ones_like(before)
+    with pytest.raises(RuntimeError, match="gradient of the whole"):
+        some_steps(third, range(1))
+
+
 def test_rows_that_were_rehearsed_have_learned_nothing() -> None:
     rehearsed, fresh = by_rows(fast=True), by_rows(fast=True)
     rehearsed.rehearse(build_packs(rows(), 1000)[0])

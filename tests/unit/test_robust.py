@@ -44,7 +44,7 @@ ROWS: list[Record] = [
 PAIR = Preference(
     Where("f", 5),
     (
-        Message("system", "Answer, please."),
+        Message("system", "Answer the user, please."),
         Message("user", "Identify where she says that it hurts, Doctor?\nName: Ann\nAge: 61\nSex: f\nTown: Leeds"),
     ),
     (Message("assistant", "In the Lung.", True), Message("assistant", "Nowhere, at all.", True)),
@@ -82,7 +82,7 @@ def test_of_preferences_the_prompt_of_the_user_varies_and_nothing_else(name: str
     assert varied == replace(PAIR, prompt=varied.prompt)
     if name == "the task in other words":  # which the system may tell as well
         assert [m.content for m in varied.prompt] == [
-            "Reply to, please.",
+            "Reply to the user, please.",
             "Point out where she says that it hurts, Doctor?\nName: Ann\nAge: 61\nSex: f\nTown: Leeds",
         ]
     else:
@@ -123,7 +123,12 @@ def test_each_way_does_what_it_says() -> None:
     assert reword("Summarize the dialogue, then list its text.\nlist: text", chance) == (
         "Sum up the conversation, then enumerate its passage.\nlist: text"
     )
-    for other in ("Schreibe den Text.", "i have a question", "The list is long."):  # no task in words that are known
+    for other in (
+        "Schreibe den Text.",
+        "Answer yes or no.",
+        "great, complete waste of time",
+        "List of texts",
+    ):  # no task in words that are known
         assert reword(other, chance) == other
     assert vary(replace(labelled, text="List my cards"), "the task in other words").text == "List my cards"  # type: ignore[union-attr]
     longer = vary(labelled, "other text before it").text  # type: ignore[union-attr]

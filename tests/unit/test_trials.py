@@ -111,6 +111,10 @@ def test_a_rate_is_taken_only_where_it_is_clearly_better() -> None:
     assert judge([usual, luck, gone], 1e-3)[0] is usual
     assert judge([clear, usual, luck, gone], 1e-3)[0] is clear
     assert judge([beyond, clear, usual], 1e-3)[0] is clear  # the best is no clearer, and farther from what is usual
+    wild = Tried(
+        8e-4, scores(*(rows - 0.2 + 13 * (np.arange(16) == 3)))
+    )  # one row blew up, so that nothing is clear of it
+    assert judge([clear, wild, usual], 1e-3)[0] is clear
     assert "the last that was tried" in judge([clear, usual], 1e-3)[1]
     assert judge([Tried(1e-3, None), clear], 1e-3)[0] is clear
     assert judge([usual], 1e-3)[0] is usual
