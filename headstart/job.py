@@ -314,14 +314,14 @@ def _write_variants(data: Data, config: Config) -> list[Variant]:
     proof, labels = data.proof(settings.eval.rows), prepared.labels
     limit = settings.data.max_length or prepared.longest
     reading = variant_reading(settings.data)
+    # A document whose pieces stand one behind the other may get longer by it than the model has positions.
+    length = model_length(load_config(data.source)) if settings.data.positions == "continue" else None
 
     def encode(records: Sequence[Record]) -> Segmented:
         coding = Coding(settings.task, labels, prepared.masking)
         found = segment(records, reading, data.renderer, limit, coding, whole=True)
-        if settings.data.positions == "restart":
+        if length is None:
             return found
-        # A document whose pieces stand one behind the other may get longer by it than the model has positions.
-        length = model_length(load_config(data.source))
         fit = [n for n, example in enumerate(found.examples) if end_of(example) <= length]
         return Segmented([found.examples[n] for n in fit], [found.kept[n] for n in fit])
 

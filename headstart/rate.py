@@ -132,7 +132,7 @@ def judge(found: Sequence[Tried], usual: float) -> tuple[Tried, str]:
         return own, "all diverged; it is the usual one"
     if best is own:
         return own, "none was better than the usual one"
-    if own.scores is not None and not _clear(own, best):
+    if not _clear(own, best):
         told = f"{best.loss:.4f} at {best.rate:g}, {own.loss:.4f} at the usual {own.rate:g}"
         return own, f"none was clearly better than the usual one ({told})"
     chosen = next(tried for tried in near if tried.scores and not _clear(tried, best) and _clear(own, tried))

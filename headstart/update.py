@@ -56,9 +56,9 @@ def update(
 ) -> Run:
     """Fine-tune the result of `run` on new `data`, with `replay` of its old rows beside each new one; return the new run.
 
-    `replay` is 0.3 by itself, of classes 1. The verdict is `better` only where new rows got better and old held-out rows didn't certainly fall. Raises what `tune`
-    raises, RunError where `run` isn't a finished run, and DataError where its data isn't what it was: with `replay=0` that is
-    taken, and old rows are then not measured.
+    `replay` is 0.3 by itself, of classes 1. The verdict is `better` only where new rows got better and old held-out rows didn't
+    certainly fall. Raises what `tune` raises, RunError where `run` isn't a finished run, and DataError where its data isn't what
+    it was: with `replay=0` that is taken, and old rows are then not measured.
     """
     named = {
         "data.train": as_names(data),

@@ -225,12 +225,11 @@ class Engine:
         different tokens there will be in training.
         """
         self.prepare_optimizer()
-        for rows in self.rows.values():
-            rows.make_room(words)
         for parameter in self.trainable.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()  # so that nothing that isn't finite can reach the weights
         for rows in self.rows.values():
+            rows.make_room(words)
             rows.gradient.values.zero_()
         for _ in range(2):
             begun = time.perf_counter()

@@ -185,7 +185,6 @@ def _speed_up_embedding(model: Any) -> None:
     module = model.get_input_embeddings()
     plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
     if plain and module.weight.requires_grad:
-        weight = module.weight
-        module.forward = lambda ids: embed(ids, weight)
-        if sum(p is weight for other in model.modules() for p in other.parameters(recurse=False)) == 1:
-            setattr(weight, LOOKED_UP, None)
+        module.forward = lambda ids: embed(ids, module.weight)
+        if sum(p is module.weight for other in model.modules() for p in other.parameters(recurse=False)) == 1:
+            setattr(module.weight, LOOKED_UP, None)
