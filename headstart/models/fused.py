@@ -77,24 +77,36 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return _RmsNorm.apply(x, norm.weight, norm)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _back(
+    product: Product, gradient: Tensor, inputs: Tensor | None, narrow: Tensor | None, passes: bool
+) -> Tensor | None:
+    """Carry a gradient back through linear layers: to what trains, given their inputs, and, where it `passes`, to these."""
+    if passes:
+        return product.backward(gradient, inputs, narrow)
+    if inputs is not None:
+        product.accumulate(gradient, inputs, narrow)
+    return None
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trigger: Tensor | None, norm: Norm | None, product: Product) -> Tensor:
-        ctx.norm, ctx.product = norm, product
         inverse = norm.inverse(x) if norm else None
-        ctx.save_for_backward(x, inverse)
-        return product.apply(x if norm is None or inverse is None else norm.apply(x, inverse))
+        output, narrow = product.apply(x if norm is None or inverse is None else norm.apply(x, inverse))
+        ctx.norm, ctx.product = norm, product
+        ctx.save_for_backward(x, inverse, narrow)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse = ctx.saved_tensors
+        x, inverse, narrow = ctx.saved_tensors
         norm, product = ctx.norm, ctx.product
+        passes = ctx.needs_input_grad[0] or bool(norm and norm.weight.requires_grad)
+        inputs = None
         if ctx.needs_input_grad[1]:
-            product.accumulate(gradient, x if norm is None else norm.apply(x, inverse))
-        if not ctx.needs_input_grad[0] and not (norm and norm.weight.requires_grad):
-            return None, None, None, None
-        d_normed = product.backward(gradient)
-        return d_normed if norm is None else norm.backward(x, inverse, d_normed), None, None, None
+            inputs = x if norm is None else norm.apply(x, inverse)
+        d_x = _back(product, gradient, inputs, narrow, passes)
+        return d_x if norm is None or d_x is None else norm.backward(x, inverse, d_x), None, None, None
 
 
 def project(x: Tensor, norm: Norm | None, product: Product) -> Tensor:
@@ -113,17 +125,17 @@ class _AddProduct(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, x: Tensor, trigger: Tensor | None, product: Product, scale: float
     ) -> Tensor:
+        output, narrow = product.add_to(residual, x, scale)
         ctx.product, ctx.scale = product, scale
-        ctx.save_for_backward(x)
-        return product.add_to(residual, x, scale)
+        ctx.save_for_backward(x, narrow)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, narrow = ctx.saved_tensors
         scaled = gradient if ctx.scale == 1.0 else gradient * ctx.scale
-        if ctx.needs_input_grad[2]:
-            ctx.product.accumulate(scaled, x)
-        d_x = ctx.product.backward(scaled) if ctx.needs_input_grad[1] else None
+        inputs = x if ctx.needs_input_grad[2] else None
+        d_x = _back(ctx.product, scaled, inputs, narrow, ctx.needs_input_grad[1])
         return gradient, d_x, None, None, None
 
 
@@ -163,24 +175,23 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, x: Tensor, trigger: Tensor | None, product: Product, norm: LayerNorm, drop: float
     ) -> Tensor:
-        branch = product.apply(x)
+        branch, narrow = product.apply(x)
         kept = draw_kept(tuple(branch.shape), drop, branch.device) if drop else None
         if kept is not None:
             branch.mul_(kept)
         sums = torch.add(residual, branch, alpha=share(drop), out=branch)
         normed, mean, inverse = norm.apply(sums)
         ctx.product, ctx.norm, ctx.share = product, norm, share(drop)
-        ctx.save_for_backward(x, kept, sums, mean, inverse)
+        ctx.save_for_backward(x, narrow, kept, sums, mean, inverse)
         return normed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, sums, mean, inverse = ctx.saved_tensors
+        x, narrow, kept, sums, mean, inverse = ctx.saved_tensors
         d_sums = ctx.norm.backward(gradient.contiguous(), sums, mean, inverse)
         d_branch = d_sums if kept is None else (d_sums * kept).mul_(ctx.share)
-        if ctx.needs_input_grad[2]:
-            ctx.product.accumulate(d_branch, x)
-        d_x = ctx.product.backward(d_branch) if ctx.needs_input_grad[1] else None
+        inputs = x if ctx.needs_input_grad[2] else None
+        d_x = _back(ctx.product, d_branch, inputs, narrow, ctx.needs_input_grad[1])
         return d_sums, d_x, None, None, None, None
 
 
@@ -193,18 +204,17 @@ def add_norm(residual: Tensor, x: Tensor, product: Product, norm: LayerNorm, dro
 class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trigger: Tensor | None, product: Product, name: str) -> Tensor:
-        wide = product.apply(x)
+        wide, narrow = product.apply(x)
         ctx.product, ctx.name = product, name
-        ctx.save_for_backward(x, wide)
+        ctx.save_for_backward(x, narrow, wide)
         return activate(wide, name)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, wide = ctx.saved_tensors
+        x, narrow, wide = ctx.saved_tensors
         d_wide = _activation_gradient(gradient, wide, ctx.name)
-        if ctx.needs_input_grad[1]:
-            ctx.product.accumulate(d_wide, x)
-        return ctx.product.backward(d_wide) if ctx.needs_input_grad[0] else None, None, None, None
+        inputs = x if ctx.needs_input_grad[1] else None
+        return _back(ctx.product, d_wide, inputs, narrow, ctx.needs_input_grad[0]), None, None, None
 
 
 def activated(x: Tensor, product: Product, name: str) -> Tensor:
@@ -247,31 +257,31 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: Tensor, t1: Tensor | None, t2: Tensor | None, t3: Tensor | None, mlp: GatedMlp, residual: bool
     ) -> Tensor:
         inverse = mlp.norm.inverse(x) if mlp.norm else None
-        wide = mlp.wide.apply(x if mlp.norm is None or inverse is None else mlp.norm.apply(x, inverse))
+        wide, narrow = mlp.wide.apply(x if mlp.norm is None or inverse is None else mlp.norm.apply(x, inverse))
         gate, up = wide.chunk(2, -1)
         hot = activate(gate, mlp.activation).mul_(up)
+        output, down_narrow = mlp.down.add_to(x, hot, mlp.scale) if residual else mlp.down.apply(hot)
         ctx.mlp, ctx.residual = mlp, residual
-        ctx.save_for_backward(x, inverse, wide)
-        return mlp.down.add_to(x, hot, mlp.scale) if residual else mlp.down.apply(hot)
+        ctx.save_for_backward(x, inverse, wide, narrow, down_narrow)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, wide = ctx.saved_tensors
+        x, inverse, wide, narrow, down_narrow = ctx.saved_tensors
         mlp: GatedMlp = ctx.mlp
         scaled = gradient if mlp.scale == 1.0 else gradient * mlp.scale
         gate, up = wide.chunk(2, -1)
         active = activate(gate, mlp.activation)
-        d_hot = mlp.down.backward(scaled)
+        d_hot = mlp.down.backward(scaled, active * up if ctx.needs_input_grad[2] else None, down_narrow)
         d_wide = torch.empty_like(wide)
         d_gate, d_up = d_wide.chunk(2, -1)
         torch.mul(d_hot, active, out=d_up)
         d_gate.copy_(_activation_gradient(d_hot.mul_(up), gate, mlp.activation))
-        if ctx.needs_input_grad[2]:
-            mlp.down.accumulate(scaled, active.mul_(up))
         del active, d_hot
+        inputs = None
         if ctx.needs_input_grad[1]:
-            mlp.wide.accumulate(d_wide, x if mlp.norm is None else mlp.norm.apply(x, inverse))
-        d_x = mlp.wide.backward(d_wide)
+            inputs = x if mlp.norm is None else mlp.norm.apply(x, inverse)
+        d_x = mlp.wide.backward(d_wide, inputs, narrow)
         through = gradient if ctx.residual else None
         if mlp.norm is not None:
             d_x = mlp.norm.backward(x, inverse, d_x, through)

@@ -1,13 +1,14 @@
-"""Linear layers that read the same input, as one product: adapters folded in, gradients added up in place.
+"""Linear layers that read the same input, as one product: adapters beside the weights, gradients added up in place.
 
-Where an adapter adds `s B A x` to `W x`, the one matrix `W + s B A` gives the same, and its gradients follow from the same
-products: `dB = s dy^T (A x)`, `dA = s (dy B)^T x` (Hu et al., 2021, eq. 3). It is made once for each update of the adapter,
-so no side branch is run. Without an adapter, layers that train become views of one matrix, and so do their gradients.
+An adapter adds `s B (A x)` to `W x`. What it makes of the input, `A x` [T, R], is kept, since its gradients are made of it:
+`dB = s dy^T (A x)`, `dA = (s dy B)^T x` (Hu et al., 2021, eq. 3); the input's gradient is `dy W + (s dy B) A`. Everything is added
+into what the large products wrote, so neither a second copy of the weights nor a second tensor of the outputs' size is
+made. Layers that read the same input become views of one matrix, and so do the gradients of those that train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,15 @@ def read_linear(module: Any) -> Part | None:
 class Product:
     """Linear layers [N1, D], [N2, D], ... as one [N, D], and what trains of them.
 
-    It has a life: the matrix with the adapters in it is made anew once they, or the weights, have changed.
+    It has a life: what it is made of is taken over anew once layers or adapters have changed.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
         self.rows = [len(part.weight) for part in parts]
-        self._adapted = [part for part in parts if part.a is not None]
+        self._ranks = [0 if part.a is None else len(part.a) for part in parts]
         self._key: tuple[Any, ...] = ()
         self._weight: Tensor = parts[0].weight
-        self._merged: Tensor | None = None
         self._bias: Tensor | None = None
         self._stacked: Tensor | None = None
         self._gradients: dict[str, Tensor] = {}
@@ -80,29 +80,23 @@ class Product:
         found = [p for part in self.parts for p in (part.weight, part.bias, part.a, part.b)]
         return [p for p in found if p is not None]
 
-    def refresh(self) -> tuple[Tensor, Tensor | None]:
-        """Return the matrix [N, D] and the bias [N] as the layers and their adapters are now."""
+    def refresh(self) -> None:
+        """Take over what changed in the layers and their adapters."""
         key = tuple((p.data_ptr(), p._version) for p in self._parameters())
         if key != self._key:
             with torch.no_grad():
-                self._merge()
+                self._lay()
             self._key = tuple((p.data_ptr(), p._version) for p in self._parameters())
-        return self._weight, self._bias
 
-    def _merge(self) -> None:
+    def _lay(self) -> None:
+        """Lay weights, biases and the A of adapters one below the other."""
         weights = [part.weight for part in self.parts]
-        if self._adapted:
-            if self._merged is None:
-                self._merged = weights[0].new_empty(sum(self.rows), weights[0].shape[1])
-            self._weight = self._merged
-            for part, place in zip(self.parts, torch.split(self._weight, self.rows), strict=True):
-                if part.a is None or part.b is None:
-                    place.copy_(part.weight)
-                else:
-                    torch.addmm(part.weight, part.b, part.a, alpha=part.scale, out=place)
-            self._stacked = torch.cat([part.a for part in self._adapted if part.a is not None])
-        else:
-            self._weight = weights[0].detach() if len(weights) == 1 else _as_views(weights)
+        if len(weights) == 1:
+            self._weight = weights[0].detach()
+        elif not _are_views(weights, self._weight):
+            self._weight = _as_views(weights)
+        narrow = [part.a for part in self.parts if part.a is not None]
+        self._stacked = torch.cat(narrow) if narrow else None
         biases = [part.bias for part in self.parts]
         known = [b for b in biases if b is not None]
         self._bias = None
@@ -110,50 +104,75 @@ class Product:
             filled = [weights[0].new_zeros(n) if b is None else b for b, n in zip(biases, self.rows, strict=True)]
             self._bias = torch.cat([b.detach() for b in filled])
 
-    def apply(self, inputs: Tensor) -> Tensor:
-        """Return inputs [T, D] times the matrix, with the bias: [T, N], without gradients."""
-        weight, bias = self.refresh()
-        return torch.mm(inputs, weight.t()) if bias is None else torch.addmm(bias, inputs, weight.t())
+    def apply(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the layers give for inputs [T, D], [T, N], and what adapters make of these, [T, R], for `backward`."""
+        self.refresh()
+        weight = self._weight.t()
+        output = torch.mm(inputs, weight) if self._bias is None else torch.addmm(self._bias, inputs, weight)
+        return output, self._add_adapters(output, inputs, 1.0)
 
-    def add_to(self, sums: Tensor, inputs: Tensor, scale: float = 1.0) -> Tensor:
-        """Return `sums` [T, N] plus `scale` times what the layers give for inputs [T, D]."""
-        weight, bias = self.refresh()
-        output = torch.addmm(sums, inputs, weight.t(), alpha=scale)
-        return output if bias is None else output.add_(bias, alpha=scale)
+    def add_to(self, sums: Tensor, inputs: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Return `sums` [T, N] plus `scale` times what the layers give for inputs [T, D], and as `apply` what `backward` needs."""
+        self.refresh()
+        output = torch.addmm(sums, inputs, self._weight.t(), alpha=scale)
+        if self._bias is not None:
+            output.add_(self._bias, alpha=scale)
+        return output, self._add_adapters(output, inputs, scale)
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the inputs [T, D], given that of the outputs [T, N]."""
-        return torch.mm(gradient, self._weight)
+    def _add_adapters(self, output: Tensor, inputs: Tensor, scale: float) -> Tensor | None:
+        if self._stacked is None:
+            return None
+        narrow = torch.mm(inputs, self._stacked.t())
+        for part, place, known in self._by_part(output, narrow):
+            if part.b is not None:
+                place.addmm_(known, part.b.detach().t(), alpha=scale * part.scale)
+        return narrow
 
-    def accumulate(self, gradient: Tensor, inputs: Tensor) -> None:
-        """Add to the gradients of what trains, given the outputs' gradient [T, N] and the inputs [T, D]."""
+    def _by_part(self, wide: Tensor, narrow: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
+        """Yield each layer with its columns of [T, N], and of [T, R] those of its adapter."""
+        yield from zip(self.parts, torch.split(wide, self.rows, 1), torch.split(narrow, self._ranks, 1), strict=True)
+
+    def backward(self, gradient: Tensor, inputs: Tensor | None, narrow: Tensor | None) -> Tensor:
+        """Return the gradient of the inputs [T, D], given that of the outputs [T, N].
+
+        With the `inputs`, and what adapters made of them, the gradients of what trains are added up too.
+        """
+        d_inputs = torch.mm(gradient, self._weight)
+        back = self._back(gradient)
+        if back is not None and self._stacked is not None:
+            d_inputs.addmm_(back, self._stacked)
+        if inputs is not None:
+            self._accumulate(gradient, inputs, narrow, back)
+        return d_inputs
+
+    def accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None) -> None:
+        """Add to the gradients of what trains, where that of the inputs isn't wanted."""
+        self._accumulate(gradient, inputs, narrow, self._back(gradient))
+
+    def _back(self, gradient: Tensor) -> Tensor | None:
+        """Return the outputs' gradient [T, N] behind each adapter's B, scaled: [T, R]."""
+        if self._stacked is None:
+            return None
+        back = gradient.new_empty(len(gradient), len(self._stacked))
+        for part, piece, place in self._by_part(gradient, back):
+            if part.b is not None:
+                torch.mm(piece, part.b.detach(), out=place).mul_(part.scale)
+        return back
+
+    def _accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None, back: Tensor | None) -> None:
         self._accumulate_bias(gradient)
-        if self._adapted:
-            self._accumulate_adapters(gradient, inputs)
+        if narrow is not None and back is not None:
+            for part, piece, known in self._by_part(gradient, narrow):
+                if part.b is not None and part.b.requires_grad:
+                    add_product(part.b, piece.t(), known, part.scale)
+            adapted = [part.a for part in self.parts if part.a is not None]
+            self._add("a", adapted, [len(a) for a in adapted], back.t(), inputs)
         self._add("weight", [part.weight for part in self.parts], self.rows, gradient.t(), inputs)
 
     def _accumulate_bias(self, gradient: Tensor) -> None:
         for part, piece in zip(self.parts, torch.split(gradient, self.rows, 1), strict=True):
             if part.bias is not None and part.bias.requires_grad:
                 add_gradient(part.bias, piece.sum(0))
-
-    def _accumulate_adapters(self, gradient: Tensor, inputs: Tensor) -> None:
-        stacked = self._stacked
-        if stacked is None:
-            raise RuntimeError("a product went backward before it went forward")
-        narrow = torch.mm(inputs, stacked.t())
-        ranks = [len(part.a) for part in self._adapted if part.a is not None]
-        back = gradient.new_empty(len(gradient), sum(ranks))
-        pieces = dict(zip(map(id, self.parts), torch.split(gradient, self.rows, 1), strict=True))
-        columns = zip(self._adapted, torch.split(narrow, ranks, 1), torch.split(back, ranks, 1), strict=True)
-        for part, known, place in columns:
-            if part.b is None:
-                continue
-            piece = pieces[id(part)]
-            if part.b.requires_grad:
-                add_product(part.b, piece.t(), known, part.scale)
-            torch.mm(piece, part.b, out=place).mul_(part.scale)
-        self._add("a", [part.a for part in self._adapted if part.a is not None], ranks, back.t(), inputs)
 
     def _add(self, name: str, parameters: Sequence[Tensor], rows: Sequence[int], a: Tensor, b: Tensor) -> None:
         """Add `a b` to the gradients of those of parameters that train; where all do, as one product.
@@ -189,6 +208,14 @@ def _as_views(weights: Sequence[Tensor]) -> Tensor:
     for weight, place in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
         weight.data = place
     return joined
+
+
+def _are_views(weights: Sequence[Tensor], joined: Tensor) -> bool:
+    """Tell whether weights are views of a tensor, one below the other."""
+    if len(joined) != sum(map(len, weights)):
+        return False
+    places = torch.split(joined, [len(weight) for weight in weights])
+    return all(weight.data_ptr() == place.data_ptr() for weight, place in zip(weights, places, strict=True))
 
 
 def add_gradient(parameter: Tensor, gradient: Tensor) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from headstart.data.forest import build_packs
 from headstart.engine.engine import Engine
@@ -131,6 +134,67 @@ def test_of_an_adapter_that_trains_in_part_that_part_gets_its_gradient() -> None
     plain = step(model, parameters, 60)
     speed_up(model)
     assert_same(step(model, parameters, 60), plain, 1e-6)
+
+
+def test_an_adapter_beside_a_weight_that_trains_too() -> None:
+    model, parameters = trained("llama", torch.float64, lora=Lora(4, 8, 0.0, ("all-linear",)))
+    for name, parameter in model.named_parameters():
+        if "up_proj.base_layer" in name or "o_proj.base_layer" in name:
+            parameters[name] = parameter.requires_grad_(True)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    weights = []
+    for fast in (False, True):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+        if fast:
+            speed_up(model)
+        engine = Engine(PackReader(model), parameters, nll)
+        for _ in range(3):
+            engine.forward_backward_all(build_packs(rows(), 60))
+            engine.optim_step(1e-2)
+        weights.append({name: p.detach().clone() for name, p in parameters.items()})
+    for name, plain in weights[0].items():
+        assert not torch.equal(plain, before[name])
+        torch.testing.assert_close(weights[1][name], plain, rtol=1e-3, atol=1e-4)
+
+
+def held() -> int:
+    """Return the bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
+    return sum(storages.values())
+
+
+def is_tensor(thing: Any) -> bool:
+    return issubclass(type(thing), Tensor) and not thing.is_meta
+
+
+def test_an_adapter_keeps_no_second_copy_of_the_weights() -> None:
+    model, parameters = trained("llama", torch.float32, lora=Lora(4, 8, 0.0, ("all-linear",)))
+    step(model, parameters, 60)
+    before = held()
+    speed_up(model)
+    step(model, parameters, 60)
+    layers = sum(p.nbytes for name, p in model.named_parameters() if "base_layer" in name)
+    adapters = sum(p.nbytes for p in parameters.values())
+    assert (
+        held() - before < 2 * adapters < layers
+    )  # the A of layers that read the same input lie once more in one matrix
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped by /proc")
+@pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
+def test_a_file_of_weights_is_left_once_layers_are_fast(tmp_path: Path, lora: Lora | None) -> None:
+    twin("llama").save_pretrained(tmp_path)
+    model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path), lora, seed=1).model
+    (pack,) = build_packs(rows(), 10_000)
+    plain = PackReader(model).forward(pack)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()  # else there is nothing to be shown here
+    assert speed_up(model).layers
+    torch.testing.assert_close(PackReader(model).forward(pack), plain, rtol=1e-4, atol=1e-4)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def by_rows(fast: bool, weight_decay: float = 0.0) -> Engine:
