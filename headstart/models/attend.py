@@ -87,7 +87,7 @@ class _Attend(torch.autograd.Function):
 def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, output: Tensor) -> Tensor | None:
     """Write what `attend` gives into `output` [T, H, d], of queries that are scaled already.
 
-    Return what was kept under dropout, block by block, bool.
+    Return what was kept under dropout, block by block, uint8.
     """
     if isinstance(blocks, Tiles):
         return _tiles_forward(q, k, v, blocks, rule, output)

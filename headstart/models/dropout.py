@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al., 2014) whose masks are drawn sixteen bits a value, a tensor at a time, and kept as bools."""
+"""Dropout (Srivastava et al., 2014) whose masks are drawn sixteen bits a value, a tensor at a time, and kept as bytes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ def share(p: float) -> float:
 
 
 def draw_kept(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """Return which values are kept, bool, each with a probability of 1 - p by itself.
+    """Return 1 for values that are kept and 0 for the others, uint8, each kept with a probability of 1 - p by itself.
 
-    torch draws a number for each value, one after the other; a number of 64 bits is enough for four of them.
+    torch draws a number for each value, one after the other; a number of 64 bits is enough for four of them. It compares
+    in place, and widens bytes, several values at a time; bools it would make, and widen, one by one.
     """
     if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
+        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - p)
     count, dropped = math.prod(shape), round(p * LEVELS)
     if dropped == LEVELS:
-        return torch.zeros(shape, dtype=torch.bool)
+        return torch.zeros(shape, dtype=torch.uint8)
     noise = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None)
-    return (noise.view(torch.int16)[:count] >= dropped - LEVELS // 2).view(shape)
+    return noise.view(torch.int16)[:count].ge_(dropped - LEVELS // 2).to(torch.uint8).view(shape)
 
 
 class _Dropout(torch.autograd.Function):

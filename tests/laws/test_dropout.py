@@ -21,6 +21,17 @@ def test_values_are_dropped_with_their_probability_and_by_themselves(p: float) -
         assert abs(together - (1 - p) ** 2) < 10 * spread
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_what_is_kept_is_a_byte_of_a_value_and_follows_from_the_seed(p: float) -> None:
+    torch.manual_seed(3)
+    kept = draw_kept((7, 31), p, torch.device("cpu"))
+    torch.manual_seed(3)
+    noise = torch.empty(55, dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:217]
+    assert kept.element_size() == 1
+    assert torch.equal(kept.flatten() == 1, noise >= round(p * 65536) - 32768)
+    assert torch.equal(kept, kept != 0)
+
+
 def test_all_or_none_can_be_dropped() -> None:
     assert not draw_kept((3, 5), 1.0, torch.device("cpu")).any()
     assert draw_kept((3, 5), 0.0, torch.device("cpu")).all()
