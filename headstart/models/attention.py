@@ -90,10 +90,9 @@ class Forest:
         if key not in self._blocks:
             device = self.positions.device
             with one_by_one():
-                size = block_size(self.nodes)
-                blocks = cut_blocks(self.nodes, window, causal, size, self._chosen if chosen else None)
-                tiles = lay_tiles(blocks, len(self.nodes.owner))
-                self._blocks[key] = tiles.to(device) if tiles else [block.to(device) for block in blocks]
+                wanted = self.nodes, window, causal, block_size(self.nodes), self._chosen if chosen else None
+                tiles = lay_tiles(*wanted)
+                self._blocks[key] = tiles.to(device) if tiles else [block.to(device) for block in cut_blocks(*wanted)]
         return self._blocks[key]
 
 

@@ -92,12 +92,17 @@ def cut_blocks(
 
     Raises ValueError for a window that looks both ways: architectures don't agree on what it means.
     """
-    if window and not causal:
-        raise ValueError("a window that looks both ways is not known here")
-    places = np.arange(len(nodes.owner)) if chosen is None else chosen
+    places = _places(nodes, window, causal, chosen)
     counts = np.bincount(nodes.owner[places], minlength=len(nodes.start))
     cuts = _cuts(counts, nodes.parent, size)
     return [_build_block(nodes, places[begin:end], begin, window, causal) for begin, end in cuts]
+
+
+def _places(nodes: Nodes, window: int, causal: bool, chosen: Ints | None) -> Ints:
+    """Return the tokens that are queries. Raises ValueError for a window that looks both ways."""
+    if window and not causal:
+        raise ValueError("a window that looks both ways is not known here")
+    return np.arange(len(nodes.owner)) if chosen is None else chosen
 
 
 def _cuts(counts: Ints, parents: Ints, size: int) -> list[tuple[int, int]]:
@@ -149,11 +154,11 @@ def _build_block(nodes: Nodes, places: Ints, begin: int, window: int, causal: bo
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks that share no key, each filled up to `n` queries and `m` keys: B tiles, one product for all of them.
+    """Rows that share nothing, several to a tile of `n` queries and `m` keys: B tiles, one product for all of them.
 
     `queries` [B n] and `keys` [B m] are the tokens in their slots, 0 where there is none; `empty` are the slots of queries
     without a token. `asked` [P] and `held` [T] are the slots of the tokens; `unseen` are tokens that are nobody's key.
-    `mask` [B, n, m] is 0 where a query sees a key and -inf elsewhere.
+    `mask` [B, n, m] is 0 where a query sees a key and -inf elsewhere, and 0 for slots of queries without a token.
     """
 
     n: int
@@ -182,34 +187,70 @@ TENSORS = ("queries", "keys", "empty", "asked", "held", "unseen", "mask")
 Cut = Sequence[Block] | Tiles
 
 
-def lay_tiles(blocks: Sequence[Block], tokens: int) -> Tiles | None:
-    """Return blocks as tiles over a pack of T tokens; None where they share keys, or differ so much that most would be empty."""
-    counts = [block.end - block.begin for block in blocks]
-    sizes = [sum(end - begin for begin, end in block.keys) for block in blocks]
-    n, m = max(counts), max(sizes)
-    seen = sum(count * size for count, size in zip(counts, sizes, strict=True))
-    if len(blocks) < 2 or len(blocks) * n * m > TILE_WASTE * seen or sum(sizes) > tokens:
+def lay_tiles(nodes: Nodes, window: int, causal: bool, size: int, chosen: Ints | None = None) -> Tiles | None:
+    """Return a pack as tiles of at most `size` keys; the rest is as in `cut_blocks`.
+
+    None where rows share tokens, where one is longer than a tile, and where there would be one tile, or most of them empty.
+    """
+    places = _places(nodes, window, causal, chosen)
+    if (nodes.parent >= 0).any() or nodes.length.max(initial=0) > size:
         return None
-    runs = [np.concatenate([np.arange(*run) for run in block.keys]) for block in blocks]
-    held = np.full(tokens, -1)
-    queries, keys = np.full((len(blocks), n), -1), np.zeros((len(blocks), m), np.int64)
-    mask = torch.zeros(len(blocks), n, m)
-    for number, (block, count, run) in enumerate(zip(blocks, counts, runs, strict=True)):
-        if (held[run] >= 0).any():
-            return None
-        queries[number, :count] = np.arange(block.begin, block.end)
-        keys[number, : len(run)] = run
-        held[run] = number * m + np.arange(len(run))
-        mask[number, :count, len(run) :] = -math.inf
-        if block.mask is not None:
-            mask[number, :count, block.low : block.high] = block.mask
-    flat = queries.ravel()
+    counts = np.bincount(nodes.owner[places], minlength=len(nodes.length))
+    lengths = np.where(counts > 0, nodes.length, 0)
+    tile = _fill(lengths, size)
+    tokens = np.flatnonzero(counts[nodes.owner] > 0)
+    asked, n, asks = _slots(tile, counts, nodes.owner[places])
+    slots, m, sizes = _slots(tile, lengths, nodes.owner[tokens])
+    count = len(asks)
+    if count < 2 or count * n * m > TILE_WASTE * (asks * sizes).sum():
+        return None
+    queries, keys = np.full(count * n, -1), np.full(count * m, -1)
+    queries[asked], keys[slots] = np.arange(len(places)), tokens
+    held = np.full(len(nodes.owner), -1)
+    held[tokens] = slots
+    rows, others = places[queries].reshape(count, n, 1), keys.reshape(count, 1, m)
+    seen = (nodes.owner[rows] == nodes.owner[others]) & (others >= 0)
+    if causal:
+        distance = nodes.positions[rows] - nodes.positions[others]
+        seen &= (distance >= 0) & (distance < (window or math.inf))
+    seen |= queries.reshape(rows.shape) < 0
     arrays = {
-        "queries": flat.clip(0),
-        "keys": keys.ravel(),
-        "empty": np.flatnonzero(flat < 0),
-        "asked": np.flatnonzero(flat >= 0),
+        "queries": queries.clip(0),
+        "keys": keys.clip(0),
+        "empty": np.flatnonzero(queries < 0),
+        "asked": asked,
         "held": held.clip(0),
         "unseen": np.flatnonzero(held < 0),
+        "mask": np.where(seen, np.float32(0), np.float32(-math.inf)),
     }
-    return Tiles(n=n, m=m, mask=mask, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return Tiles(n=n, m=m, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _fill(lengths: Ints, size: int) -> Ints:
+    """Return the tile of each row: the longest rows first, each to where it leaves the least room. Empty rows need none: 0."""
+    tile = np.zeros(len(lengths), np.int64)
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # the tiles that have so many slots left
+    tiles = 0
+    for row in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)].tolist():
+        length = int(lengths[row])
+        room = next((room for room in range(length, size + 1) if with_room[room]), size)
+        if not with_room[room]:
+            with_room[room].append(tiles)
+            tiles += 1
+        tile[row] = with_room[room].pop()
+        with_room[room - length].append(tile[row])
+    return tile
+
+
+def _slots(tile: Ints, counts: Ints, owner: Ints) -> tuple[Ints, int, Ints]:
+    """Lay what rows have `counts` of, `owner` by `owner`, into their tiles, row behind row.
+
+    Return the slot of each in all tiles, how many slots a tile has, and how many of them are filled in each.
+    """
+    filled = np.bincount(tile, counts).astype(np.int64)
+    order = np.argsort(tile, kind="stable")
+    laid, width = counts[order], int(filled.max())
+    first = np.empty(len(tile), np.int64)
+    first[order] = np.cumsum(laid) - laid + (np.arange(len(filled)) * width - np.cumsum(filled) + filled)[tile[order]]
+    first -= np.cumsum(counts) - counts
+    return first[owner] + np.arange(len(owner)), width, filled

@@ -28,6 +28,11 @@ def forests(draw: st.DrawFn) -> Nodes:
     return Nodes.of(lengths, parents, np.array(positions))
 
 
+def roots(lengths: list[int]) -> Nodes:
+    """Rows that share nothing."""
+    return Nodes.of(lengths, [-1] * len(lengths), np.concatenate([np.arange(n) for n in lengths]))
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor, nodes: Nodes, window: int, causal: bool, rule: Rule) -> Tensor:
     """The same with all scores at once, and who sees whom written down token by token."""
     seen = torch.zeros(len(q), len(k), dtype=torch.bool)
@@ -91,18 +96,22 @@ def test_tokens_that_look_both_ways_see_their_own_row() -> None:
     lengths=st.lists(st.integers(1, 12), min_size=2, max_size=9),
     causal=st.booleans(),
     heads=st.sampled_from([(6, 3), (4, 4)]),
-    first_only=st.booleans(),
+    part=st.booleans(),
+    data=st.data(),
 )
-def test_tiles_equal_dense(lengths: list[int], causal: bool, heads: tuple[int, int], first_only: bool) -> None:
-    """Rows that share nothing go all at once, those of which one token asks too."""
-    nodes = Nodes.of(lengths, [-1] * len(lengths), np.concatenate([np.arange(n) for n in lengths]))
-    chosen = nodes.start if first_only else np.arange(len(nodes.owner))
-    tiles = lay_tiles(cut_blocks(nodes, 0, causal, 16, chosen), len(nodes.owner))
+def test_tiles_equal_dense(
+    lengths: list[int], causal: bool, heads: tuple[int, int], part: bool, data: st.DataObject
+) -> None:
+    """Rows that share nothing go all at once, those of which few tokens or none ask too."""
+    nodes = roots(lengths)
+    chosen = np.array(data.draw(st.sets(st.integers(0, sum(lengths) - 1), min_size=1).map(sorted))) if part else None
+    window = data.draw(st.sampled_from([0, 4])) if causal else 0
+    tiles = lay_tiles(nodes, window, causal, 16, chosen)
     assume(tiles is not None)
     assert isinstance(tiles, Tiles)
     q, k, v = (torch.randn(sum(lengths), n, 4, dtype=torch.float64, requires_grad=True) for n in (*heads, heads[1]))
-    rule, asked = Rule(0.7, 2.0), torch.from_numpy(chosen)
-    ours, theirs = attend(q[asked], k, v, tiles, rule), dense(q, k, v, nodes, 0, causal, rule)[asked]
+    rule, asked = Rule(0.7, 2.0), slice(None) if chosen is None else torch.from_numpy(chosen)
+    ours, theirs = attend(q[asked], k, v, tiles, rule), dense(q, k, v, nodes, window, causal, rule)[asked]
     assert_same_with_gradients(ours, theirs, (q, k, v))
 
 
@@ -113,13 +122,27 @@ def test_short_rows_share_a_block_only_up_to_the_longest(lengths: list[int], siz
     assert block_size(Nodes.of(lengths, range(-1, len(lengths) - 1), np.arange(sum(lengths)))) == 64
 
 
-def test_rows_that_differ_too_much_or_share_keys_are_no_tiles() -> None:
-    short_and_long = Nodes.of([4] * 4 + [60], [-1] * 5, np.concatenate([np.arange(n) for n in (4, 4, 4, 4, 60)]))
-    assert lay_tiles(cut_blocks(short_and_long, size=8), 76) is None
+def test_rows_that_are_too_long_or_share_keys_are_no_tiles() -> None:
+    assert lay_tiles(roots([4] * 4 + [60]), 0, True, 8) is None
     siblings = Nodes.of([6, 8, 8], [-1, 0, 0], np.array([*range(6), *range(6, 14), *range(6, 14)]))
-    assert lay_tiles(cut_blocks(siblings, size=8), 22) is None
-    rows = Nodes.of([7, 8, 6], [-1] * 3, np.concatenate([np.arange(n) for n in (7, 8, 6)]))
-    assert lay_tiles(cut_blocks(rows, size=8), 21) is not None
+    assert lay_tiles(siblings, 0, True, 8) is None
+    assert lay_tiles(roots([7, 8, 6]), 0, True, 8) is not None
+    assert lay_tiles(roots([7, 8, 6]), 0, True, 24) is None  # one tile is one block
+    assert lay_tiles(roots([16, 16, 9]), 0, True, 16) is not None
+    few = np.array([*range(16), 16, 32])  # most of the tiles would be empty
+    assert lay_tiles(roots([16, 16, 9]), 0, True, 16, few) is None
+    with pytest.raises(ValueError, match="both ways"):
+        lay_tiles(roots([7, 8, 6]), 4, False, 8)
+
+
+def test_short_rows_fill_tiles_whatever_their_order() -> None:
+    """The long ones lie first, each with what fits beside it best."""
+    tiles = lay_tiles(roots([3, 10, 6, 13, 5, 11, 4, 9, 3]), 0, False, 16)
+    assert tiles is not None
+    assert (len(tiles), tiles.n, tiles.m, len(tiles.empty)) == (4, 16, 16, 0)
+    assert tiles.asked.tolist() == tiles.held.tolist()
+    assert torch.equal(tiles.queries[tiles.asked], torch.arange(64))
+    assert (tiles.mask == 0).sum() == sum(n * n for n in (3, 10, 6, 13, 5, 11, 4, 9, 3))
 
 
 @pytest.mark.parametrize("parents", [[-1, 0, 0], [-1, -1, -1]], ids=["blocks", "tiles"])
@@ -127,8 +150,8 @@ def test_rows_that_differ_too_much_or_share_keys_are_no_tiles() -> None:
 def test_gradients_hold_under_dropout(softcap: float | None, parents: list[int]) -> None:
     """Against finite differences, with the same draw each time."""
     nodes = Nodes.of([4, 8, 4], parents, np.array([*range(4), *range(4, 12), *range(4, 8)]))
-    cut, rule = cut_blocks(nodes, size=8), Rule(0.6, softcap, dropout=0.3)
-    blocks = cut if 0 in parents else lay_tiles(cut, 16)
+    rule = Rule(0.6, softcap, dropout=0.3)
+    blocks = cut_blocks(nodes, size=8) if 0 in parents else lay_tiles(nodes, 0, True, 8)
     assert blocks is not None
     q, k, v = (torch.randn(16, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
 
