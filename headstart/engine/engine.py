@@ -21,7 +21,7 @@ from torch import Tensor
 from headstart.data.forest import Pack
 from headstart.engine.clock import Clock
 from headstart.engine.forward import Reader
-from headstart.engine.optim import MOMENTS, RowAdamW, build_adamw, spread_rows
+from headstart.engine.optim import MOMENTS, RowAdamW, build_adamw, spread_rows, total_norm
 from headstart.errors import DivergedError, Problem
 from headstart.faults import reach
 from headstart.machine import out_of_memory
@@ -289,7 +289,7 @@ class Engine:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         gradients += [rows.gradient.values for rows in self.rows.values()]
         # The one moment of a step at which the host waits for a GPU.
-        total, loss, count = read_together(torch.nn.utils.get_total_norm(gradients), sums.summed, sums.counted)
+        total, loss, count = read_together(total_norm(gradients), sums.summed, sums.counted)
         norm = total / count if count else math.nan  # where nothing is predicted there is no mean
         self.taken = replace(sums, summed=loss, counted=count)
         if not math.isfinite(norm) or not math.isfinite(loss):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from headstart.models.embedding import LOOKED_UP, RowGradient, spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROWS_AT_ONCE = 512  # so that what an update reads twice lies in the caches
+SQUARES_AT_ONCE = 1 << 18  # that are added up in float32
 GROWTH = 1.5  # of the room for rows, where it is too little
 
 
@@ -42,6 +43,18 @@ def build_adamw(parameters: Mapping[str, torch.nn.Parameter], weight_decay: floa
     vectors = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> float | Tensor:
+    """Return the norm of all gradients together; infinite where a sum of some squares is past their type.
+
+    On a CPU it comes of dot products, which threads share, of pieces: a sum of all squares in float32 would be off by more,
+    the more there are.
+    """
+    if all(gradient.dtype == torch.float32 and gradient.device.type == "cpu" for gradient in gradients):
+        pieces = (piece for gradient in gradients for piece in torch.split(gradient.flatten(), SQUARES_AT_ONCE))
+        return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in pieces))
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 class RowAdamW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from headstart.data.forest import build_packs
 from headstart.engine.engine import Engine
 from headstart.engine.forward import PackReader
+from headstart.engine.optim import total_norm
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register
 from headstart.models.embedding import spread
@@ -278,3 +280,24 @@ def test_rows_that_were_rehearsed_have_learned_nothing() -> None:
     for engine in (rehearsed, fresh):
         some_steps(engine, range(2))
     assert all(torch.equal(rehearsed.trainable[name], fresh.trainable[name]) for name in fresh.trainable)
+
+
+@pytest.mark.parametrize("shapes", [[(3000, 1001), (7,), (0, 5)], [(1,)], []])
+def test_the_norm_of_all_gradients_is_that_in_double_precision(shapes: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape).mul_(torch.rand(shape).mul_(20).sub_(15).exp_()) for shape in shapes]
+    gradients += [gradient.t() for gradient in gradients if gradient.ndim == 2]
+    exact = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    found = [float(total_norm(gradients)) for _ in range(20)]
+    assert found[0] == pytest.approx(exact, rel=3e-6)
+    assert len(set(found)) == 1
+    alike = [torch.full((12, 1000, 1000), 0.1)]  # the worst case: all errors point one way
+    assert float(total_norm(alike)) == pytest.approx(math.sqrt(12e6) * 0.1, rel=3e-5)
+    assert float(total_norm([gradient.double() for gradient in gradients])) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20, 2e19])
+def test_a_norm_that_is_past_its_type_is_never_finite_and_wrong(bad: float) -> None:
+    gradients = [torch.ones(50, 40), torch.zeros(3)]
+    gradients[0][31, 7] = bad
+    assert not math.isfinite(total_norm(gradients))
