@@ -1,4 +1,4 @@
-"""How a pack is cut for attention: blocks of queries and the keys they see, or tiles, where blocks are so alike that all go at once."""
+"""How a pack is cut for attention: blocks of queries and the keys they see, or tiles, where rows are short and share nothing."""
 
 from __future__ import annotations
 
