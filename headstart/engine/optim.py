@@ -105,21 +105,21 @@ class RowAdamW:
     def update(self, lr: float, divisor: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Move all rows that ever had a gradient by what was added up, divided by `divisor`."""
         places, order = self._place[self.gradient.ids].sort()
-        values = self.gradient.values[order]
+        values = self.gradient.values.index_select(0, order)
         edges = torch.searchsorted(places, torch.arange(0, len(self._ids) + ROWS_AT_ONCE, ROWS_AT_ONCE)).tolist()
         for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
             begin = number * ROWS_AT_ONCE
             ids = self._ids[begin : begin + ROWS_AT_ONCE]
-            rows = self.weight[ids]
+            rows = self.weight.index_select(0, ids)
             gradient = torch.zeros_like(rows)
-            gradient[places[low:high] - begin] = values[low:high]
+            gradient.index_copy_(0, places[low:high] - begin, values[low:high])
             first, second = (moment[begin : begin + len(ids)] for moment in self._moments)
             adamw(
                 [rows], [gradient], [first], [second], [], [self._step.clone()],
                 fused=True, grad_scale=divisor, amsgrad=False, beta1=betas[0], beta2=betas[1],
                 lr=lr, weight_decay=0.0, eps=eps, maximize=False,
             )  # fmt: skip
-            self.weight[ids] = rows
+            self.weight.index_copy_(0, ids, rows)
         self._step += 1
 
     def forget(self) -> None:

@@ -220,7 +220,7 @@ def run_decoder(
     if forest is not None or int(positions[0]):
         extra["position_ids"] = (positions + getattr(model, FIRST_POSITION, 0))[None]
     output = model.base_model(input_ids=ids[None], use_cache=False, **extra)
-    hidden: Tensor = output.last_hidden_state[0]
+    hidden: Tensor = output.last_hidden_state.squeeze(0)
     chosen = forest.chosen if isinstance(forest, Forest) else None
     # A last layer that computes what is wanted alone has chosen already.
     return hidden if chosen is None or len(hidden) < len(ids) else hidden[chosen]

@@ -50,7 +50,7 @@ class FusedLayer:
         cached = kwargs.get("past_key_values") is not None
         if forest is None or cached or self.asked is None or any(is_off(module) for module in self.adapters):
             return self.plain(hidden_states, *args, **kwargs)
-        return self.run(hidden_states[0], forest, kwargs.get("position_embeddings"))[None]
+        return self.run(hidden_states.squeeze(0), forest, kwargs.get("position_embeddings"))[None]
 
     def run(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Run the layer on a pack, [T, D]; the last one gives the chosen tokens alone, [P, D]."""
