@@ -219,7 +219,7 @@ def _weights(queries: Tensor, keys: Tensor, block: Block | Tiles, rule: Rule) ->
     return torch.softmax(scores, -1), slope
 
 
-# --- tiles: all blocks at once ---
+# --- tiles: all rows at once ---
 
 
 def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, rule: Rule, output: Tensor) -> Tensor | None:

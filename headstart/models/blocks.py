@@ -156,8 +156,8 @@ def _build_block(nodes: Nodes, places: Ints, begin: int, window: int, causal: bo
 class Tiles:
     """Rows that share nothing, several to a tile of `n` queries and `m` keys: B tiles, one product for all of them.
 
-    `queries` [B n] and `keys` [B m] are the tokens in their slots, 0 where there is none; `empty` are the slots of queries
-    without a token. `asked` [P] and `held` [T] are the slots of the tokens; `unseen` are tokens that are nobody's key.
+    `queries` [B n] and `keys` [B m] are the tokens in their slots, 0 where there is none, queries by their places among those that
+    ask; `empty` are the slots of queries without a token. `asked` [P] and `held` [T] are the slots of the tokens; `unseen` are tokens that are nobody's key.
     `mask` [B, n, m] is 0 where a query sees a key and -inf elsewhere, and 0 for slots of queries without a token.
     """
 
@@ -190,7 +190,8 @@ Cut = Sequence[Block] | Tiles
 def lay_tiles(nodes: Nodes, window: int, causal: bool, size: int, chosen: Ints | None = None) -> Tiles | None:
     """Return a pack as tiles of at most `size` keys; the rest is as in `cut_blocks`.
 
-    None where rows share tokens, where one is longer than a tile, and where there would be one tile, or most of them empty.
+    None where rows share tokens, where one is longer than a tile, and where there would be one tile, or most of them empty. Where
+    few tokens ask, tiles may be as empty as if all did: blocks would hold their queries against the keys of many rows.
     """
     places = _places(nodes, window, causal, chosen)
     if (nodes.parent >= 0).any() or nodes.length.max(initial=0) > size:
@@ -199,10 +200,10 @@ def lay_tiles(nodes: Nodes, window: int, causal: bool, size: int, chosen: Ints |
     lengths = np.where(counts > 0, nodes.length, 0)
     tile = _fill(lengths, size)
     tokens = np.flatnonzero(counts[nodes.owner] > 0)
-    asked, n, asks = _slots(tile, counts, nodes.owner[places])
+    asked, n, _ = _slots(tile, counts, nodes.owner[places])
     slots, m, sizes = _slots(tile, lengths, nodes.owner[tokens])
-    count = len(asks)
-    if count < 2 or count * n * m > TILE_WASTE * (asks * sizes).sum():
+    count = len(sizes)
+    if count < 2 or count * n * m > TILE_WASTE * (sizes * sizes).sum():
         return None
     queries, keys = np.full(count * n, -1), np.full(count * m, -1)
     queries[asked], keys[slots] = np.arange(len(places)), tokens

@@ -66,13 +66,20 @@ def speed_up(model: Any) -> Sped:
 
 
 def _leave_file(model: Any) -> None:
-    """Copy what didn't move into products: as long as one weight is read from a file, all of that file stays in memory."""
-    copies: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.nbytes == tensor.untyped_storage().nbytes():  # else it lies in a product's matrix, with others
-            place = tensor.data_ptr()
-            copies[place] = copies[place] if place in copies else tensor.detach().clone()
-            tensor.data = copies[place].view(tensor.shape)
+    """Copy what isn't laid into the matrix of a product: as long as one weight is read from a file, all of it stays in memory.
+
+    What shares memory in any other way than as a whole stays where it is.
+    """
+    sharing: dict[int, list[Tensor]] = {}
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        sharing.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for tensors in sharing.values():
+        first = tensors[0]
+        alike = all((t.dtype, t.shape, t.stride()) == (first.dtype, first.shape, first.stride()) for t in tensors)
+        if alike and 0 < first.nbytes == first.untyped_storage().nbytes():
+            copy = first.detach().clone()
+            for tensor in tensors:
+                tensor.data = copy
 
 
 def slow_down(model: Any) -> None:

@@ -344,7 +344,7 @@ class _AttendColumns(torch.autograd.Function):
             rotate_(heads.turned(columns), cos, sin)
         q.mul_(rule.scale)
         q = q if chosen is None else q[chosen]
-        output = torch.empty(q.shape, dtype=q.dtype)
+        output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
         ctx.heads, ctx.blocks, ctx.rule = heads, blocks, rule
         ctx.save_for_backward(columns, cos, sin, chosen, kept)

@@ -129,8 +129,7 @@ def test_rows_that_are_too_long_or_share_keys_are_no_tiles() -> None:
     assert lay_tiles(roots([7, 8, 6]), 0, True, 8) is not None
     assert lay_tiles(roots([7, 8, 6]), 0, True, 24) is None  # one tile is one block
     assert lay_tiles(roots([16, 16, 9]), 0, True, 16) is not None
-    few = np.array([*range(16), 16, 32])  # most of the tiles would be empty
-    assert lay_tiles(roots([16, 16, 9]), 0, True, 16, few) is None
+    assert lay_tiles(roots([16, 9, 9, 9, 9]), 0, True, 16) is None  # most of the tiles would be empty
     with pytest.raises(ValueError, match="both ways"):
         lay_tiles(roots([7, 8, 6]), 4, False, 8)
 
@@ -143,6 +142,16 @@ def test_short_rows_fill_tiles_whatever_their_order() -> None:
     assert tiles.asked.tolist() == tiles.held.tolist()
     assert torch.equal(tiles.queries[tiles.asked], torch.arange(64))
     assert (tiles.mask == 0).sum() == sum(n * n for n in (3, 10, 6, 13, 5, 11, 4, 9, 3))
+
+
+def test_one_token_that_asks_in_each_of_unlike_rows_goes_in_tiles() -> None:
+    """Their short rows fall into one tile, so that most slots of queries are empty; blocks would compute far more."""
+    lengths = [4] * 40 + [20] * 20 + [60] * 10
+    nodes, first = roots(lengths), np.cumsum([0, *lengths[:-1]])
+    tiles = lay_tiles(nodes, 0, False, 64, first)
+    assert tiles is not None
+    blocks = cut_blocks(nodes, 0, False, 64, first)
+    assert 2 * tiles.mask.numel() < sum((b.end - b.begin) * sum(high - low for low, high in b.keys) for b in blocks)
 
 
 @pytest.mark.parametrize("parents", [[-1, 0, 0], [-1, -1, -1]], ids=["blocks", "tiles"])

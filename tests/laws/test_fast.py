@@ -185,6 +185,28 @@ def test_an_adapter_keeps_no_second_copy_of_the_weights() -> None:
     )  # the A of layers that read the same input lie once more in one matrix
 
 
+def test_what_shares_memory_still_does_once_layers_are_fast() -> None:
+    """Tied weights as one; what is another's transpose, or a part of it, stays where it is."""
+    model = twin("llama")
+    one, two = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(4, 3))
+    model.whole, model.again = one, torch.nn.Parameter(one.data)
+    model.square, model.turned = two, torch.nn.Parameter(two.data.t())
+    model.register_buffer("part", model.get_input_embeddings().weight.data[2:5])
+    model.register_buffer("none", torch.empty(0, dtype=torch.int64))
+    known = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    assert speed_up(model).layers
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, known[name])
+        assert tensor.dtype == known[name].dtype
+    with torch.no_grad():
+        model.whole += 1
+        model.square += 1
+        model.get_input_embeddings().weight += 1
+    assert torch.equal(model.again, model.whole)
+    assert torch.equal(model.turned, model.square.t())
+    assert torch.equal(model.part, model.get_input_embeddings().weight[2:5])
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped by /proc")
 @pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
 def test_a_file_of_weights_is_left_once_layers_are_fast(tmp_path: Path, lora: Lora | None) -> None:
