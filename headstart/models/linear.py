@@ -123,14 +123,16 @@ class Product:
         if self._stacked is None:
             return None
         narrow = torch.mm(inputs, self._stacked.t())
-        for part, place, known in self._by_part(output, narrow):
-            if part.b is not None:
-                place.addmm_(known, part.b.detach().t(), alpha=scale * part.scale)
+        for b, own, place, known in self._by_adapter(output, narrow):
+            place.addmm_(known, b.detach().t(), alpha=scale * own)
         return narrow
 
-    def _by_part(self, wide: Tensor, narrow: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Yield each layer with its columns of [T, N], and of [T, R] those of its adapter."""
-        yield from zip(self.parts, torch.split(wide, self.rows, 1), torch.split(narrow, self._ranks, 1), strict=True)
+    def _by_adapter(self, wide: Tensor, narrow: Tensor) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
+        """Yield each adapter's B and scale, its layer's columns of [T, N], and its own of [T, R]."""
+        columns = torch.split(wide, self.rows, 1), torch.split(narrow, self._ranks, 1)
+        for part, place, known in zip(self.parts, *columns, strict=True):
+            if part.b is not None:
+                yield part.b, part.scale, place, known
 
     def backward(self, gradient: Tensor, inputs: Tensor | None, narrow: Tensor | None) -> Tensor:
         """Return the gradient of the inputs [T, D], given that of the outputs [T, N].
@@ -154,17 +156,16 @@ class Product:
         if self._stacked is None:
             return None
         back = gradient.new_empty(len(gradient), len(self._stacked))
-        for part, piece, place in self._by_part(gradient, back):
-            if part.b is not None:
-                torch.mm(piece, part.b.detach(), out=place).mul_(part.scale)
+        for b, scale, piece, place in self._by_adapter(gradient, back):
+            torch.mm(piece, b.detach(), out=place).mul_(scale)
         return back
 
     def _accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None, back: Tensor | None) -> None:
         self._accumulate_bias(gradient)
         if narrow is not None and back is not None:
-            for part, piece, known in self._by_part(gradient, narrow):
-                if part.b is not None and part.b.requires_grad:
-                    add_product(part.b, piece.t(), known, part.scale)
+            for b, scale, piece, known in self._by_adapter(gradient, narrow):
+                if b.requires_grad:
+                    add_product(b, piece.t(), known, scale)
             adapted = [part.a for part in self.parts if part.a is not None]
             self._add("a", adapted, [len(a) for a in adapted], back.t(), inputs)
         self._add("weight", [part.weight for part in self.parts], self.rows, gradient.t(), inputs)

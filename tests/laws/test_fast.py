@@ -84,6 +84,15 @@ def test_a_plain_layer_runs_once_to_be_read() -> None:
     assert times == [1, 1]
 
 
+def taught(model: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Return what the parameters are after three steps."""
+    engine = Engine(PackReader(model), parameters, nll)
+    for _ in range(3):
+        engine.forward_backward_all(build_packs(rows(), 60))
+        engine.optim_step(1e-2)
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
 @pytest.mark.parametrize("lora", [None, Lora(4, 8, 0.0, ("all-linear",))], ids=["full", "lora"])
 def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
     """An update must reach what is made of weights and adapters: the fused AdamW doesn't say that it changed them."""
@@ -92,11 +101,7 @@ def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
         model, parameters = trained("llama", torch.float64, lora=lora)
         if fast:
             speed_up(model)
-        engine = Engine(PackReader(model), parameters, nll)
-        for _ in range(3):
-            engine.forward_backward_all(build_packs(rows(), 60))
-            engine.optim_step(1e-2)
-        weights.append({name: p.detach().clone() for name, p in parameters.items()})
+        weights.append(taught(model, parameters))
     for name, plain in weights[0].items():
         torch.testing.assert_close(weights[1][name], plain, rtol=1e-3, atol=1e-4)
 
@@ -151,11 +156,7 @@ def test_an_adapter_beside_a_weight_that_trains_too() -> None:
                 parameter.copy_(before[name])
         if fast:
             speed_up(model)
-        engine = Engine(PackReader(model), parameters, nll)
-        for _ in range(3):
-            engine.forward_backward_all(build_packs(rows(), 60))
-            engine.optim_step(1e-2)
-        weights.append({name: p.detach().clone() for name, p in parameters.items()})
+        weights.append(taught(model, parameters))
     for name, plain in weights[0].items():
         assert not torch.equal(plain, before[name])
         torch.testing.assert_close(weights[1][name], plain, rtol=1e-3, atol=1e-4)
