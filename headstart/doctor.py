@@ -19,7 +19,7 @@ DISK_MIN_BYTES = 2 * machine.GIB
 def examine() -> dict[str, Any]:
     """Return what the machine is and each problem with its cure; `ok` where nothing keeps headstart from working."""
     versions = machine.versions()
-    problems = [*_missing(versions), *_space()]
+    problems = [*_missing(versions), *_space(), *_compiler(versions)]
     if sys.version_info < PYTHON_MIN:
         problems.append(("error", f"Python {versions['python']} is too old", "install Python 3.10 or newer"))
     if importlib.util.find_spec("pip") is None:
@@ -66,6 +66,19 @@ def _tokens() -> Path:
 def _missing(versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
     cure = "install headstart anew: make setup, or pip install -c constraints.txt headstart"
     return [("error", f"{name} is missing", cure) for name, version in versions.items() if version == "not installed"]
+
+
+def _compiler(versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Return what keeps a CPU from its kernels (`models/native.py`), which are worth a fifth of a step."""
+    if versions["torch"] == "not installed":
+        return []
+    from headstart.models.native import find, find_compiler
+
+    if find() is not None:
+        return []
+    compiler = find_compiler()
+    what = "there is no C compiler" if compiler is None else f"{compiler} can't compile for this machine with OpenMP"
+    return [("note", f"{what}: training on a CPU takes longer", "install gcc, or name a compiler: CC=/path/to/gcc")]
 
 
 def _space() -> list[tuple[str, str, str]]:

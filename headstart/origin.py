@@ -19,6 +19,7 @@ from headstart.dataset import Data
 from headstart.errors import DataError, Problem, RunError, UsageError
 from headstart.files import sha256
 from headstart.lineage import file_fault
+from headstart.models.native import find
 from headstart.models.source import Source, weights_hash
 
 ALLOWED = ("data", "model", "settings", "versions")
@@ -45,7 +46,7 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
     parts = {"train": prepared.train, "watch": prepared.watch, "proof": prepared.proof}
     return {
         "date": today.isoformat(),
-        "versions": machine.versions(),
+        "versions": _versions(config),
         "settings": config.settings.model_dump(mode="json"),
         "files": [_describe_file(file) for formed in prepared.formed for file in formed.files],
         "formats": [asdict(formed.detection) for formed in prepared.formed],
@@ -72,6 +73,12 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "base": _describe_model(data.base) if data.base else None,
         "lineage": data.lineage,
     }
+
+
+def _versions(config: Config) -> dict[str, str]:
+    """Return the versions of what computes; with fast layers also of what compiled their kernels, since it decides how they round."""
+    native = find() if config.settings.engine.fast == "on" else None
+    return {**machine.versions(), "C compiler": native.compiler if native else "not used"}
 
 
 def _describe_file(file: SourceFile) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
         if key not in FREE_SETTINGS and key in now and now[key] != was:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
             changes.append(_change("settings", "run.changed", what, "config.yaml"))
-    versions = machine.versions()
+    versions = _versions(config)
     for name, was in record["versions"].items():
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))

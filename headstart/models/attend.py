@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headstart.models.blocks import STEP, Block, Cut, Tiles
 from headstart.models.dropout import draw_kept, share
+from headstart.models.native import Native
 
 _depth = [0]  # of `one_by_one`
 
@@ -39,11 +40,12 @@ def in_blocks() -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """How scores become weights: times `scale`, bent by `softcap` where there is one, dropped out."""
+    """How scores become weights: times `scale`, bent by `softcap` where there is one, dropped out; by which kernels, if any."""
 
     scale: float
     softcap: float | None = None
     dropout: float = 0.0
+    native: Native | None = None
 
 
 def in_one_type(*heads: Tensor) -> list[Tensor]:
@@ -94,6 +96,10 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, out
     kept = None
     if rule.dropout:
         kept = draw_kept((sum(_scores(block, q.shape[1]) for block in blocks),), rule.dropout, q.device)
+    if rule.native is not None:
+        with one_by_one():
+            rule.native.attend(q, k, v, blocks.table, kept, share(rule.dropout), output)
+        return kept
     with one_by_one():
         shares = _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
@@ -133,6 +139,10 @@ def attend_backward(
     """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` gave."""
     if isinstance(blocks, Tiles):
         _tiles_backward(q, k, v, blocks, rule, kept, gradient, gradients)
+        return
+    if rule.native is not None:
+        with one_by_one():
+            rule.native.attend_back(q, k, v, blocks.table, kept, share(rule.dropout), gradient, gradients)
         return
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)

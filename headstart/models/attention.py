@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.models.attend import Rule, attend, in_one_type, one_by_one
 from headstart.models.attention_gpu import Prepared, attend_whole
-from headstart.models.blocks import Cut, Ints, Nodes, block_size, cut_blocks, lay_tiles
+from headstart.models.blocks import Blocks, Cut, Ints, Nodes, block_size, cut_blocks, lay_tiles
 
 IMPLEMENTATION = "headstart_forest"
 FIRST_POSITION = "headstart_first_position"  # an attribute of models: what the first position of a row is called
@@ -79,20 +79,21 @@ class Forest:
         self.prepared: Prepared | None = None
         self._chosen = on_host.chosen
         self.asked: dict[int, Asked] = {}
-        self._blocks: dict[tuple[int, bool, bool], Cut] = {}
+        self._blocks: dict[tuple[int, bool, bool, bool], Cut] = {}
 
-    def blocks(self, window: int, causal: bool, *, chosen: bool = False) -> Cut:
-        """Return the pack, or its chosen tokens, cut into blocks of queries, or into tiles where that serves.
+    def blocks(self, window: int, causal: bool, *, chosen: bool = False, tiles: bool = True) -> Cut:
+        """Return the pack, or its chosen tokens, cut into blocks of queries, or with `tiles` into these, where that serves.
 
         `window` is the number of last positions that are seen, 0 for all.
         """
-        key = (window, causal, chosen)
+        key = (window, causal, chosen, tiles)
         if key not in self._blocks:
             device = self.positions.device
             with one_by_one():
                 wanted = self.nodes, window, causal, block_size(self.nodes), self._chosen if chosen else None
-                tiles = lay_tiles(*wanted)
-                self._blocks[key] = tiles.to(device) if tiles else [block.to(device) for block in cut_blocks(*wanted)]
+                laid = lay_tiles(*wanted) if tiles else None
+                cut = laid.to(device) if laid else Blocks(block.to(device) for block in cut_blocks(*wanted))
+                self._blocks[key] = cut
         return self._blocks[key]
 
 

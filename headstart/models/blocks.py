@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,37 @@ class Block(NamedTuple):
         """Leave of scores [K, G n, m] those that are seen."""
         if self.mask is not None:
             scores.view(-1, self.end - self.begin, scores.shape[-1])[..., self.low : self.high] += self.mask
+
+
+class Table:
+    """Blocks as kernels in C read them: `fields` [B, 8], `runs` of keys [R, 2], `places` [B] in what dropout keeps, of one head."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = blocks  # whose masks are read where they lie
+        counts = np.array([len(block.keys) for block in blocks], np.int64)
+        self.runs = np.array([run for block in blocks for run in block.keys], np.int64).reshape(-1, 2)
+        seen = [sum(end - begin for begin, end in block.keys) for block in blocks]
+        self.fields = np.empty((len(blocks), 8), np.int64)
+        for row, block, m, first, runs in zip(self.fields, blocks, seen, counts.cumsum() - counts, counts, strict=True):
+            mask = 0 if block.mask is None else block.mask.data_ptr()
+            row[:] = block.begin, block.end, m, first, runs, block.low, block.high, mask
+        scores = (self.fields[:, 1] - self.fields[:, 0]) * self.fields[:, 2]
+        self._reached = scores.cumsum()
+        self.places = self._reached - scores
+
+    def edges(self, parts: int) -> Ints:
+        """Return where the blocks are cut into parts of about as many scores, [parts + 1]."""
+        shares = np.arange(1, parts) * (self._reached[-1] / parts)
+        return np.concatenate([[0], np.searchsorted(self._reached, shares), [len(self.fields)]]).astype(np.int64)
+
+
+class Blocks(list[Block]):
+    """The blocks of a pack, in the order of their queries."""
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """The blocks as kernels read them, as long as these are there."""
+        return Table(self)
 
 
 @dataclass(frozen=True)
@@ -85,7 +117,7 @@ def cut_blocks(
     causal: bool = True,
     size: int = QUERIES_AT_ONCE,
     chosen: Ints | None = None,
-) -> list[Block]:
+) -> Blocks:
     """Cut a pack into blocks of at most `size` queries. `window` is how many last positions are seen, 0 for all.
 
     With `chosen` [P], ascending, only these tokens are queries, and a block's `begin` and `end` are places among them.
@@ -95,7 +127,7 @@ def cut_blocks(
     places = _places(nodes, window, causal, chosen)
     counts = np.bincount(nodes.owner[places], minlength=len(nodes.start))
     cuts = _cuts(counts, nodes.parent, size)
-    return [_build_block(nodes, places[begin:end], begin, window, causal) for begin, end in cuts]
+    return Blocks(_build_block(nodes, places[begin:end], begin, window, causal) for begin, end in cuts)
 
 
 def _places(nodes: Nodes, window: int, causal: bool, chosen: Ints | None) -> Ints:
@@ -148,7 +180,7 @@ def _build_block(nodes: Nodes, places: Ints, begin: int, window: int, causal: bo
     if not len(partly):
         return Block(begin, end, runs)
     low, high = int(partly[0]), int(partly[-1]) + 1
-    mask = np.where(seen[:, low:high], np.float32(0), np.float32(-math.inf))
+    mask = np.ascontiguousarray(np.where(seen[:, low:high], np.float32(0), np.float32(-math.inf)))
     return Block(begin, end, runs, torch.from_numpy(mask), low, high)
 
 
@@ -184,7 +216,7 @@ class Tiles:
 
 
 TENSORS = ("queries", "keys", "empty", "asked", "held", "unseen", "mask")
-Cut = Sequence[Block] | Tiles
+Cut = Blocks | Tiles
 
 
 def lay_tiles(nodes: Nodes, window: int, causal: bool, size: int, chosen: Ints | None = None) -> Tiles | None:

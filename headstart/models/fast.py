@@ -21,6 +21,7 @@ from headstart.models.embedding import LOOKED_UP, embed
 from headstart.models.fused import project, rms_norm
 from headstart.models.layers import FusedLayer, PostNormLayer, is_off
 from headstart.models.linear import Product, read_linear
+from headstart.models.native import find
 from headstart.models.structure import alike, place_dropouts, read_gated, read_norm, read_post_norm
 
 PROBE_CHOSEN = [2, 6, 7, 11, 14]
@@ -28,15 +29,16 @@ PROBE_CHOSEN = [2, 6, 7, 11, 14]
 
 @dataclass(frozen=True)
 class Sped:
-    """What `speed_up` found: how many layers run fused, of how many; norms and linear layers outside of these."""
+    """What `speed_up` found: how many layers run fused, of how many; norms and linear layers outside of these; kernels in C."""
 
     layers: int = 0
     of: int = 0
     norms: int = 0
     linears: int = 0
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layers} of {self.of} layers fused"
+        return f"{self.layers} of {self.of} layers fused" + ", kernels compiled" * self.compiled
 
 
 def speed_up(model: Any) -> Sped:
@@ -62,7 +64,8 @@ def speed_up(model: Any) -> Sped:
         _speed_up_dropout(module)
     if fast and model.device.type == "cpu":
         _leave_file(model)
-    return Sped(len(fast), len(calls), norms, linears)
+    compiled = model.device.type == "cpu" and find() is not None
+    return Sped(len(fast), len(calls), norms, linears, compiled)
 
 
 def _leave_file(model: Any) -> None:

@@ -17,6 +17,7 @@ from headstart.models.attend import Rule, attend_backward, attend_forward
 from headstart.models.blocks import Cut
 from headstart.models.dropout import draw_kept, share
 from headstart.models.linear import Product, add_gradient
+from headstart.models.native import suits
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -34,14 +35,15 @@ class Norm:
         weight = self.weight.detach()
         return weight if self.offset == 0.0 else weight + self.offset
 
-    def inverse(self, x: Tensor) -> Tensor:
-        """Return 1 / rms(x), [T, 1]."""
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-
-    def apply(self, x: Tensor, inverse: Tensor) -> Tensor:
-        """Return the normed rows."""
-        return torch.mul(x, inverse).mul_(self.scale())
+    def apply(self, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the normed rows of x [T, D], and 1 / rms(x), [T, 1], which may be known."""
+        scale = self.scale()
+        if native := suits(x, scale):
+            return native.norm(x, scale, self.eps, inverse)
+        if inverse is None:
+            norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            inverse = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return torch.mul(x, inverse).mul_(scale), inverse
 
     def backward(self, x: Tensor, inverse: Tensor, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the gradient of x, plus `add`; `gradient`, that of the normed rows, is used up.
@@ -50,7 +52,11 @@ class Norm:
         """
         if self.weight.requires_grad:
             add_gradient(self.weight, (gradient * x).mul_(inverse).sum(0))
-        gradient.mul_(self.scale())
+        scale = self.scale()
+        if native := suits(x, scale, gradient):
+            native.norm_back(x, scale, inverse, gradient, add)
+            return gradient
+        gradient.mul_(scale)
         mean = torch.linalg.vecdot(gradient, x)[:, None].div_(x.shape[-1])
         gradient.mul_(inverse).addcmul_(x, mean.mul_(inverse.pow(3)), value=-1)
         return gradient if add is None else gradient.add_(add)
@@ -60,10 +66,10 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trigger: Tensor, norm: Norm) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        inverse = norm.inverse(flat)
+        normed, inverse = norm.apply(flat)
         ctx.norm = norm
         ctx.save_for_backward(flat, inverse)
-        return norm.apply(flat, inverse).view(x.shape)
+        return normed.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,8 +97,8 @@ def _back(
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, trigger: Tensor | None, norm: Norm | None, product: Product) -> Tensor:
-        inverse = norm.inverse(x) if norm else None
-        output, narrow = product.apply(x if norm is None or inverse is None else norm.apply(x, inverse))
+        normed, inverse = norm.apply(x) if norm else (x, None)
+        output, narrow = product.apply(normed)
         ctx.norm, ctx.product = norm, product
         ctx.save_for_backward(x, inverse, narrow)
         return output
@@ -104,7 +110,7 @@ class _Project(torch.autograd.Function):
         passes = ctx.needs_input_grad[0] or bool(norm and norm.weight.requires_grad)
         inputs = None
         if ctx.needs_input_grad[1]:
-            inputs = x if norm is None else norm.apply(x, inverse)
+            inputs = x if norm is None else norm.apply(x, inverse)[0]
         d_x = _back(product, gradient, inputs, narrow, passes)
         return d_x if norm is None or d_x is None else norm.backward(x, inverse, d_x), None, None, None
 
@@ -251,15 +257,36 @@ class GatedMlp:
     scale: float = 1.0
 
 
+def _gate(wide: Tensor, activation: str) -> Tensor:
+    """[gate | up] [T, 2F] -> act(gate) * up, [T, F]."""
+    gate, up = wide.chunk(2, -1)
+    if activation == "silu" and (native := suits(wide)):
+        return native.gate(gate, up)
+    return activate(gate, activation).mul_(up)
+
+
+def _gate_back(wide: Tensor, gradient: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradient of [gate | up], given that of what `_gate` gave, which is used up; and what `_gate` gave, anew."""
+    d_wide = torch.empty_like(wide)
+    (gate, up), (d_gate, d_up) = wide.chunk(2, -1), d_wide.chunk(2, -1)
+    if activation == "silu" and (native := suits(wide, gradient)):
+        native.gate_back(gate, up, gradient, d_gate, d_up)
+        return d_wide, gradient
+    active = activate(gate, activation)
+    torch.mul(gradient, active, out=d_up)
+    d_gate.copy_(_activation_gradient(gradient.mul_(up), gate, activation))
+    return d_wide, active.mul_(up)
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, t1: Tensor | None, t2: Tensor | None, t3: Tensor | None, mlp: GatedMlp, residual: bool
     ) -> Tensor:
-        inverse = mlp.norm.inverse(x) if mlp.norm else None
-        wide, narrow = mlp.wide.apply(x if mlp.norm is None or inverse is None else mlp.norm.apply(x, inverse))
-        gate, up = wide.chunk(2, -1)
-        hot = activate(gate, mlp.activation).mul_(up)
+        normed, inverse = mlp.norm.apply(x) if mlp.norm else (x, None)
+        wide, narrow = mlp.wide.apply(normed)
+        del normed
+        hot = _gate(wide, mlp.activation)
         output, down_narrow = mlp.down.add_to(x, hot, mlp.scale) if residual else mlp.down.apply(hot)
         ctx.mlp, ctx.residual = mlp, residual
         ctx.save_for_backward(x, inverse, wide, narrow, down_narrow)
@@ -270,17 +297,14 @@ class _Mlp(torch.autograd.Function):
         x, inverse, wide, narrow, down_narrow = ctx.saved_tensors
         mlp: GatedMlp = ctx.mlp
         scaled = gradient if mlp.scale == 1.0 else gradient * mlp.scale
-        gate, up = wide.chunk(2, -1)
-        active = activate(gate, mlp.activation)
-        d_hot = mlp.down.backward(scaled, active * up if ctx.needs_input_grad[2] else None, down_narrow)
-        d_wide = torch.empty_like(wide)
-        d_gate, d_up = d_wide.chunk(2, -1)
-        torch.mul(d_hot, active, out=d_up)
-        d_gate.copy_(_activation_gradient(d_hot.mul_(up), gate, mlp.activation))
-        del active, d_hot
+        d_hot = mlp.down.backward(scaled, None, None)
+        d_wide, hot = _gate_back(wide, d_hot, mlp.activation)
+        if ctx.needs_input_grad[2]:
+            mlp.down.accumulate(scaled, hot, down_narrow)
+        del hot, d_hot
         inputs = None
         if ctx.needs_input_grad[1]:
-            inputs = x if mlp.norm is None else mlp.norm.apply(x, inverse)
+            inputs = x if mlp.norm is None else mlp.norm.apply(x, inverse)[0]
         d_x = mlp.wide.backward(d_wide, inputs, narrow)
         through = gradient if ctx.residual else None
         if mlp.norm is not None:
@@ -318,6 +342,9 @@ class Heads:
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn heads [T, n, d] by their positions, in place (Su et al., 2021): the first r with the next r, as Llama does. cos, sin [T, r]."""
+    if native := suits(heads, cos, sin):
+        native.turn(heads, cos, sin)
+        return
     half = cos.shape[-1]
     first, second = heads[..., :half], heads[..., half : 2 * half]
     cos, sin = cos[:, None], sin[:, None]

@@ -25,6 +25,7 @@ from headstart.models.fused import (
     rotate_,
 )
 from headstart.models.linear import Product
+from headstart.models.native import suits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,9 @@ class FusedLayer:
         rule, window, causal, _ = self.asked
         if isinstance(forest, Forest):
             forest.asked[id(self)] = self.asked
-            rule = replace(rule, dropout=self.dropout_of_weights())
-            blocks = forest.blocks(window, causal, chosen=chosen is not None)
+            native = suits(columns) if rule.softcap is None else None
+            rule = replace(rule, dropout=self.dropout_of_weights(), native=native)
+            blocks = forest.blocks(window, causal, chosen=chosen is not None, tiles=native is None)
             return attend_columns(columns, half, self.heads, blocks, rule, chosen)
         if half is not None:
             rotate_(self.heads.turned(columns), *half)

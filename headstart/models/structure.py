@@ -123,7 +123,7 @@ def read_norm(module: Any) -> Norm | None:
         given = module(x)
         for offset in (0.0, 1.0):
             norm = Norm(weight, float(eps), offset)
-            if alike(norm.apply(x, norm.inverse(x)), given):
+            if alike(norm.apply(x)[0], given):
                 return norm
     return None
 

@@ -1,0 +1,218 @@
+"""Kernels in C for a CPU (`native.c`): compiled where a C compiler is found, once for each machine, and kept.
+
+What they compute, functions of torch compute too; these take its place where there is no compiler, and for what isn't
+float32 on a CPU. Products inside of them are made by the BLAS that torch brings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart import machine
+from headstart.models.blocks import Ints, Table
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+COMPILE_S = 60
+PARTS = 8  # at most, of the blocks whose gradients of keys are added up apart
+PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is one, so that none waits long at the end
+
+
+class _Attention(ctypes.Structure):
+    """`struct attention` of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_int64) for name in ("q_step", "k_step", "heads", "groups", "width", "count", "threads")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "runs", "kept", "places")),
+        ("share", ctypes.c_float),
+    )
+
+
+class Native:
+    """The kernels. All tensors are float32, on the CPU, and the last dimension of each lies without gaps."""
+
+    def __init__(self, library: ctypes.CDLL, blas: ctypes.CDLL, compiler: str) -> None:
+        self.compiler = compiler  # its version, since another one may round otherwise
+        self._library = library
+        library.headstart_attend_room.restype = ctypes.c_int64
+        library.headstart_begin(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Table, kept: Tensor | None, share: float, output: Tensor
+    ) -> None:
+        """Write what queries [P, H, d], scaled, see of values [T, K, d] into `output` [P, H, d].
+
+        `kept`, uint8, is what dropout keeps of the weights, block by block, of which each is multiplied by `share`.
+        """
+        called = _attention(q, k, v, table, kept, share)
+        room = self._room(called, back=False)
+        self._library.headstart_attend(ctypes.byref(called), *_at(output), _pointer(room))
+
+    def attend_back(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Table,
+        kept: Tensor | None,
+        share: float,
+        gradient: Tensor,
+        gradients: tuple[Tensor, ...],
+    ) -> None:
+        """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` wrote."""
+        tokens, groups, width = k.shape
+        parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
+        sums = k.new_empty(parts, groups, 2, tokens, width)
+        called = _attention(q, k, v, table, kept, share)
+        room = self._room(called, back=True)
+        steps, edges = np.array([part.stride(0) for part in gradients[:2]], np.int64), table.edges(parts)
+        self._library.headstart_attend_back(
+            *(ctypes.byref(called), *_at(gradient), *map(_pointer, gradients), _array(steps), ctypes.c_int64(tokens)),
+            *(ctypes.c_int64(parts), _array(edges), _pointer(sums), _pointer(room)),
+        )
+
+    def _room(self, called: _Attention, *, back: bool) -> Tensor:
+        """Return what the threads of a call work in."""
+        return torch.empty(called.threads, self._library.headstart_attend_room(ctypes.byref(called), back))
+
+    def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Turn heads [T, n, d] by their positions, in place: the first r with the next r; cos, sin [T, r]."""
+        tokens, n, width = heads.shape
+        sizes = map(ctypes.c_int64, (tokens, n, width))
+        self._library.headstart_turn(
+            *_at(heads), *sizes, *_at(cos), *_at(sin), ctypes.c_int64(cos.shape[1]), _threads()
+        )
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return silu(gate) * up, [T, F]."""
+        output = gate.new_empty(gate.shape)
+        self._library.headstart_gate(
+            _pointer(gate), _pointer(up), ctypes.c_int64(up.stride(0)), _pointer(output), *_sizes(gate)
+        )
+        return output
+
+    def gate_back(self, gate: Tensor, up: Tensor, gradient: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+        """Write the gradients of gate and up, given that of silu(gate) * up, in whose place this product is written."""
+        pointers = _pointer(gate), _pointer(up), ctypes.c_int64(up.stride(0)), _pointer(gradient)
+        places = _pointer(d_gate), _pointer(d_up), ctypes.c_int64(d_up.stride(0))
+        self._library.headstart_gate_back(*pointers, *places, *_sizes(gate))
+
+    def norm(self, x: Tensor, scale: Tensor, eps: float, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x [T, D] / rms(x) * scale, and 1 / rms(x), [T, 1], which is made where it isn't known."""
+        output, known = x.new_empty(x.shape), inverse is not None
+        inverse = x.new_empty(len(x), 1) if inverse is None else inverse
+        places = _pointer(inverse), _pointer(output)
+        self._library.headstart_norm(
+            *_at(x), _pointer(scale), ctypes.c_float(eps), ctypes.c_int(known), *places, *_sizes(x)
+        )
+        return output, inverse
+
+    def norm_back(self, x: Tensor, scale: Tensor, inverse: Tensor, gradient: Tensor, add: Tensor | None) -> None:
+        """Write the gradient of x [T, D], plus `add`, in the place of that of the normed rows."""
+        more = (ctypes.c_void_p(None), ctypes.c_int64(0)) if add is None else _at(add)
+        pointers = _pointer(scale), _pointer(inverse), _pointer(gradient)
+        self._library.headstart_norm_back(*_at(x), *pointers, *more, *_sizes(x))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, table: Table, kept: Tensor | None, share: float) -> _Attention:
+    pointers = (part.data_ptr() for part in (q, k, v))
+    sizes = q.stride(0), k.stride(0), q.shape[1], k.shape[1], k.shape[2], len(table.fields), torch.get_num_threads()
+    place = None if kept is None else kept.data_ptr()
+    arrays = table.fields.ctypes.data, table.runs.ctypes.data, place, table.places.ctypes.data
+    return _Attention(*pointers, *sizes, *arrays, share)
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _at(tensor: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """Return where a tensor lies, and how far its rows are apart."""
+    return _pointer(tensor), ctypes.c_int64(tensor.stride(0))
+
+
+def _array(values: Ints) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.ctypes.data)
+
+
+def _sizes(rows: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), _threads()
+
+
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())
+
+
+# --- where they come from ---
+
+
+@functools.cache
+def find() -> Native | None:
+    """Return the kernels, compiled where they aren't yet; None where that isn't possible, as without a C compiler."""
+    if sys.platform == "win32" or (compiler := find_compiler()) is None:
+        return None
+    try:
+        version = _run(compiler, "--version").partition("\n")[0]
+        library = _compiled(compiler, version)
+        return Native(ctypes.CDLL(str(library)), ctypes.CDLL(str(_torch_library())), version)
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return None
+
+
+def find_compiler() -> str | None:
+    """Return the C compiler: `CC`, else `cc`, `gcc` or `clang`, whichever is there."""
+    return next(
+        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
+    )
+
+
+def _torch_library() -> Path:
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    return Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+
+
+def _compiled(compiler: str, version: str) -> Path:
+    """Return the library, compiled for this machine. Raises OSError and SubprocessError where that fails."""
+    tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    told = [SOURCE.read_text(), _processor(), compiler, version, tuned, *FLAGS]
+    library = machine.home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            _run(compiler, *FLAGS, tuned, str(SOURCE), "-o", str(made), "-lm")
+            made.replace(library)
+    return library
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S).stdout
+
+
+def _processor() -> str:
+    """Return what tells processors apart that a compiler would write other code for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()
+
+
+def suits(*tensors: Tensor) -> Native | None:
+    """Return the kernels where these tensors are for them; None where they aren't, or there are no kernels."""
+    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+    return find() if fits else None
