@@ -40,6 +40,7 @@ class Reader(ABC):
         self.packing = packing
         self.kernel = "blocks"
         self._bfloat16 = bfloat16
+        model.eval()  # all of its modules, so that from now on the model says what each of them does
 
     @property
     def packs(self) -> bool:
@@ -83,11 +84,17 @@ class Reader(ABC):
 
     def train(self) -> None:
         """Make the model ready to learn."""
-        self.model.train()
+        if not self.model.training:  # to tell every module takes a hundredth of a step
+            self.model.train()
+
+    def _rest(self) -> None:
+        """Make the model ready to be asked."""
+        if self.model.training:
+            self.model.eval()
 
     def forward(self, pack: Pack) -> Tensor:
         """Return `outputs` on the CPU, without gradients or dropout."""
-        self.model.eval()
+        self._rest()
         with torch.no_grad():
             return self.outputs(pack).cpu()
 
@@ -233,7 +240,7 @@ class TokenReader(PackReader):
 
     def forward_logits(self, pack: Pack) -> Tensor:
         """Return `logits` on the CPU, without gradients or dropout."""
-        self.model.eval()
+        self._rest()
         with torch.no_grad():
             return self.logits(pack).cpu()
 

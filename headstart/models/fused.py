@@ -87,11 +87,10 @@ def _back(
     product: Product, gradient: Tensor, inputs: Tensor | None, narrow: Tensor | None, passes: bool
 ) -> Tensor | None:
     """Carry a gradient back through linear layers: to what trains, given their inputs, and, where it `passes`, to these."""
-    if passes:
-        return product.backward(gradient, inputs, narrow)
+    d_inputs, back = product.backward(gradient) if passes else (None, None)
     if inputs is not None:
-        product.accumulate(gradient, inputs, narrow)
-    return None
+        product.accumulate(gradient, inputs, narrow, back)
+    return d_inputs
 
 
 class _Project(torch.autograd.Function):
@@ -297,15 +296,17 @@ class _Mlp(torch.autograd.Function):
         x, inverse, wide, narrow, down_narrow = ctx.saved_tensors
         mlp: GatedMlp = ctx.mlp
         scaled = gradient if mlp.scale == 1.0 else gradient * mlp.scale
-        d_hot = mlp.down.backward(scaled, None, None)
+        d_hot, back = mlp.down.backward(scaled)
         d_wide, hot = _gate_back(wide, d_hot, mlp.activation)
         if ctx.needs_input_grad[2]:
-            mlp.down.accumulate(scaled, hot, down_narrow)
+            mlp.down.accumulate(scaled, hot, down_narrow, back)
         del hot, d_hot
         inputs = None
         if ctx.needs_input_grad[1]:
             inputs = x if mlp.norm is None else mlp.norm.apply(x, inverse)[0]
-        d_x = mlp.wide.backward(d_wide, inputs, narrow)
+        d_x, back = mlp.wide.backward(d_wide)
+        if inputs is not None:
+            mlp.wide.accumulate(d_wide, inputs, narrow, back)
         through = gradient if ctx.residual else None
         if mlp.norm is not None:
             d_x = mlp.norm.backward(x, inverse, d_x, through)

@@ -82,11 +82,16 @@ class Product:
 
     def refresh(self) -> None:
         """Take over what changed in the layers and their adapters."""
-        key = tuple((p.data_ptr(), p._version) for p in self._parameters())
+        key = self._state()
         if key != self._key:
             with torch.no_grad():
                 self._lay()
-            self._key = tuple((p.data_ptr(), p._version) for p in self._parameters())
+            self._key = self._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        """Return what differs once what is laid has changed: B is read where it lies."""
+        laid = (p for part in self.parts for p in (part.weight, part.bias, part.a) if p is not None)
+        return tuple((p.data_ptr(), p._version) for p in laid)
 
     def _lay(self) -> None:
         """Lay weights, biases and the A of adapters one below the other."""
@@ -129,39 +134,34 @@ class Product:
 
     def _by_adapter(self, wide: Tensor, narrow: Tensor) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
         """Yield each adapter's B and scale, its layer's columns of [T, N], and its own of [T, R]."""
-        columns = torch.split(wide, self.rows, 1), torch.split(narrow, self._ranks, 1)
+        columns = torch.split_with_sizes(wide, self.rows, 1), torch.split_with_sizes(narrow, self._ranks, 1)
         for part, place, known in zip(self.parts, *columns, strict=True):
             if part.b is not None:
                 yield part.b, part.scale, place, known
 
-    def backward(self, gradient: Tensor, inputs: Tensor | None, narrow: Tensor | None) -> Tensor:
-        """Return the gradient of the inputs [T, D], given that of the outputs [T, N].
-
-        With the `inputs`, and what adapters made of them, the gradients of what trains are added up too.
-        """
+    def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of the inputs [T, D], given that of the outputs [T, N], and this behind each B, [T, R]."""
         d_inputs = torch.mm(gradient, self._weight)
-        back = self._back(gradient)
-        if back is not None and self._stacked is not None:
-            d_inputs.addmm_(back, self._stacked)
-        if inputs is not None:
-            self._accumulate(gradient, inputs, narrow, back)
-        return d_inputs
+        return d_inputs, self._back(gradient, d_inputs)
 
-    def accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None) -> None:
-        """Add to the gradients of what trains, where that of the inputs isn't wanted."""
-        self._accumulate(gradient, inputs, narrow, self._back(gradient))
-
-    def _back(self, gradient: Tensor) -> Tensor | None:
-        """Return the outputs' gradient [T, N] behind each adapter's B, scaled: [T, R]."""
+    def _back(self, gradient: Tensor, d_inputs: Tensor | None = None) -> Tensor | None:
+        """Return the outputs' gradient [T, N] behind each adapter's B, scaled: [T, R]; add what it is behind A to `d_inputs`."""
         if self._stacked is None:
             return None
         back = gradient.new_empty(len(gradient), len(self._stacked))
         for b, scale, piece, place in self._by_adapter(gradient, back):
             torch.mm(piece, b.detach(), out=place).mul_(scale)
+        if d_inputs is not None:
+            d_inputs.addmm_(back, self._stacked)
         return back
 
-    def _accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None, back: Tensor | None) -> None:
+    def accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None, back: Tensor | None = None) -> None:
+        """Add to the gradients of what trains, given that of the outputs [T, N], the inputs, and what `apply` made of these.
+
+        `back` is the gradient behind each B where `backward` gave it.
+        """
         self._accumulate_bias(gradient)
+        back = self._back(gradient) if back is None else back
         if narrow is not None and back is not None:
             for b, scale, piece, known in self._by_adapter(gradient, narrow):
                 if b.requires_grad:
@@ -171,7 +171,7 @@ class Product:
         self._add("weight", [part.weight for part in self.parts], self.rows, gradient.t(), inputs)
 
     def _accumulate_bias(self, gradient: Tensor) -> None:
-        for part, piece in zip(self.parts, torch.split(gradient, self.rows, 1), strict=True):
+        for part, piece in zip(self.parts, torch.split_with_sizes(gradient, self.rows, 1), strict=True):
             if part.bias is not None and part.bias.requires_grad:
                 add_gradient(part.bias, piece.sum(0))
 
@@ -181,14 +181,14 @@ class Product:
         The parameters lie one below the other, each with some `rows`.
         """
         if len(parameters) == 1 or not all(p.requires_grad for p in parameters):
-            for parameter, piece in zip(parameters, torch.split(a, list(rows)), strict=True):
+            for parameter, piece in zip(parameters, torch.split_with_sizes(a, list(rows)), strict=True):
                 if parameter.requires_grad:
                     add_product(parameter, piece, b)
             return
         kept = self._gradients.get(name)
         if kept is None:
             kept = self._gradients[name] = b.new_empty(sum(rows), b.shape[1])
-        places = torch.split(kept, list(rows))
+        places = torch.split_with_sizes(kept, list(rows))
         if all(p.grad is None for p in parameters):
             torch.mm(a, b, out=kept)
             for parameter, place in zip(parameters, places, strict=True):
@@ -199,7 +199,7 @@ class Product:
         ):
             kept.addmm_(a, b)
         else:
-            for parameter, piece in zip(parameters, torch.split(a, list(rows)), strict=True):
+            for parameter, piece in zip(parameters, torch.split_with_sizes(a, list(rows)), strict=True):
                 add_product(parameter, piece, b)
 
 
