@@ -70,7 +70,6 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule) -> Tensor:
-        q = q * rule.scale
         output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
         ctx.blocks, ctx.rule = blocks, rule
@@ -82,12 +81,11 @@ class _Attend(torch.autograd.Function):
         q, k, v, kept = ctx.saved_tensors
         gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
         attend_backward(q, k, v, ctx.blocks, ctx.rule, kept, gradient, gradients)
-        gradients[0].mul_(ctx.rule.scale)
         return *gradients, None, None
 
 
 def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, output: Tensor) -> Tensor | None:
-    """Write what `attend` gives into `output` [T, H, d], of queries that are scaled already.
+    """Write what `attend` gives into `output` [T, H, d].
 
     Return what was kept under dropout, block by block, uint8.
     """
@@ -98,14 +96,14 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, out
         kept = draw_kept((sum(_scores(block, q.shape[1]) for block in blocks),), rule.dropout, q.device)
     if rule.native is not None:
         with one_by_one():
-            rule.native.attend(q, k, v, blocks.table, kept, share(rule.dropout), output)
+            rule.native.attend(q, k, v, blocks.table, rule.scale, kept, share(rule.dropout), output)
         return kept
     with one_by_one():
         shares = _shares(k)
         keys, values = _spread(k, shares), _spread(v, shares)
         for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
             queries, every = _by_group(q[block.begin : block.end], k.shape[1], shares)
-            weights, _ = _weights(queries, _pick(keys[::every], block), block, rule)
+            weights, _ = _weights(queries * rule.scale, _pick(keys[::every], block), block, rule)
             attended = torch.bmm(_dropped(weights, place, rule), _pick(values[::every], block))
             _put(output[block.begin : block.end], attended, k.shape[1])
     return kept
@@ -136,13 +134,14 @@ def attend_backward(
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
-    """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` gave."""
+    """Write the gradients of q, k and v into `gradients`, given that of what `attend` gave."""
     if isinstance(blocks, Tiles):
         _tiles_backward(q, k, v, blocks, rule, kept, gradient, gradients)
         return
     if rule.native is not None:
         with one_by_one():
-            rule.native.attend_back(q, k, v, blocks.table, kept, share(rule.dropout), gradient, gradients)
+            weighed = rule.scale, kept, share(rule.dropout)
+            rule.native.attend_back(q, k, v, blocks.table, *weighed, gradient, gradients)
         return
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)
@@ -150,6 +149,7 @@ def attend_backward(
         d_keys, d_values = (t.new_zeros(t.shape) for t in (keys, values))
         for block, place in zip(blocks, _places(kept, blocks, q.shape[1]), strict=True):
             queries, every = _by_group(q[block.begin : block.end], groups, shares)
+            queries = queries * rule.scale
             wanted, _ = _by_group(gradient[block.begin : block.end], groups, shares)
             key = _pick(keys[::every], block)
             weights, slope = _weights(queries, key, block, rule)
@@ -160,7 +160,7 @@ def attend_backward(
             if slope is not None:
                 d_scores.mul_(slope)
             _add(d_keys[::every], block, d_scores, queries)
-            _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key), groups)
+            _put(gradients[0][block.begin : block.end], torch.bmm(d_scores, key).mul_(rule.scale), groups)
         for place, sums in zip(gradients[1:], (d_keys, d_values), strict=True):
             torch.sum(sums.view(groups, shares, *sums.shape[1:]), 1, out=place.transpose(0, 1))
 
@@ -238,6 +238,7 @@ def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, rule: Rule, ou
         kept = draw_kept((q.shape[1] * len(tiles) * tiles.n * tiles.m,), rule.dropout, q.device)
     with one_by_one():
         queries, keys, values = _tile_queries(q, groups, tiles), _tile_keys(k, tiles), _tile_keys(v, tiles)
+        queries.mul_(rule.scale)
         weights, _ = _weights(queries, keys, tiles, rule)
         attended = torch.bmm(_dropped(weights, kept, rule), values)
         torch.index_select(_by_slot(attended, groups, tiles), 0, tiles.asked, out=output)
@@ -257,13 +258,15 @@ def _tiles_backward(
     with one_by_one():
         groups = k.shape[1]
         queries, keys, values = _tile_queries(q, groups, tiles), _tile_keys(k, tiles), _tile_keys(v, tiles)
+        queries.mul_(rule.scale)
         wanted = _tile_queries(gradient, groups, tiles, only=True)
         weights, slope = _weights(queries, keys, tiles, rule)
         d_weights = _dropped(torch.bmm(wanted, values.transpose(1, 2)), kept, rule)
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         if slope is not None:
             d_scores.mul_(slope)
-        gradients[0].copy_(_by_slot(torch.bmm(d_scores, keys), groups, tiles).index_select(0, tiles.asked))
+        d_queries = torch.bmm(d_scores, keys).mul_(rule.scale)
+        gradients[0].copy_(_by_slot(d_queries, groups, tiles).index_select(0, tiles.asked))
         turned = (d_scores.transpose(1, 2), queries), (_dropped(weights, kept, rule).transpose(1, 2), wanted)
         for place, (left, right) in zip(gradients[1:], turned, strict=True):
             held = torch.bmm(left, right).view(groups, len(tiles) * tiles.m, -1)

@@ -370,7 +370,6 @@ class _AttendColumns(torch.autograd.Function):
         if cos is not None and sin is not None:
             # In place: the product that made these columns keeps none of them.
             rotate_(heads.turned(columns), cos, sin)
-        q.mul_(rule.scale)
         q = q if chosen is None else q[chosen]
         output = q.new_empty(q.shape)
         kept = attend_forward(q, k, v, blocks, rule, output)
@@ -392,7 +391,6 @@ class _AttendColumns(torch.autograd.Function):
             d_chosen = torch.empty(wanted.shape, dtype=q.dtype)
             attend_backward(q[chosen], k, v, ctx.blocks, ctx.rule, kept, wanted, (d_chosen, d_k, d_v))
             d_q.zero_()[chosen] = d_chosen
-        d_q.mul_(ctx.rule.scale)
         if cos is not None:
             rotate_(heads.turned(d_columns), cos, -sin)
         return d_columns, None, None, None, None, None, None

@@ -150,7 +150,7 @@ class Product:
             return None
         back = gradient.new_empty(len(gradient), len(self._stacked))
         for b, scale, piece, place in self._by_adapter(gradient, back):
-            torch.mm(piece, b.detach(), out=place).mul_(scale)
+            torch.addmm(place, piece, b.detach(), beta=0.0, alpha=scale, out=place)
         if d_inputs is not None:
             d_inputs.addmm_(back, self._stacked)
         return back

@@ -17,11 +17,10 @@ static gemm *sgemm;
 
 void headstart_begin(gemm *found) { sgemm = found; }
 
-/* Row by row: C [m, n] = A [m, k] B [k, n] + beta C; with `a_turned` A lies as [k, m], with `b_turned` B as [n, k]. */
-static void multiply(int a_turned, int b_turned, int m, int n, int k, const float *a, int a_step, const float *b,
-                     int b_step, float beta, float *c, int c_step) {
-    const float one = 1.0f;
-    sgemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &one, b, &b_step, a, &a_step, &beta, c, &c_step);
+/* Row by row: C [m, n] = alpha A [m, k] B [k, n] + beta C; with `a_turned` A lies as [k, m], with `b_turned` B as [n, k]. */
+static void multiply(int a_turned, int b_turned, int m, int n, int k, float alpha, const float *a, int a_step,
+                     const float *b, int b_step, float beta, float *c, int c_step) {
+    sgemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &alpha, b, &b_step, a, &a_step, &beta, c, &c_step);
 }
 
 /* e^x for -87 < x < 88, to 2 units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes, expf). */
@@ -55,7 +54,7 @@ struct attention {
     const whole *runs;
     const uint8_t *kept; /* [K, H / K, n, m] of each block behind each other, or NULL */
     const whole *places; /* of each block in `kept`, counted for one head */
-    float share;         /* what kept weights are multiplied by */
+    float scale, share;  /* what scores are multiplied by, and kept weights */
 };
 
 /* What one task works on: a block, one group of heads that read the same keys. */
@@ -87,13 +86,13 @@ static void scatter(const struct part *p, float *to, whole step, const float *fr
         memcpy(to + line % p->n * step + line / p->n * d, from + line * d, d * sizeof(float));
 }
 
-/* out [lines, m] = rows [lines, d] of each key or value that the block sees, transposed. */
-static void against(const struct part *p, const float *rows, const float *keys, float *out) {
+/* out [lines, m] = scale rows [lines, d] of each key or value that the block sees, transposed. */
+static void against(const struct part *p, float scale, const float *rows, const float *keys, float *out) {
     const struct attention *a = p->all;
     const whole *run = a->runs + 2 * p->block->first, d = a->width, m = p->block->m;
     for (whole r = 0; r < p->block->runs; r++, run += 2) {
         const whole count = run[1] - run[0];
-        multiply(0, 1, p->lines, count, d, rows, d, keys + run[0] * a->k_step + p->group * d, a->k_step, 0, out, m);
+        multiply(0, 1, p->lines, count, d, scale, rows, d, keys + run[0] * a->k_step + p->group * d, a->k_step, 0, out, m);
         out += count;
     }
 }
@@ -105,7 +104,7 @@ static void combine(const struct part *p, const float *weights, const float *val
     for (whole r = 0; r < p->block->runs; r++, run += 2) {
         const whole count = run[1] - run[0];
         const float *from = values + run[0] * a->k_step + p->group * d;
-        multiply(0, 0, p->lines, d, count, weights, m, from, a->k_step, r > 0, out, d);
+        multiply(0, 0, p->lines, d, count, 1, weights, m, from, a->k_step, r > 0, out, d);
         weights += count;
     }
 }
@@ -115,7 +114,7 @@ static void collect(const struct part *p, const float *weights, const float *row
     const whole *run = p->all->runs + 2 * p->block->first, d = p->all->width, m = p->block->m;
     for (whole r = 0; r < p->block->runs; r++, run += 2) {
         const whole count = run[1] - run[0];
-        multiply(1, 0, count, d, p->lines, weights, m, rows, d, 1, sums + run[0] * d, d);
+        multiply(1, 0, count, d, p->lines, 1, weights, m, rows, d, 1, sums + run[0] * d, d);
         weights += count;
     }
 }
@@ -142,7 +141,7 @@ static void drop(float *restrict row, const uint8_t *restrict kept, float share,
 static void weigh(const struct part *p, const float *queries, float *weights) {
     const struct block *b = p->block;
     const whole hidden = b->high - b->low;
-    against(p, queries, p->all->k, weights);
+    against(p, p->all->scale, queries, p->all->k, weights);
     for (whole line = 0; line < p->lines; line++) {
         float *restrict row = weights + line * b->m;
         if (b->mask) {
@@ -205,7 +204,7 @@ static void attend_back(const struct part *p, const float *wanted, whole wanted_
     gather(p, queries, a->q, a->q_step);
     gather(p, asked, wanted, wanted_step);
     weigh(p, queries, weights);
-    against(p, asked, a->v, slopes);
+    against(p, 1, asked, a->v, slopes);
     drop_all(p, slopes);
     for (whole line = 0; line < p->lines; line++) {
         float *restrict slope = slopes + line * m;
@@ -213,7 +212,7 @@ static void attend_back(const struct part *p, const float *wanted, whole wanted_
         float mean = 0;
 #pragma omp simd reduction(+ : mean)
         for (whole j = 0; j < m; j++) mean += slope[j] * weight[j];
-        for (whole j = 0; j < m; j++) slope[j] = (slope[j] - mean) * weight[j];
+        for (whole j = 0; j < m; j++) slope[j] = (slope[j] - mean) * weight[j] * a->scale;
     }
     drop_all(p, weights);
     collect(p, weights, asked, d_v);

@@ -38,7 +38,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
         *((name, ctypes.c_int64) for name in ("q_step", "k_step", "heads", "groups", "width", "count", "threads")),
         *((name, ctypes.c_void_p) for name in ("blocks", "runs", "kept", "places")),
-        ("share", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "share")),
     )
 
 
@@ -52,13 +52,21 @@ class Native:
         library.headstart_begin(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Table, kept: Tensor | None, share: float, output: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Table,
+        scale: float,
+        kept: Tensor | None,
+        share: float,
+        output: Tensor,
     ) -> None:
-        """Write what queries [P, H, d], scaled, see of values [T, K, d] into `output` [P, H, d].
+        """Write what queries [P, H, d] see of values [T, K, d] into `output` [P, H, d]; scores are multiplied by `scale`.
 
         `kept`, uint8, is what dropout keeps of the weights, block by block, of which each is multiplied by `share`.
         """
-        called = _attention(q, k, v, table, kept, share)
+        called = _attention(q, k, v, table, scale, kept, share)
         room = self._room(called, back=False)
         self._library.headstart_attend(ctypes.byref(called), *_at(output), _pointer(room))
 
@@ -68,16 +76,17 @@ class Native:
         k: Tensor,
         v: Tensor,
         table: Table,
+        scale: float,
         kept: Tensor | None,
         share: float,
         gradient: Tensor,
         gradients: tuple[Tensor, ...],
     ) -> None:
-        """Write the gradients of the scaled q, of k and v into `gradients`, given that of what `attend` wrote."""
+        """Write the gradients of q, k and v into `gradients`, given that of what `attend` wrote."""
         tokens, groups, width = k.shape
         parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
         sums = k.new_empty(parts, groups, 2, tokens, width)
-        called = _attention(q, k, v, table, kept, share)
+        called = _attention(q, k, v, table, scale, kept, share)
         room = self._room(called, back=True)
         steps, edges = np.array([part.stride(0) for part in gradients[:2]], np.int64), table.edges(parts)
         self._library.headstart_attend_back(
@@ -128,12 +137,14 @@ class Native:
         self._library.headstart_norm_back(*_at(x), *pointers, *more, *_sizes(x))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, table: Table, kept: Tensor | None, share: float) -> _Attention:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Table, scale: float, kept: Tensor | None, share: float
+) -> _Attention:
     pointers = (part.data_ptr() for part in (q, k, v))
     sizes = q.stride(0), k.stride(0), q.shape[1], k.shape[1], k.shape[2], len(table.fields), torch.get_num_threads()
     place = None if kept is None else kept.data_ptr()
     arrays = table.fields.ctypes.data, table.runs.ctypes.data, place, table.places.ctypes.data
-    return _Attention(*pointers, *sizes, *arrays, share)
+    return _Attention(*pointers, *sizes, *arrays, scale, share)
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
