@@ -70,14 +70,14 @@ def _missing(versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
 
 def _compiler(versions: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """Return what keeps a CPU from its kernels (`models/native.py`), which are worth a fifth of a step."""
-    if versions["torch"] == "not installed":
+    if "not installed" in versions.values() or sys.platform != "linux":
         return []
-    from headstart.models.native import find, find_compiler
+    from headstart.models.native import find, find_compiler, folder
 
     if find() is not None:
         return []
     compiler = find_compiler()
-    what = "there is no C compiler" if compiler is None else f"{compiler} can't compile for this machine with OpenMP"
+    what = "there is no C compiler" if compiler is None else f"{compiler} couldn't make kernels in {folder()}"
     return [("note", f"{what}: training on a CPU takes longer", "install gcc, or name a compiler: CC=/path/to/gcc")]
 
 

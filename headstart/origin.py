@@ -23,6 +23,7 @@ from headstart.models.native import find
 from headstart.models.source import Source, weights_hash
 
 ALLOWED = ("data", "model", "settings", "versions")
+COMPILER = "C compiler"
 # What may differ without a word: where the run lies, and how packs are cut, which a run changes itself where memory runs out.
 FREE_SETTINGS = ("out", "engine.tokens_per_pack")
 
@@ -78,7 +79,7 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
 def _versions(config: Config) -> dict[str, str]:
     """Return the versions of what computes; with fast layers also of what compiled their kernels, since it decides how they round."""
     native = find() if config.settings.engine.fast == "on" else None
-    return {**machine.versions(), "C compiler": native.compiler if native else "not used"}
+    return {**machine.versions(), COMPILER: native.compiler if native else "not used"}
 
 
 def _describe_file(file: SourceFile) -> dict[str, Any]:
@@ -146,7 +147,10 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
             changes.append(_change("settings", "run.changed", what, "config.yaml"))
     versions = _versions(config)
-    for name, was in record["versions"].items():
+    for name, was in {
+        COMPILER: "not used",
+        **record["versions"],
+    }.items():  # runs of before there were kernels say nothing
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))
     return _not_allowed(record, changes)

@@ -141,7 +141,7 @@ def attend_backward(
     if rule.native is not None:
         with one_by_one():
             weighed = rule.scale, kept, share(rule.dropout)
-            rule.native.attend_back(q, k, v, blocks.table, *weighed, gradient, gradients)
+            rule.native.attend_back(q, k, v, blocks.table, *weighed, gradient.contiguous(), gradients)
         return
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)

@@ -47,7 +47,7 @@ class Table:
     """Blocks as kernels in C read them: `fields` [B, 8], `runs` of keys [R, 2], `places` [B] in what dropout keeps, of one head."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = blocks  # whose masks are read where they lie
+        self._masks = [block.mask for block in blocks]  # which are read where they lie
         counts = np.array([len(block.keys) for block in blocks], np.int64)
         self.runs = np.array([run for block in blocks for run in block.keys], np.int64).reshape(-1, 2)
         seen = [sum(end - begin for begin, end in block.keys) for block in blocks]
@@ -61,7 +61,7 @@ class Table:
 
     def edges(self, parts: int) -> Ints:
         """Return where the blocks are cut into parts of about as many scores, [parts + 1]."""
-        shares = np.arange(1, parts) * (self._reached[-1] / parts)
+        shares = np.arange(1, parts) * (self._reached.max(initial=0) / parts)
         return np.concatenate([[0], np.searchsorted(self._reached, shares), [len(self.fields)]]).astype(np.int64)
 
 
@@ -144,7 +144,7 @@ def _cuts(counts: Ints, parents: Ints, size: int) -> list[tuple[int, int]]:
     end = 0
     for length, parent in zip(counts.tolist(), parents.tolist(), strict=True):
         begin, end = end, end + length
-        if length < size and open_parent == parent and end - cuts[-1][0] <= size and cuts[-1][1] == begin:
+        if cuts and length < size and open_parent == parent and end - cuts[-1][0] <= size and cuts[-1][1] == begin:
             cuts[-1] = (cuts[-1][0], end)
             continue
         even = -(-length // max(1, -(-length // size)))

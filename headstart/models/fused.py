@@ -38,7 +38,7 @@ class Norm:
     def apply(self, x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the normed rows of x [T, D], and 1 / rms(x), [T, 1], which may be known."""
         scale = self.scale()
-        if native := suits(x, scale):
+        if scale.shape == x.shape[1:] and (native := suits(x, scale)):
             return native.norm(x, scale, self.eps, inverse)
         if inverse is None:
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -53,7 +53,7 @@ class Norm:
         if self.weight.requires_grad:
             add_gradient(self.weight, (gradient * x).mul_(inverse).sum(0))
         scale = self.scale()
-        if native := suits(x, scale, gradient):
+        if native := suits(x, gradient, *([] if add is None else [add])):
             native.norm_back(x, scale, inverse, gradient, add)
             return gradient
         gradient.mul_(scale)
@@ -343,7 +343,7 @@ class Heads:
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn heads [T, n, d] by their positions, in place (Su et al., 2021): the first r with the next r, as Llama does. cos, sin [T, r]."""
-    if native := suits(heads, cos, sin):
+    if 2 * cos.shape[-1] <= heads.shape[-1] and (native := suits(heads, cos, sin)):
         native.turn(heads, cos, sin)
         return
     half = cos.shape[-1]

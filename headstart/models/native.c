@@ -293,8 +293,8 @@ void headstart_turn(float *heads, whole step, whole tokens, whole n, whole d, co
 }
 
 static inline float sigmoid(float x) {
-    const float bounded = x > 80.0f ? 80.0f : x < -80.0f ? -80.0f : x;
-    return 1 / (1 + exponential(-bounded));
+    const float share = 1 / (1 + exponential(x > 80.0f ? -80.0f : x < -80.0f ? 80.0f : -x));
+    return x < -80.0f ? 0.0f : share;
 }
 
 /* out [T, F] = silu(gate) up, of gate and up [T, F] */

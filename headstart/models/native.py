@@ -1,4 +1,4 @@
-"""Kernels in C for a CPU (`native.c`): compiled where a C compiler is found, once for each machine, and kept.
+"""Kernels in C for a CPU (`native.c`): compiled on Linux where a C compiler is found, once for each machine, and kept.
 
 What they compute, functions of torch compute too; these take its place where there is no compiler, and for what isn't
 float32 on a CPU. Products inside of them are made by the BLAS that torch brings.
@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from headstart import machine
 from headstart.models.blocks import Ints, Table
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+TORCH = Path(torch.__file__).parent
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 60
 PARTS = 8  # at most, of the blocks whose gradients of keys are added up apart
 PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is one, so that none waits long at the end
@@ -43,7 +43,11 @@ class _Attention(ctypes.Structure):
 
 
 class Native:
-    """The kernels. All tensors are float32, on the CPU, and the last dimension of each lies without gaps."""
+    """The kernels. All tensors are float32, on the CPU, and the last dimension of each lies without gaps.
+
+    Heads lie side by side, and values as keys do, as they are columns of one tensor; a gradient that is used up or written
+    lies without gaps, [T, N].
+    """
 
     def __init__(self, library: ctypes.CDLL, blas: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler  # its version, since another one may round otherwise
@@ -96,7 +100,8 @@ class Native:
 
     def _room(self, called: _Attention, *, back: bool) -> Tensor:
         """Return what the threads of a call work in."""
-        return torch.empty(called.threads, self._library.headstart_attend_room(ctypes.byref(called), back))
+        each = self._library.headstart_attend_room(ctypes.byref(called), back)
+        return torch.empty(called.threads, each, dtype=torch.float32, device="cpu")
 
     def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Turn heads [T, n, d] by their positions, in place: the first r with the next r; cos, sin [T, r]."""
@@ -140,6 +145,8 @@ class Native:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, table: Table, scale: float, kept: Tensor | None, share: float
 ) -> _Attention:
+    if any(part.stride(1) != k.shape[2] for part in (q, k, v) if part.shape[1] > 1) or k.stride(0) != v.stride(0):
+        raise ValueError("heads don't lie side by side, or values not as keys do")
     pointers = (part.data_ptr() for part in (q, k, v))
     sizes = q.stride(0), k.stride(0), q.shape[1], k.shape[1], k.shape[2], len(table.fields), torch.get_num_threads()
     place = None if kept is None else kept.data_ptr()
@@ -173,39 +180,59 @@ def _threads() -> ctypes.c_int64:
 
 @functools.cache
 def find() -> Native | None:
-    """Return the kernels, compiled where they aren't yet; None where that isn't possible, as without a C compiler."""
-    if sys.platform == "win32" or (compiler := find_compiler()) is None:
+    """Return the kernels, compiled where they aren't yet; None where that isn't possible: without a C compiler, or not on Linux."""
+    compiler, threads = find_compiler(), _threading()
+    if compiler is None or threads is None:
         return None
     try:
         version = _run(compiler, "--version").partition("\n")[0]
-        library = _compiled(compiler, version)
-        return Native(ctypes.CDLL(str(library)), ctypes.CDLL(str(_torch_library())), version)
-    except (OSError, AttributeError, subprocess.SubprocessError):
+        blas = ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"))
+        return Native(_load(compiler, version, threads), blas, version)
+    except (OSError, AttributeError, RuntimeError, UnicodeError, subprocess.SubprocessError):
         return None
 
 
 def find_compiler() -> str | None:
-    """Return the C compiler: `CC`, else `cc`, `gcc` or `clang`, whichever is there."""
-    return next(
-        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
-    )
+    """Return the C compiler: `CC`, else `cc` or `gcc`, whichever is there."""
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc")))), None)
 
 
-def _torch_library() -> Path:
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    return Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+def _threading() -> str | None:
+    """Return the OpenMP library that torch has loaded: with another one beside it, two crowds of threads would wait in each other's way."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+    own = sorted(path for path in loaded if TORCH in Path(path).parents)
+    return next(iter(own or loaded), None) if own or len(loaded) == 1 else None
 
 
-def _compiled(compiler: str, version: str) -> Path:
-    """Return the library, compiled for this machine. Raises OSError and SubprocessError where that fails."""
-    tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    told = [SOURCE.read_text(), _processor(), compiler, version, tuned, *FLAGS]
-    library = machine.home() / "native" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
+def folder() -> Path:
+    """Return where kernels are kept."""
+    return machine.home() / "native"
+
+
+def _load(compiler: str, version: str, threads: str) -> ctypes.CDLL:
+    """Load the library, compiled for this machine. Raises OSError and SubprocessError where that fails."""
+    library = _compiled(compiler, version, threads)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # it is damaged, as after a loss of power
+        library.unlink()
+        return ctypes.CDLL(str(_compiled(compiler, version, threads)))
+
+
+def _compiled(compiler: str, version: str, threads: str) -> Path:
+    tuned = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+    told = [SOURCE.read_text(), _processor(), compiler, version, tuned, threads, *FLAGS]
+    library = folder() / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            _run(compiler, *FLAGS, tuned, str(SOURCE), "-o", str(made), "-lm")
+        with tempfile.TemporaryDirectory(dir=library.parent) as place:
+            code, made = Path(place) / "native.o", Path(place) / library.name
+            _run(compiler, *FLAGS, tuned, "-c", str(SOURCE), "-o", str(code))
+            _run(compiler, "-shared", str(code), threads, "-lm", "-o", str(made))
             made.replace(library)
     return library
 
@@ -216,10 +243,7 @@ def _run(*command: str) -> str:
 
 def _processor() -> str:
     """Return what tells processors apart that a compiler would write other code for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()
 
 

@@ -152,7 +152,37 @@ def test_gated_layers_equal_their_formula(normed: bool) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("value", [-1e4, -90.0, -30.0, -1e-3, 0.0, 1e-3, 30.0, 90.0, 1e4])
+@pytest.mark.parametrize("of", ["attention", "gated"])
+def test_a_gradient_that_lies_nowhere_as_a_whole_is_read_rightly(of: str) -> None:
+    """That of a sum is one number, expanded."""
+    torch.manual_seed(0)
+    if of == "attention":
+        inputs = tuple(torch.randn(9, n, 4, requires_grad=True) for n in (4, 2, 2))
+        out = attend(*inputs, cut_blocks(roots([5, 4])), Rule(1.0, native=kernels()))
+    else:
+        inputs = (torch.randn(7, 12, requires_grad=True),)
+        parts = [Part(torch.randn(shape), None) for shape in ((20, 12), (20, 12), (12, 20))]
+        norm = Norm(nn.Parameter(torch.randn(12), requires_grad=False), 1e-5)
+        out = gated_mlp(inputs[0], GatedMlp(Product(parts[:2]), Product(parts[2:]), "silu", norm), residual=True)
+    expanded = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    for ours, theirs in zip(expanded, torch.autograd.grad(out, inputs, torch.ones(out.shape)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("of", [None, pytest.param("kernels", marks=needs_compiler)], ids=["torch", "kernels"])
+def test_where_no_token_asks_nothing_comes_out_and_gradients_are_zero(of: str | None) -> None:
+    q, k, v = (torch.randn(tokens, n, 4, requires_grad=True) for tokens, n in ((0, 4), (9, 2), (9, 2)))
+    blocks = cut_blocks(roots([5, 4]), chosen=torch.zeros(0, dtype=torch.long).numpy())
+    attended = attend(q, k, v, blocks, Rule(1.0, native=kernels() if of else None))
+    assert attended.shape == (0, 4, 4)
+    d_q, d_k, d_v = torch.autograd.grad(attended, (q, k, v), torch.zeros(0, 4, 4))
+    assert d_q.shape == q.shape
+    assert not d_k.any()
+    assert not d_v.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [-1e30, -90.0, -30.0, -1e-3, 0.0, 1e-3, 30.0, 90.0, 1e4])
 def test_gates_are_right_at_their_ends(value: float) -> None:
     gate = torch.full((1, 16), value)
     theirs = gate.double().requires_grad_()
@@ -222,3 +252,24 @@ def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = library.stat().st_mtime_ns
     assert native.find() is not None
     assert [path.stat().st_mtime_ns for path in (tmp_path / "native").iterdir()] == [made]
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADSTART_HOME", str(tmp_path / "first"))
+    monkeypatch.setattr(native, "find", native.find.__wrapped__)
+    assert native.find() is not None
+    (library,) = (tmp_path / "first" / "native").iterdir()
+    damaged = tmp_path / "second" / "native" / library.name  # what is loaded under a path stays so
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(library.read_bytes()[:100])
+    monkeypatch.setenv("HEADSTART_HOME", str(tmp_path / "second"))
+    assert native.find() is not None
+    assert damaged.stat().st_size == library.stat().st_size
+
+
+@needs_compiler
+def test_heads_that_lie_otherwise_are_refused() -> None:
+    q, k, v = (torch.randn(4, 3, 2).transpose(1, 2) for _ in range(3))
+    with pytest.raises(ValueError, match="side by side"):
+        attend(q, k, v, cut_blocks(roots([4])), Rule(1.0, native=kernels()))
