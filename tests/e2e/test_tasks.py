@@ -151,11 +151,12 @@ def test_pairs_of_texts(tiny_home: Path) -> None:
     for _ in range(80):
         a, b = chance.randrange(50), chance.randrange(50)
         rows.append({"sentence1": f"{a} text", "sentence2": f"{b}", "label": "low" if low(b) else "high"})
-    # At 1e-2 which seeds learn is luck; at this rate all of five did, with 68 right and more.
+    # At this rate each of twelve seeds learns, and has 60 to 76 of all rows right; of the twelve that are held out the untouched
+    # model may have eight right by chance, so that a difference says nothing.
     settings = ["-s", "steps=60", "-s", "optim.lr=3e-3"]
-    run = tune(write("rows.jsonl", rows), "-m", "minilm", *settings, task="classification")
+    run = tune(write("rows.jsonl", rows), "-m", "minilm", *settings, task="classification", better=False)
     found = predict(run, "rows.jsonl")
-    assert sum(row["prediction"] == row["label"] for row in found) > 50
+    assert sum(row["prediction"] == row["label"] for row in found) > 55
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run.path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.path / "model")
     with torch.no_grad():
