@@ -46,7 +46,8 @@ from headstart.errors import (
     StoppedError,
     UsageError,
 )
-from headstart.files import TEMPORARY_PREFIX, read_json
+from headstart.files import TEMPORARY_PREFIX, read_json, write_json
+from headstart.models import native
 from headstart.run import RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences, verify_resume
@@ -655,6 +656,21 @@ def test_other_settings_and_versions_are_refused_or_allowed_by_name_and_recorded
     assert len(once["changes"]) == 2
     assert "99.0" in done.report.read_text()
     assert next(line["lr"] for line in reversed(RunFolder(run).read_metrics()) if "lr" in line) < 0.0005
+
+
+@pytest.mark.skipif(native.find() is None, reason="there are no kernels here")
+def test_a_run_that_began_without_kernels_does_not_go_on_with_them_in_silence(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display
+) -> None:
+    run = tmp_path / "run"
+    stopped(small_data, tiny_model, run)
+    record = read_json(run / "data.json")
+    assert record["versions"].pop("C compiler") in str(native.find().compiler)
+    write_json(run / "data.json", record)  # as it was before there were kernels
+    with pytest.raises(RunError, match="was not used and is") as error:
+        resume(run, quiet)
+    assert [problem.where for problem in error.value.problems] == ["C compiler"]
+    resume(run, quiet, ["versions"])
 
 
 def test_more_rows_can_be_allowed_but_never_other_rows_of_the_proof(
