@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headstart.models.blocks import STEP, Block, Cut, Tiles
 from headstart.models.dropout import draw_kept, share
-from headstart.models.native import Native
+from headstart.models.native import Inputs, Native
 
 _depth = [0]  # of `one_by_one`
 
@@ -96,7 +96,7 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, blocks: Cut, rule: Rule, out
         kept = draw_kept((sum(_scores(block, q.shape[1]) for block in blocks),), rule.dropout, q.device)
     if rule.native is not None:
         with one_by_one():
-            rule.native.attend(q, k, v, blocks.table, rule.scale, kept, share(rule.dropout), output)
+            rule.native.attend(Inputs(q, k, v, blocks.table, rule.scale, kept, share(rule.dropout)), output)
         return kept
     with one_by_one():
         shares = _shares(k)
@@ -140,8 +140,8 @@ def attend_backward(
         return
     if rule.native is not None:
         with one_by_one():
-            weighed = rule.scale, kept, share(rule.dropout)
-            rule.native.attend_back(q, k, v, blocks.table, *weighed, gradient.contiguous(), gradients)
+            inputs = Inputs(q, k, v, blocks.table, rule.scale, kept, share(rule.dropout))
+            rule.native.attend_back(inputs, gradient.contiguous(), gradients)
         return
     with one_by_one():
         groups, shares = k.shape[1], _shares(k)

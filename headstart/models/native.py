@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,22 @@ class _Attention(ctypes.Structure):
     )
 
 
+class Inputs(NamedTuple):
+    """What attention reads: queries [P, H, d], keys and values [T, K, d], and which see which.
+
+    Scores are multiplied by `scale`. `kept`, uint8, is what dropout keeps of the weights, block by block, of which each is
+    multiplied by `share`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Table
+    scale: float
+    kept: Tensor | None
+    share: float
+
+
 class Native:
     """The kernels. All tensors are float32, on the CPU, and the last dimension of each lies without gaps.
 
@@ -55,42 +72,19 @@ class Native:
         library.headstart_attend_room.restype = ctypes.c_int64
         library.headstart_begin(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Table,
-        scale: float,
-        kept: Tensor | None,
-        share: float,
-        output: Tensor,
-    ) -> None:
-        """Write what queries [P, H, d] see of values [T, K, d] into `output` [P, H, d]; scores are multiplied by `scale`.
-
-        `kept`, uint8, is what dropout keeps of the weights, block by block, of which each is multiplied by `share`.
-        """
-        called = _attention(q, k, v, table, scale, kept, share)
+    def attend(self, inputs: Inputs, output: Tensor) -> None:
+        """Write what queries see of values into `output` [P, H, d]."""
+        called = _attention(inputs)
         room = self._room(called, back=False)
         self._library.headstart_attend(ctypes.byref(called), *_at(output), _pointer(room))
 
-    def attend_back(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Table,
-        scale: float,
-        kept: Tensor | None,
-        share: float,
-        gradient: Tensor,
-        gradients: tuple[Tensor, ...],
-    ) -> None:
+    def attend_back(self, inputs: Inputs, gradient: Tensor, gradients: tuple[Tensor, ...]) -> None:
         """Write the gradients of q, k and v into `gradients`, given that of what `attend` wrote."""
-        tokens, groups, width = k.shape
+        table = inputs.table
+        tokens, groups, width = inputs.k.shape
         parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
-        sums = k.new_empty(parts, groups, 2, tokens, width)
-        called = _attention(q, k, v, table, scale, kept, share)
+        sums = inputs.k.new_empty(parts, groups, 2, tokens, width)
+        called = _attention(inputs)
         room = self._room(called, back=True)
         steps, edges = np.array([part.stride(0) for part in gradients[:2]], np.int64), table.edges(parts)
         self._library.headstart_attend_back(
@@ -142,9 +136,8 @@ class Native:
         self._library.headstart_norm_back(*_at(x), *pointers, *more, *_sizes(x))
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Table, scale: float, kept: Tensor | None, share: float
-) -> _Attention:
+def _attention(inputs: Inputs) -> _Attention:
+    q, k, v, table, scale, kept, share = inputs
     if any(part.stride(1) != k.shape[2] for part in (q, k, v) if part.shape[1] > 1) or k.stride(0) != v.stride(0):
         raise ValueError("heads don't lie side by side, or values not as keys do")
     pointers = (part.data_ptr() for part in (q, k, v))
