@@ -47,14 +47,16 @@ class Table:
     """Blocks as kernels in C read them: `fields` [B, 8], `runs` of keys [R, 2], `places` [B] in what dropout keeps, of one head."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._masks = [block.mask for block in blocks]  # which are read where they lie
+        turned = [None if block.mask is None else block.mask.t().contiguous() for block in blocks]
+        self._masks = turned  # which are read where they lie
         counts = np.array([len(block.keys) for block in blocks], np.int64)
         self.runs = np.array([run for block in blocks for run in block.keys], np.int64).reshape(-1, 2)
         seen = [sum(end - begin for begin, end in block.keys) for block in blocks]
         self.fields = np.empty((len(blocks), 8), np.int64)
-        for row, block, m, first, runs in zip(self.fields, blocks, seen, counts.cumsum() - counts, counts, strict=True):
-            mask = 0 if block.mask is None else block.mask.data_ptr()
-            row[:] = block.begin, block.end, m, first, runs, block.low, block.high, mask
+        columns = blocks, seen, counts.cumsum() - counts, counts, turned
+        for row, block, m, first, runs, mask in zip(self.fields, *columns, strict=True):
+            place = 0 if mask is None else mask.data_ptr()
+            row[:] = block.begin, block.end, m, first, runs, block.low, block.high, place
         scores = (self.fields[:, 1] - self.fields[:, 0]) * self.fields[:, 2]
         self._reached = scores.cumsum()
         self.places = self._reached - scores

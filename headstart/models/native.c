@@ -1,7 +1,7 @@
 /* The parts of a layer that torch makes in many passes over memory, in one each: attention in blocks, gates, norms, turns.
  *
- * float32. Large products are the BLAS of torch, one of its threads each. Tasks are as many as the work has parts, and each
- * adds up in an order of its own, so what comes out doesn't depend on which thread took which. native.py calls these.
+ * float32. Tasks are as many as the work has parts, and each adds up in an order of its own, so what comes out doesn't depend
+ * on which thread took which. native.py calls these.
  */
 
 #include <math.h>
@@ -10,17 +10,65 @@
 #include <string.h>
 
 typedef int64_t whole;
-typedef void gemm(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                  const int *, const float *, const int *, const float *, float *, const int *);
 
-static gemm *sgemm;
+/* --- products --- */
 
-void headstart_begin(gemm *found) { sgemm = found; }
+/* Numbers that a register holds, and rows of a tile of C, whose two columns of registers are added up in as many as there are. */
+#if defined(__AVX512F__)
+enum { LANES = 16, ROWS = 12 };
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 6 };
+#else
+enum { LANES = 4, ROWS = 6 };
+#endif
 
-/* Row by row: C [m, n] = alpha A [m, k] B [k, n] + beta C; with `a_turned` A lies as [k, m], with `b_turned` B as [n, k]. */
-static void multiply(int a_turned, int b_turned, int m, int n, int k, float alpha, const float *a, int a_step,
-                     const float *b, int b_step, float beta, float *c, int c_step) {
-    sgemm(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &alpha, b, &b_step, a, &a_step, &beta, c, &c_step);
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline whole padded(whole n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* C [rows, LANES * columns] = A [rows, k] B [k, LANES * columns], or added to it; A's numbers lie `a_row` and `a_k` apart. */
+static inline __attribute__((always_inline)) void tile(const int rows, const int columns, whole k, const float *restrict a,
+                                                       whole a_row, whole a_k, const float *restrict b, whole b_step,
+                                                       int added, float *restrict c, whole c_step) {
+    vector sums[ROWS][2] = {0};
+    for (; k > 0; k--, a += a_k, b += b_step) {
+        const vector first = *(const vector *)b, second = columns > 1 ? *(const vector *)(b + LANES) : first;
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const float x = a[r * a_row];
+            sums[r][0] += x * first;
+            if (columns > 1) sums[r][1] += x * second;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < columns; i++) {
+            vector *to = (vector *)(c + r * c_step + i * LANES);
+            if (added) sums[r][i] += *to;
+            *to = sums[r][i];
+        }
+}
+
+/* Row by row: C [m, n] = A [m, k] B [k, n], or added to it, n a multiple of LANES. */
+static void multiply(whole m, whole n, whole k, const float *a, whole a_row, whole a_k, const float *b, whole b_step, int added,
+                     float *c, whole c_step) {
+    const whole tiles = (m + ROWS - 1) / ROWS;
+    for (whole j = 0; j < n; j += 2 * LANES)
+        for (whole t = 0; t < tiles; t++) {
+            const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
+#define TILE(rows, columns) \
+    case 2 * rows + columns: \
+        tile(rows, columns, k, a + i * a_row, a_row, a_k, b + j, b_step, added, c + i * c_step + j, c_step); \
+        break;
+#define TILES(rows) TILE(rows, 1) TILE(rows, 2)
+            switch (2 * rows + (n - j > LANES ? 2 : 1)) {
+                TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+#if defined(__AVX512F__)
+                TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12)
+#endif
+            }
+        }
 }
 
 /* e^x for -87 < x < 88, to 2 units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes, expf). */
@@ -40,7 +88,7 @@ static inline float exponential(float x) {
 
 /* --- attention --- */
 
-/* Queries [begin, end), `m` keys in `runs` runs from `first` on, and a mask [end - begin, high - low] or NULL. */
+/* Queries [begin, end), `m` keys in `runs` runs from `first` on, and a mask [high - low, end - begin] or NULL. */
 struct block {
     whole begin, end, m, first, runs, low, high;
     const float *mask;
@@ -57,168 +105,188 @@ struct attention {
     float scale, share;  /* what scores are multiplied by, and kept weights */
 };
 
-/* What one task works on: a block, one group of heads that read the same keys. */
+/* What one task works on: a block, one group of heads that read the same keys. Weights lie [m, L], a column for each line. */
 struct part {
     const struct attention *all;
     const struct block *block;
-    whole group, n, lines; /* lines: queries of all heads of the group */
+    whole group, n, m, lines, L, D; /* lines: queries of all heads of the group; L, D: lines and width, padded */
     const uint8_t *kept;
 };
 
 static struct part part_of(const struct attention *a, whole block, whole group) {
     const struct block *b = a->blocks + block;
     const whole n = b->end - b->begin, lines = n * (a->heads / a->groups);
-    return (struct part){a, b, group, n, lines, a->kept ? a->kept + a->places[block] * a->heads + group * lines * b->m : NULL};
+    const uint8_t *kept = a->kept ? a->kept + a->places[block] * a->heads + group * lines * b->m : NULL;
+    return (struct part){a, b, group, n, b->m, lines, padded(lines), padded(a->width), kept};
 }
 
-/* [n, G, d] of a group -> [G, n, d] in a row, and back. */
+/* What a thread works in: weights and their gradients [m, L], rows [m, D] and [lines, D], columns [d, L], a number a line [L]. */
+struct room {
+    float *weights, *slopes, *keys, *values, *queries, *asked, *columns, *most, *inverse, *mean;
+};
+
+/* Lay out a room that holds every block; return how many floats it takes. `at` may be NULL to learn only this. */
+static whole lay_out(const struct attention *a, float *at, struct room *room) {
+    whole scores = 0, m = 0, lines = 0;
+    for (whole i = 0; i < a->count; i++) {
+        const struct part p = part_of(a, i, 0);
+        scores = p.m * p.L > scores ? p.m * p.L : scores;
+        m = p.m > m ? p.m : m;
+        lines = p.L > lines ? p.L : lines;
+    }
+    const whole D = padded(a->width), sizes[] = {scores, scores, m * D, m * D, lines * D, lines * D, lines * D, lines, lines, lines};
+    float **places[] = {&room->weights, &room->slopes,  &room->keys, &room->values,  &room->queries,
+                        &room->asked,   &room->columns, &room->most, &room->inverse, &room->mean};
+    whole size = 0;
+    for (int i = 0; i < 10; size += sizes[i++]) *places[i] = at ? at + size : NULL;
+    return (size + 15) / 16 * 16;
+}
+
+/* [n, G, d] of a group -> [G n, D] */
 static void gather(const struct part *p, float *to, const float *from, whole step) {
     const whole d = p->all->width;
     from += p->block->begin * step + p->group * (p->lines / p->n) * d;
-    for (whole line = 0; line < p->lines; line++)
-        memcpy(to + line * d, from + line % p->n * step + line / p->n * d, d * sizeof(float));
+    for (whole line = 0; line < p->lines; line++, to += p->D) {
+        memcpy(to, from + line % p->n * step + line / p->n * d, d * sizeof(float));
+        memset(to + d, 0, (p->D - d) * sizeof(float));
+    }
 }
 
-static void scatter(const struct part *p, float *to, whole step, const float *from) {
+/* [G n, D] -> [n, G, d], each row times a number of its own */
+static void scatter(const struct part *p, float *to, whole step, const float *restrict from, const float *restrict times) {
     const whole d = p->all->width;
     to += p->block->begin * step + p->group * (p->lines / p->n) * d;
-    for (whole line = 0; line < p->lines; line++)
-        memcpy(to + line % p->n * step + line / p->n * d, from + line * d, d * sizeof(float));
+    for (whole line = 0; line < p->lines; line++, from += p->D) {
+        float *restrict row = to + line % p->n * step + line / p->n * d;
+        for (whole i = 0; i < d; i++) row[i] = from[i] * (times ? times[line] : 1);
+    }
 }
 
-/* out [lines, m] = scale rows [lines, d] of each key or value that the block sees, transposed. */
-static void against(const struct part *p, float scale, const float *rows, const float *keys, float *out) {
+/* [lines, D] -> [d, L], times a number */
+static void turn(const struct part *p, float *restrict to, const float *restrict rows, float times) {
+    for (whole i = 0; i < p->all->width; i++) {
+        for (whole line = 0; line < p->lines; line++) to[i * p->L + line] = rows[line * p->D + i] * times;
+        for (whole line = p->lines; line < p->L; line++) to[i * p->L + line] = 0;
+    }
+}
+
+/* The keys or values that a block sees, [m, D] */
+static void pick(const struct part *p, float *to, const float *from) {
     const struct attention *a = p->all;
-    const whole *run = a->runs + 2 * p->block->first, d = a->width, m = p->block->m;
-    for (whole r = 0; r < p->block->runs; r++, run += 2) {
-        const whole count = run[1] - run[0];
-        multiply(0, 1, p->lines, count, d, scale, rows, d, keys + run[0] * a->k_step + p->group * d, a->k_step, 0, out, m);
-        out += count;
-    }
-}
-
-/* out [lines, d] = weights [lines, m] of the keys or values. */
-static void combine(const struct part *p, const float *weights, const float *values, float *out) {
-    const struct attention *a = p->all;
-    const whole *run = a->runs + 2 * p->block->first, d = a->width, m = p->block->m;
-    for (whole r = 0; r < p->block->runs; r++, run += 2) {
-        const whole count = run[1] - run[0];
-        const float *from = values + run[0] * a->k_step + p->group * d;
-        multiply(0, 0, p->lines, d, count, 1, weights, m, from, a->k_step, r > 0, out, d);
-        weights += count;
-    }
-}
-
-/* sums [T, d] += weights^T [m, lines] of rows [lines, d], where the keys lie. */
-static void collect(const struct part *p, const float *weights, const float *rows, float *sums) {
-    const whole *run = p->all->runs + 2 * p->block->first, d = p->all->width, m = p->block->m;
-    for (whole r = 0; r < p->block->runs; r++, run += 2) {
-        const whole count = run[1] - run[0];
-        multiply(1, 0, count, d, p->lines, 1, weights, m, rows, d, 1, sums + run[0] * d, d);
-        weights += count;
-    }
-}
-
-static void softmax(float *restrict row, whole m) {
-    float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-    for (whole j = 0; j < m; j++) most = row[j] > most ? row[j] : most;
-#pragma omp simd reduction(+ : sum)
-    for (whole j = 0; j < m; j++) {
-        const float x = row[j] - most;
-        row[j] = x < -87.0f ? 0.0f : exponential(x); /* what isn't a number stays so */
-        sum += row[j];
-    }
-    const float inverse = 1 / sum;
-    for (whole j = 0; j < m; j++) row[j] *= inverse;
-}
-
-static void drop(float *restrict row, const uint8_t *restrict kept, float share, whole m) {
-    for (whole j = 0; j < m; j++) row[j] *= kept[j] * share;
-}
-
-/* The attention weights [lines, m], before dropout. */
-static void weigh(const struct part *p, const float *queries, float *weights) {
-    const struct block *b = p->block;
-    const whole hidden = b->high - b->low;
-    against(p, p->all->scale, queries, p->all->k, weights);
-    for (whole line = 0; line < p->lines; line++) {
-        float *restrict row = weights + line * b->m;
-        if (b->mask) {
-            const float *restrict mask = b->mask + line % p->n * hidden;
-            for (whole j = 0; j < hidden; j++) row[b->low + j] += mask[j];
+    const whole *run = a->runs + 2 * p->block->first;
+    for (whole r = 0; r < p->block->runs; r++, run += 2)
+        for (whole t = run[0]; t < run[1]; t++, to += p->D) {
+            memcpy(to, from + t * a->k_step + p->group * a->width, a->width * sizeof(float));
+            memset(to + a->width, 0, (p->D - a->width) * sizeof(float));
         }
-        softmax(row, b->m);
+}
+
+/* sums [T, D] += weights [m, L] of rows [lines, D], where the keys lie. */
+static void collect(const struct part *p, const float *weights, const float *rows, float *sums) {
+    const whole *run = p->all->runs + 2 * p->block->first;
+    for (whole r = 0; r < p->block->runs; r++, run += 2) {
+        multiply(run[1] - run[0], p->D, p->lines, weights, p->L, 1, rows, p->D, 1, sums + run[0] * p->D, p->D);
+        weights += (run[1] - run[0]) * p->L;
     }
 }
 
-static void drop_all(const struct part *p, float *weights) {
-    if (p->kept) drop(weights, p->kept, p->all->share, p->lines * p->block->m);
-}
-
-/* Floats that `weights` of a block take at most, and rows of heads, to the next whole 16. */
-static void measure(const struct attention *a, whole *weights, whole *rows) {
-    *weights = *rows = 0;
-    for (whole i = 0; i < a->count; i++) {
-        const struct part p = part_of(a, i, 0);
-        const whole both[2] = {p.lines * p.block->m, p.lines * a->width};
-        if (both[0] > *weights) *weights = both[0];
-        if (both[1] > *rows) *rows = both[1];
+/* Scores [m, L] -> e^(scores - the most of a line), and 1 / the sum of a line. */
+static void softmax(whole m, whole L, float *restrict scores, float *restrict most, float *restrict inverse) {
+    for (whole line = 0; line < L; line++) most[line] = -INFINITY, inverse[line] = 0;
+    for (whole j = 0; j < m; j++) {
+        const float *restrict row = scores + j * L;
+        for (whole line = 0; line < L; line++) most[line] = row[line] > most[line] ? row[line] : most[line];
     }
-    *weights = (*weights + 15) / 16 * 16;
-    *rows = (*rows + 15) / 16 * 16;
+    for (whole j = 0; j < m; j++) {
+        float *restrict row = scores + j * L;
+        for (whole line = 0; line < L; line++) {
+            const float x = row[line] - most[line];
+            row[line] = x < -87.0f ? 0.0f : exponential(x); /* what isn't a number stays so */
+            inverse[line] += row[line];
+        }
+    }
+    for (whole line = 0; line < L; line++) inverse[line] = 1 / inverse[line];
 }
 
-/* Floats that each thread works in, going forward or back. */
-whole headstart_attend_room(const struct attention *a, int back) {
-    whole weights, rows;
-    measure(a, &weights, &rows);
-    return back ? 2 * weights + 3 * rows : weights + 2 * rows;
+/* The attention weights before dropout, each line times a number of its own whose inverse is kept. */
+static void weigh(const struct part *p, const struct room *room) {
+    const struct block *b = p->block;
+    gather(p, room->queries, p->all->q, p->all->q_step);
+    turn(p, room->columns, room->queries, p->all->scale);
+    pick(p, room->keys, p->all->k);
+    pick(p, room->values, p->all->v);
+    multiply(p->m, p->L, p->all->width, room->keys, p->D, 1, room->columns, p->L, 0, room->weights, p->L);
+    for (whole j = b->low; b->mask && j < b->high; j++)
+        for (whole head = 0; head < p->lines; head += p->n) {
+            float *restrict row = room->weights + j * p->L + head;
+            const float *restrict mask = b->mask + (j - b->low) * p->n;
+            for (whole i = 0; i < p->n; i++) row[i] += mask[i];
+        }
+    softmax(p->m, p->L, room->weights, room->most, room->inverse);
 }
+
+static void drop(const struct part *p, float *restrict weights) {
+    if (p->kept)
+        for (whole j = 0; j < p->m; j++)
+            for (whole line = 0; line < p->lines; line++) weights[j * p->L + line] *= p->kept[line * p->m + j] * p->all->share;
+}
+
+/* Floats that each thread works in. */
+whole headstart_attend_room(const struct attention *a) {
+    struct room room;
+    return lay_out(a, NULL, &room);
+}
+
+/* Numbers that a head takes in `sums`. */
+whole headstart_attend_width(const struct attention *a) { return padded(a->width); }
 
 /* output [T, H, d]; `room` for each thread */
-void headstart_attend(const struct attention *a, float *output, whole output_step, float *room) {
-    whole size, rows;
-    measure(a, &size, &rows);
+void headstart_attend(const struct attention *a, float *output, whole output_step, float *at) {
 #pragma omp parallel num_threads(a->threads)
     {
-        float *weights = room + omp_get_thread_num() * (size + 2 * rows);
-        float *queries = weights + size, *attended = queries + rows;
+        struct room room;
+        const whole size = lay_out(a, NULL, &room);
+        lay_out(a, at + omp_get_thread_num() * size, &room);
 #pragma omp for schedule(dynamic)
         for (whole task = a->count * a->groups - 1; task >= 0; task--) {
             const struct part p = part_of(a, task / a->groups, task % a->groups);
-            gather(&p, queries, a->q, a->q_step);
-            weigh(&p, queries, weights);
-            drop_all(&p, weights);
-            combine(&p, weights, a->v, attended);
-            scatter(&p, output, output_step, attended);
+            weigh(&p, &room);
+            drop(&p, room.weights);
+            multiply(p.lines, p.D, p.m, room.weights, 1, p.L, room.values, p.D, 0, room.asked, p.D);
+            scatter(&p, output, output_step, room.asked, room.inverse);
         }
     }
 }
 
-/* The gradient of a block's queries, and those of the keys and values [T, d] that it sees, to which it is added. */
-static void attend_back(const struct part *p, const float *wanted, whole wanted_step, float *d_q, whole d_q_step,
-                        float *d_k, float *d_v, float *weights, float *slopes, float *queries, float *asked, float *turned) {
-    const struct attention *a = p->all;
-    const whole m = p->block->m;
-    gather(p, queries, a->q, a->q_step);
-    gather(p, asked, wanted, wanted_step);
-    weigh(p, queries, weights);
-    against(p, 1, asked, a->v, slopes);
-    drop_all(p, slopes);
-    for (whole line = 0; line < p->lines; line++) {
-        float *restrict slope = slopes + line * m;
-        const float *restrict weight = weights + line * m;
-        float mean = 0;
-#pragma omp simd reduction(+ : mean)
-        for (whole j = 0; j < m; j++) mean += slope[j] * weight[j];
-        for (whole j = 0; j < m; j++) slope[j] = (slope[j] - mean) * weight[j] * a->scale;
+/* The gradient of a block's queries, and those of the keys and values [T, D] that it sees, to which it is added. */
+static void attend_back(const struct part *p, const struct room *room, const float *wanted, whole wanted_step, float *d_q,
+                        whole d_q_step, float *d_k, float *d_v) {
+    const whole m = p->m, L = p->L, D = p->D;
+    float *restrict mean = room->mean, *restrict times = room->most;
+    const float *restrict inverse = room->inverse;
+    weigh(p, room);
+    gather(p, room->asked, wanted, wanted_step);
+    turn(p, room->columns, room->asked, 1);
+    multiply(m, L, p->all->width, room->values, D, 1, room->columns, L, 0, room->slopes, L);
+    drop(p, room->slopes);
+    memset(mean, 0, L * sizeof(float));
+    for (whole j = 0; j < m; j++) {
+        const float *restrict slope = room->slopes + j * L, *restrict weight = room->weights + j * L;
+        for (whole line = 0; line < L; line++) mean[line] += slope[line] * weight[line];
     }
-    drop_all(p, weights);
-    collect(p, weights, asked, d_v);
-    collect(p, slopes, queries, d_k);
-    combine(p, slopes, a->k, turned);
-    scatter(p, d_q, d_q_step, turned);
+    for (whole line = 0; line < L; line++) mean[line] *= inverse[line], times[line] = inverse[line] * p->all->scale;
+    for (whole j = 0; j < m; j++) {
+        float *restrict slope = room->slopes + j * L;
+        const float *restrict weight = room->weights + j * L;
+        for (whole line = 0; line < L; line++) slope[line] = (slope[line] - mean[line]) * weight[line] * times[line];
+    }
+    drop(p, room->weights);
+    for (whole line = 0; line < p->lines; line++)
+        for (whole i = 0; i < D; i++) room->asked[line * D + i] *= inverse[line];
+    collect(p, room->weights, room->asked, d_v);
+    collect(p, room->slopes, room->queries, d_k);
+    multiply(p->lines, D, m, room->slopes, 1, L, room->keys, D, 0, room->asked, D);
+    scatter(p, d_q, d_q_step, room->asked, NULL);
 }
 
 /* [begin, end) of the keys that some blocks see. */
@@ -234,28 +302,27 @@ static void span(const struct attention *a, whole from, whole to, whole *begin, 
 
 /* Gradients of q, k and v, given that of the output; those lie `d_step` apart from token to token, of q and of k and v.
  *
- * Blocks go in `parts`, from edges[i] to edges[i + 1], whose sums [parts, K, 2, T, d] are added up at the end.
+ * Blocks go in `parts`, from edges[i] to edges[i + 1], whose sums [parts, K, 2, T, D] are added up at the end.
  */
 void headstart_attend_back(const struct attention *a, const float *wanted, whole wanted_step, float *d_q, float *d_k,
-                           float *d_v, const whole *d_step, whole tokens, whole parts, const whole *edges, float *sums, float *room) {
-    const whole d = a->width, groups = a->groups, each = tokens * d;
-    whole size, rows;
-    measure(a, &size, &rows);
+                           float *d_v, const whole *d_step, whole tokens, whole parts, const whole *edges, float *sums, float *at) {
+    const whole d = a->width, D = padded(d), groups = a->groups, each = tokens * D;
 #pragma omp parallel num_threads(a->threads)
     {
-        float *weights = room + omp_get_thread_num() * (2 * size + 3 * rows);
-        float *slopes = weights + size, *queries = slopes + size, *asked = queries + rows, *turned = asked + rows;
+        struct room room;
+        const whole size = lay_out(a, NULL, &room);
+        lay_out(a, at + omp_get_thread_num() * size, &room);
 #pragma omp for schedule(dynamic)
         for (whole task = parts * groups - 1; task >= 0; task--) {
             const whole part = task / groups;
             float *keys = sums + 2 * task * each, *values = keys + each;
             whole begin, end;
             span(a, edges[part], edges[part + 1], &begin, &end);
-            memset(keys + begin * d, 0, (end - begin) * d * sizeof(float));
-            memset(values + begin * d, 0, (end - begin) * d * sizeof(float));
+            memset(keys + begin * D, 0, (end - begin) * D * sizeof(float));
+            memset(values + begin * D, 0, (end - begin) * D * sizeof(float));
             for (whole i = edges[part]; i < edges[part + 1]; i++) {
                 const struct part p = part_of(a, i, task % groups);
-                attend_back(&p, wanted, wanted_step, d_q, d_step[0], keys, values, weights, slopes, queries, asked, turned);
+                attend_back(&p, &room, wanted, wanted_step, d_q, d_step[0], keys, values);
             }
         }
 #pragma omp for
@@ -267,7 +334,7 @@ void headstart_attend_back(const struct attention *a, const float *wanted, whole
                 whole begin, end;
                 span(a, edges[part], edges[part + 1], &begin, &end);
                 for (whole t = begin; t < end; t++)
-                    for (whole i = 0; i < d; i++) to[t * d_step[1] + i] += from[t * d + i];
+                    for (whole i = 0; i < d; i++) to[t * d_step[1] + i] += from[t * D + i];
             }
         }
     }

@@ -1,7 +1,7 @@
 """Kernels in C for a CPU (`native.c`): compiled on Linux where a C compiler is found, once for each machine, and kept.
 
 What they compute, functions of torch compute too; these take its place where there is no compiler, and for what isn't
-float32 on a CPU. Products inside of them are made by the BLAS that torch brings.
+float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -66,35 +66,34 @@ class Native:
     lies without gaps, [T, N].
     """
 
-    def __init__(self, library: ctypes.CDLL, blas: ctypes.CDLL, compiler: str) -> None:
+    def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler  # its version, since another one may round otherwise
         self._library = library
-        library.headstart_attend_room.restype = ctypes.c_int64
-        library.headstart_begin(ctypes.cast(blas.sgemm_, ctypes.c_void_p))
+        library.headstart_attend_room.restype = library.headstart_attend_width.restype = ctypes.c_int64
 
     def attend(self, inputs: Inputs, output: Tensor) -> None:
         """Write what queries see of values into `output` [P, H, d]."""
         called = _attention(inputs)
-        room = self._room(called, back=False)
+        room = self._room(called)  # which lives until the kernel has returned
         self._library.headstart_attend(ctypes.byref(called), *_at(output), _pointer(room))
 
     def attend_back(self, inputs: Inputs, gradient: Tensor, gradients: tuple[Tensor, ...]) -> None:
         """Write the gradients of q, k and v into `gradients`, given that of what `attend` wrote."""
         table = inputs.table
-        tokens, groups, width = inputs.k.shape
+        tokens, groups, _ = inputs.k.shape
         parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
-        sums = inputs.k.new_empty(parts, groups, 2, tokens, width)
         called = _attention(inputs)
-        room = self._room(called, back=True)
+        width = self._library.headstart_attend_width(ctypes.byref(called))
+        sums, room = inputs.k.new_empty(parts, groups, 2, tokens, width), self._room(called)
         steps, edges = np.array([part.stride(0) for part in gradients[:2]], np.int64), table.edges(parts)
         self._library.headstart_attend_back(
             *(ctypes.byref(called), *_at(gradient), *map(_pointer, gradients), _array(steps), ctypes.c_int64(tokens)),
             *(ctypes.c_int64(parts), _array(edges), _pointer(sums), _pointer(room)),
         )
 
-    def _room(self, called: _Attention, *, back: bool) -> Tensor:
+    def _room(self, called: _Attention) -> Tensor:
         """Return what the threads of a call work in."""
-        each = self._library.headstart_attend_room(ctypes.byref(called), back)
+        each = self._library.headstart_attend_room(ctypes.byref(called))
         return torch.empty(called.threads, each, dtype=torch.float32, device="cpu")
 
     def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -179,8 +178,7 @@ def find() -> Native | None:
         return None
     try:
         version = _run(compiler, "--version").partition("\n")[0]
-        blas = ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"))
-        return Native(_load(compiler, version, threads), blas, version)
+        return Native(_load(compiler, version, threads), version)
     except (OSError, AttributeError, RuntimeError, UnicodeError, subprocess.SubprocessError):
         return None
 
