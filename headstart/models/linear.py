@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.models.native import product
+
 ADAPTER = "default"
 
 
@@ -112,14 +114,14 @@ class Product:
     def apply(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the layers give for inputs [T, D], [T, N], and what adapters make of these, [T, R], for `backward`."""
         self.refresh()
-        weight = self._weight.t()
-        output = torch.mm(inputs, weight) if self._bias is None else torch.addmm(self._bias, inputs, weight)
+        output = product(inputs, self._weight.t(), self._bias)
         return output, self._add_adapters(output, inputs, 1.0)
 
     def add_to(self, sums: Tensor, inputs: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Return `sums` [T, N] plus `scale` times what the layers give for inputs [T, D], and as `apply` what `backward` needs."""
         self.refresh()
-        output = torch.addmm(sums, inputs, self._weight.t(), alpha=scale)
+        weight = self._weight.t()
+        output = product(inputs, weight, sums) if scale == 1.0 else torch.addmm(sums, inputs, weight, alpha=scale)
         if self._bias is not None:
             output.add_(self._bias, alpha=scale)
         return output, self._add_adapters(output, inputs, scale)
@@ -141,7 +143,7 @@ class Product:
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradient of the inputs [T, D], given that of the outputs [T, N], and this behind each B, [T, R]."""
-        d_inputs = torch.mm(gradient, self._weight)
+        d_inputs = product(gradient, self._weight)
         return d_inputs, self._back(gradient, d_inputs)
 
     def _back(self, gradient: Tensor, d_inputs: Tensor | None = None) -> Tensor | None:

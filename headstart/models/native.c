@@ -15,24 +15,42 @@ typedef int64_t whole;
 
 /* Numbers that a register holds, and rows of a tile of C, whose two columns of registers are added up in as many as there are. */
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 12 };
+enum { LANES = 16, ROWS = 14 };
 #elif defined(__AVX__)
 enum { LANES = 8, ROWS = 6 };
 #else
 enum { LANES = 4, ROWS = 6 };
 #endif
+enum { PANEL = 2 * LANES, PANELS = 5, DEPTH = 1024 }; /* columns of a tile; of B, what is laid out at once for a thread's cache */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t numbers __attribute__((vector_size(4 * LANES)));
 
 static inline whole padded(whole n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* C [rows, LANES * columns] = A [rows, k] B [k, LANES * columns], or added to it; A's numbers lie `a_row` and `a_k` apart. */
-static inline __attribute__((always_inline)) void tile(const int rows, const int columns, whole k, const float *restrict a,
-                                                       whole a_row, whole a_k, const float *restrict b, whole b_step,
-                                                       int added, float *restrict c, whole c_step) {
+/* C = base + A [m, k] B [k, n], row by row. A's numbers lie `a_row` and `a_k` apart; `base` may be C, or NULL for zero. */
+struct product {
+    whole k;
+    const float *a;
+    whole a_row, a_k;
+    const float *b;
+    whole b_step;
+    const float *base;
+    whole base_step;
+    float *c;
+    whole c_step;
+    const float *ahead; /* what is needed soon: two lines of the cache for each of the k rows of B */
+    whole ahead_step;
+};
+
+static inline __attribute__((always_inline)) void tile(const int rows, const int columns, const struct product *p) {
+    const float *restrict a = p->a, *restrict b = p->b, *ahead = p->ahead;
+    const whole a_row = p->a_row, a_k = p->a_k, b_step = p->b_step, ahead_step = p->ahead_step;
     vector sums[ROWS][2] = {0};
-    for (; k > 0; k--, a += a_k, b += b_step) {
+    for (whole k = p->k; k > 0; k--, a += a_k, b += b_step, ahead += ahead_step) {
         const vector first = *(const vector *)b, second = columns > 1 ? *(const vector *)(b + LANES) : first;
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + 16, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const float x = a[r * a_row];
@@ -44,31 +62,108 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int i = 0; i < columns; i++) {
-            vector *to = (vector *)(c + r * c_step + i * LANES);
-            if (added) sums[r][i] += *to;
-            *to = sums[r][i];
+            if (p->base) sums[r][i] += *(const vector *)(p->base + r * p->base_step + i * LANES);
+            *(vector *)(p->c + r * p->c_step + i * LANES) = sums[r][i];
         }
 }
 
-/* Row by row: C [m, n] = A [m, k] B [k, n], or added to it, n a multiple of LANES. */
+/* So many rows, in one column of registers or in two. */
+static void multiply_tile(whole rows, whole columns, const struct product *p) {
+    switch (2 * rows + columns) {
+#define TILES(rows) \
+    case 2 * rows + 1: tile(rows, 1, p); break; \
+    case 2 * rows + 2: tile(rows, 2, p); break;
+        TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+#if defined(__AVX512F__)
+        TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12) TILES(13) TILES(14)
+#endif
+    }
+}
+
+/* C = A B, or added to it; n is a multiple of LANES. */
 static void multiply(whole m, whole n, whole k, const float *a, whole a_row, whole a_k, const float *b, whole b_step, int added,
                      float *c, whole c_step) {
     const whole tiles = (m + ROWS - 1) / ROWS;
-    for (whole j = 0; j < n; j += 2 * LANES)
+    for (whole j = 0; j < n; j += PANEL)
         for (whole t = 0; t < tiles; t++) {
-            const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
-#define TILE(rows, columns) \
-    case 2 * rows + columns: \
-        tile(rows, columns, k, a + i * a_row, a_row, a_k, b + j, b_step, added, c + i * c_step + j, c_step); \
-        break;
-#define TILES(rows) TILE(rows, 1) TILE(rows, 2)
-            switch (2 * rows + (n - j > LANES ? 2 : 1)) {
-                TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
-#if defined(__AVX512F__)
-                TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12)
-#endif
+            const whole i = t * m / tiles;
+            float *to = c + i * c_step + j;
+            const struct product p = {k, a + i * a_row, a_row, a_k, b + j, b_step, added ? to : NULL, c_step, to, c_step, a, 0};
+            multiply_tile((t + 1) * m / tiles - i, n - j > LANES ? 2 : 1, &p);
+        }
+}
+
+/* Turn a square of LANES registers: for each bit of the place, what has it in one number only changes sides. */
+static inline __attribute__((always_inline)) void turn_square(vector *rows) {
+    numbers place;
+    for (int i = 0; i < LANES; i++) place[i] = i;
+#pragma GCC unroll 4
+    for (int bit = LANES / 2; bit > 0; bit /= 2) {
+        const numbers low = place + (((place & bit) != 0) & (LANES - bit)), high = low + bit;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & bit)) {
+                const vector first = rows[i], second = rows[i + bit];
+                rows[i] = __builtin_shuffle(first, second, low);
+                rows[i + bit] = __builtin_shuffle(first, second, high);
+            }
+    }
+}
+
+/* to [k, PANEL] = b [k, PANEL], whose rows lie `step` apart, or with `turned` its columns */
+static void lay_panel(float *to, const float *b, whole step, int turned, whole k) {
+    for (whole i = 0; i < k && !turned; i++, to += PANEL, b += step) memcpy(to, b, PANEL * sizeof(float));
+    for (whole i = 0; i < k && turned; i += LANES)
+        for (int half = 0; half < PANEL; half += LANES) {
+            vector rows[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) rows[j] = *(const vector *)(b + (half + j) * step + i);
+            turn_square(rows);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) *(vector *)(to + (i + j) * PANEL + half) = rows[j];
+        }
+}
+
+/* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS, and floats that each thread works in. */
+int headstart_multiply_columns(void) { return LANES == 16 ? PANEL : 0; }
+
+whole headstart_multiply_room(void) { return (whole)PANELS * DEPTH * PANEL; }
+
+/* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, k of LANES.
+ *
+ * Each thread has columns of its own. It lays out as many of B as its cache holds, and fetches ahead, while it computes, what
+ * it lays out or reads of A next.
+ */
+void headstart_multiply(const float *a, whole a_step, const float *b, whole b_step, int turned, const float *base,
+                        whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads, float *room) {
+    const whole panels = n / PANEL, tiles = (m + ROWS - 1) / ROWS, each = (panels + threads - 1) / threads;
+    const whole groups = (each + PANELS - 1) / PANELS * threads, across = turned ? PANEL * b_step : PANEL;
+    const whole steps = (k + DEPTH - 1) / DEPTH, most = padded((k + steps - 1) / steps); /* about as many in each */
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (whole g = 0; g < groups; g++) {
+        const whole begin = g * panels / groups, end = (g + 1) * panels / groups;
+        float *laid = room + omp_get_thread_num() * headstart_multiply_room();
+        for (whole from = 0; from < k; from += most) {
+            const whole depth = k - from < most ? k - from : most;
+            const float *source = b + from * (turned ? 1 : b_step), *add = from ? c : base;
+            const whole add_step = from ? c_step : base_step;
+            for (whole t = 0; t < tiles; t++) {
+                const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
+                const float *at = a + i * a_step + from;
+                for (whole j = begin; j < end; j++) {
+                    float *panel = laid + (j - begin) * depth * PANEL;
+                    const float *place = add ? add + i * add_step + j * PANEL : NULL;
+                    struct product p = {depth, at, a_step, 1, panel, PANEL, place, add_step, c + i * c_step + j * PANEL, c_step, at, 0};
+                    if (t == 0) {
+                        lay_panel(panel, source + j * across, b_step, turned, depth);
+                        if (j + 1 < end) p.ahead = source + (j + 1) * across, p.ahead_step = turned ? PANEL : b_step;
+                    } else if (j == begin)
+                        p.ahead = at + rows * a_step, p.ahead_step = 16;
+                    multiply_tile(rows, 2, &p);
+                }
             }
         }
+    }
 }
 
 /* e^x for -87 < x < 88, to 2 units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes, expf). */

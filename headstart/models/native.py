@@ -28,6 +28,9 @@ SOURCE = Path(__file__).with_name("native.c")
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 60
+FEW_ROWS = 64  # with fewer, laying out the other matrix takes longer than it saves
+MANY_NUMBERS = 3 << 20  # of a matrix, from which on a BLAS is as fast or faster
+EVEN = 8  # times as many panels of columns as threads, so that each has about the same to do
 PARTS = 8  # at most, of the blocks whose gradients of keys are added up apart
 PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is one, so that none waits long at the end
 
@@ -69,7 +72,35 @@ class Native:
     def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler  # its version, since another one may round otherwise
         self._library = library
-        library.headstart_attend_room.restype = library.headstart_attend_width.restype = ctypes.c_int64
+        for name in ("attend_room", "attend_width", "multiply_room"):
+            getattr(library, f"headstart_{name}").restype = ctypes.c_int64
+        self._columns = library.headstart_multiply_columns()
+        self._laid = torch.empty(0)
+
+    def multiplies(self, a: Tensor, b: Tensor) -> bool:
+        """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b."""
+        if (
+            not self._columns
+            or len(a) < FEW_ROWS
+            or b.numel() > MANY_NUMBERS
+            or a.stride(1) != 1
+            or 1 not in b.stride()
+        ):
+            return False
+        panels, left = divmod(b.shape[1], self._columns)
+        threads = torch.get_num_threads()
+        even = panels >= threads * EVEN or panels % threads == 0
+        return not left and not b.shape[0] % self._columns and even
+
+    def multiply(self, a: Tensor, b: Tensor, base: Tensor | None, output: Tensor) -> None:
+        """Write a b, [m, k] and [k, n], into `output`, plus `base` [m, n], which may be the same."""
+        turned, size = b.stride(1) != 1, torch.get_num_threads() * self._library.headstart_multiply_room()
+        if len(self._laid) < size:
+            self._laid = torch.empty(size, dtype=torch.float32, device="cpu")
+        added = (ctypes.c_void_p(None), ctypes.c_int64(0)) if base is None else _at(base)
+        pointers = *_at(a), _pointer(b), ctypes.c_int64(b.stride(1 if turned else 0)), ctypes.c_int(turned)
+        sizes = map(ctypes.c_int64, (len(a), b.shape[1], len(b)))
+        self._library.headstart_multiply(*pointers, *added, *_at(output), *sizes, _threads(), _pointer(self._laid))
 
     def attend(self, inputs: Inputs, output: Tensor) -> None:
         """Write what queries see of values into `output` [P, H, d]."""
@@ -242,3 +273,13 @@ def suits(*tensors: Tensor) -> Native | None:
     """Return the kernels where these tensors are for them; None where they aren't, or there are no kernels."""
     fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
     return find() if fits else None
+
+
+def product(a: Tensor, b: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n], written into `out` where it is given, which may be `base`."""
+    native = suits(*(tensor for tensor in (a, base, out) if tensor is not None))
+    if native is None or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
+        return torch.mm(a, b, out=out) if base is None else torch.addmm(base, a, b, out=out)
+    output = a.new_empty(len(a), b.shape[1]) if out is None else out
+    native.multiply(a, b, None if base is None else base.expand(output.shape), output)
+    return output

@@ -115,6 +115,60 @@ def test_scores_that_are_far_apart_or_no_numbers_come_out_as_from_torch() -> Non
     assert attended.isnan().all()
 
 
+def needs_product(a: Tensor, b: Tensor) -> None:
+    if not kernels().multiplies(a, b):
+        pytest.skip("this processor's registers are too narrow for products of our own to pay")
+
+
+@needs_compiler
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
+@pytest.mark.parametrize("sizes", [(64, 32, 192), (131, 576, 192), (77, 2080, 384)], ids=str)
+@pytest.mark.parametrize("base", ["none", "row", "rows", "in place"])
+def test_products_equal_those_of_torch(
+    number: int, turned: bool, sizes: tuple[int, int, int], base: str, threads: None
+) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(number)
+    m, k, n = sizes
+    a = torch.randn(m, k + 3)[:, :k]  # rows with gaps between them
+    b = torch.randn(n, k).t() if turned else torch.randn(k, n)
+    needs_product(a, b)
+    rows = torch.randn(n if base == "row" else (m, n))
+    theirs = a.double() @ b.double() + (0 if base == "none" else rows.double())
+    if base == "in place":
+        assert native.product(a, b, rows, rows) is rows
+        ours = rows
+    else:
+        ours = native.product(a, b, None if base == "none" else rows)
+    # Sums of k products of normal numbers, of which each is rounded.
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * k)
+
+
+@needs_compiler
+def test_a_product_does_not_depend_on_the_number_of_threads(threads: None) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(100, 1600), torch.randn(320, 1600).t()
+    needs_product(a, b)
+    found = []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        found.append(native.product(a, b))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(63, 64, 64), (64, 65, 64), (64, 64, 65), (64, 2048, 2048)], ids=str)
+def test_products_that_do_not_fit_are_left_to_torch(sizes: tuple[int, int, int]) -> None:
+    m, k, n = sizes
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    assert not kernels().multiplies(a, b)
+    assert torch.equal(native.product(a, b), a @ b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert native.product(torch.randn(64, 64), torch.randn(64, 64)).dtype == torch.bfloat16
+
+
 @needs_compiler
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms_equal_their_formula(offset: float) -> None:
