@@ -44,7 +44,10 @@ class Block(NamedTuple):
 
 
 class Table:
-    """Blocks as kernels in C read them: `fields` [B, 8], `runs` of keys [R, 2], `places` [B] in what dropout keeps, of one head."""
+    """Blocks as kernels in C read them: `fields` [B, 8], `runs` of keys [R, 2], `places` [B] in what dropout keeps, of one head.
+
+    Their masks lie turned: keys by queries.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         turned = [None if block.mask is None else block.mask.t().contiguous() for block in blocks]

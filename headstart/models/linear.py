@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headstart.models.native import product
 
 ADAPTER = "default"
-NARROW = 4  # times as many rows as columns
+NARROW = 64  # columns at most
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,12 @@ def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
 
 def add_product(parameter: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """Add `scale a b` to a parameter's gradient, without a tensor of its size beside it but where it is narrow."""
-    if len(a) >= NARROW * b.shape[1]:  # a BLAS makes (b^T a^T)^T in half the time
-        product = torch.mm(b.t(), a.t()).t()
+    if b.shape[1] <= NARROW < len(a) and a.dtype == torch.float32 and a.device.type == "cpu":
+        turned = torch.mm(b.t(), a.t()).t()  # which a BLAS makes in half the time
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.add_(product, alpha=scale)
+            parameter.grad = torch.mul(turned, scale, out=torch.empty_like(parameter))
+        else:
+            parameter.grad.add_(turned, alpha=scale)
     elif parameter.grad is None:
         parameter.grad = torch.mm(a, b)
         if scale != 1.0:

@@ -1,4 +1,5 @@
-/* The parts of a layer that torch makes in many passes over memory, in one each: attention in blocks, gates, norms, turns.
+/* The parts of a layer that torch makes in many passes over memory, in one each: attention in blocks, gates, norms, turns;
+ * and products with weights that a cache holds much of.
  *
  * float32. Tasks are as many as the work has parts, and each adds up in an order of its own, so what comes out doesn't depend
  * on which thread took which. native.py calls these.
@@ -124,10 +125,10 @@ static void lay_panel(float *to, const float *b, whole step, int turned, whole k
         }
 }
 
-/* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS, and floats that each thread works in. */
+/* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS. */
 int headstart_multiply_columns(void) { return LANES == 16 ? PANEL : 0; }
 
-whole headstart_multiply_room(void) { return (whole)PANELS * DEPTH * PANEL; }
+static _Thread_local float laid[PANELS * DEPTH * PANEL] __attribute__((aligned(64)));
 
 /* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, k of LANES.
  *
@@ -135,14 +136,13 @@ whole headstart_multiply_room(void) { return (whole)PANELS * DEPTH * PANEL; }
  * it lays out or reads of A next.
  */
 void headstart_multiply(const float *a, whole a_step, const float *b, whole b_step, int turned, const float *base,
-                        whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads, float *room) {
+                        whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads) {
     const whole panels = n / PANEL, tiles = (m + ROWS - 1) / ROWS, each = (panels + threads - 1) / threads;
     const whole groups = (each + PANELS - 1) / PANELS * threads, across = turned ? PANEL * b_step : PANEL;
     const whole steps = (k + DEPTH - 1) / DEPTH, most = padded((k + steps - 1) / steps); /* about as many in each */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (whole g = 0; g < groups; g++) {
         const whole begin = g * panels / groups, end = (g + 1) * panels / groups;
-        float *laid = room + omp_get_thread_num() * headstart_multiply_room();
         for (whole from = 0; from < k; from += most) {
             const whole depth = k - from < most ? k - from : most;
             const float *source = b + from * (turned ? 1 : b_step), *add = from ? c : base;
@@ -321,9 +321,11 @@ static void weigh(const struct part *p, const struct room *room) {
 }
 
 static void drop(const struct part *p, float *restrict weights) {
-    if (p->kept)
+    for (whole begin = 0; p->kept && begin < p->lines; begin += LANES) {
+        const whole end = begin + LANES < p->lines ? begin + LANES : p->lines;
         for (whole j = 0; j < p->m; j++)
-            for (whole line = 0; line < p->lines; line++) weights[j * p->L + line] *= p->kept[line * p->m + j] * p->all->share;
+            for (whole line = begin; line < end; line++) weights[j * p->L + line] *= p->kept[line * p->m + j] * p->all->share;
+    }
 }
 
 /* Floats that each thread works in. */

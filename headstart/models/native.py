@@ -72,20 +72,13 @@ class Native:
     def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler  # its version, since another one may round otherwise
         self._library = library
-        for name in ("attend_room", "attend_width", "multiply_room"):
-            getattr(library, f"headstart_{name}").restype = ctypes.c_int64
+        library.headstart_attend_room.restype = library.headstart_attend_width.restype = ctypes.c_int64
         self._columns = library.headstart_multiply_columns()
-        self._laid = torch.empty(0)
 
     def multiplies(self, a: Tensor, b: Tensor) -> bool:
         """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b."""
-        if (
-            not self._columns
-            or len(a) < FEW_ROWS
-            or b.numel() > MANY_NUMBERS
-            or a.stride(1) != 1
-            or 1 not in b.stride()
-        ):
+        alike = b.dtype == a.dtype and b.device == a.device and a.shape[1] == b.shape[0] and 1 in b.stride()
+        if not alike or not self._columns or len(a) < FEW_ROWS or not 0 < b.numel() <= MANY_NUMBERS:
             return False
         panels, left = divmod(b.shape[1], self._columns)
         threads = torch.get_num_threads()
@@ -93,14 +86,13 @@ class Native:
         return not left and not b.shape[0] % self._columns and even
 
     def multiply(self, a: Tensor, b: Tensor, base: Tensor | None, output: Tensor) -> None:
-        """Write a b, [m, k] and [k, n], into `output`, plus `base` [m, n], which may be the same."""
-        turned, size = b.stride(1) != 1, torch.get_num_threads() * self._library.headstart_multiply_room()
-        if len(self._laid) < size:
-            self._laid = torch.empty(size, dtype=torch.float32, device="cpu")
-        added = (ctypes.c_void_p(None), ctypes.c_int64(0)) if base is None else _at(base)
+        """Write a b, [m, k] and [k, n], into `output`, plus `base`, [m, n], which may be the same, or [n]."""
+        turned = b.stride(1) != 1
+        added = ctypes.c_void_p(None if base is None else base.data_ptr())
+        step = 0 if base is None or base.dim() == 1 else base.stride(0)
         pointers = *_at(a), _pointer(b), ctypes.c_int64(b.stride(1 if turned else 0)), ctypes.c_int(turned)
         sizes = map(ctypes.c_int64, (len(a), b.shape[1], len(b)))
-        self._library.headstart_multiply(*pointers, *added, *_at(output), *sizes, _threads(), _pointer(self._laid))
+        self._library.headstart_multiply(*pointers, added, ctypes.c_int64(step), *_at(output), *sizes, _threads())
 
     def attend(self, inputs: Inputs, output: Tensor) -> None:
         """Write what queries see of values into `output` [P, H, d]."""
@@ -275,11 +267,12 @@ def suits(*tensors: Tensor) -> Native | None:
     return find() if fits else None
 
 
-def product(a: Tensor, b: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n], written into `out` where it is given, which may be `base`."""
-    native = suits(*(tensor for tensor in (a, base, out) if tensor is not None))
-    if native is None or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
-        return torch.mm(a, b, out=out) if base is None else torch.addmm(base, a, b, out=out)
-    output = a.new_empty(len(a), b.shape[1]) if out is None else out
-    native.multiply(a, b, None if base is None else base.expand(output.shape), output)
+def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n]. Autograd doesn't see what kernels do."""
+    native = suits(a) if base is None else suits(a, base)
+    fits = base is None or base.shape in ((b.shape[1],), (len(a), b.shape[1]))
+    if native is None or not fits or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
+        return torch.mm(a, b) if base is None else torch.addmm(base, a, b)
+    output = a.new_empty(len(a), b.shape[1])
+    native.multiply(a, b, base, output)
     return output

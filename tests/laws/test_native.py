@@ -124,7 +124,7 @@ def needs_product(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
 @pytest.mark.parametrize("sizes", [(64, 32, 192), (131, 576, 192), (77, 2080, 384)], ids=str)
-@pytest.mark.parametrize("base", ["none", "row", "rows", "in place"])
+@pytest.mark.parametrize("base", ["none", "row", "rows"])
 def test_products_equal_those_of_torch(
     number: int, turned: bool, sizes: tuple[int, int, int], base: str, threads: None
 ) -> None:
@@ -136,17 +136,14 @@ def test_products_equal_those_of_torch(
     needs_product(a, b)
     rows = torch.randn(n if base == "row" else (m, n))
     theirs = a.double() @ b.double() + (0 if base == "none" else rows.double())
-    if base == "in place":
-        assert native.product(a, b, rows, rows) is rows
-        ours = rows
-    else:
-        ours = native.product(a, b, None if base == "none" else rows)
-    # Sums of k products of normal numbers, of which each is rounded.
-    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6 * k)
+    ours = native.product(a, b, None if base == "none" else rows)
+    # The i-th of k sums of normal numbers is about sqrt(i), and rounded by a half of 2^-23 of it at most: 2.4e-8 k in all, as a
+    # deviation; of some ten thousand, none is ten times that.
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2.4e-7 * k)
 
 
 @needs_compiler
-def test_a_product_does_not_depend_on_the_number_of_threads(threads: None) -> None:
+def test_a_product_of_many_columns_does_not_depend_on_the_number_of_threads(threads: None) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(100, 1600), torch.randn(320, 1600).t()
     needs_product(a, b)
