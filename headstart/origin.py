@@ -147,10 +147,8 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
             changes.append(_change("settings", "run.changed", what, "config.yaml"))
     versions = _versions(config)
-    for name, was in {
-        COMPILER: "not used",
-        **record["versions"],
-    }.items():  # runs of before there were kernels say nothing
+    recorded = {COMPILER: "not used", **record["versions"]}  # runs of before there were kernels say nothing of it
+    for name, was in recorded.items():
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))
     return _not_allowed(record, changes)

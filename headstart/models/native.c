@@ -128,6 +128,7 @@ static void lay_panel(float *to, const float *b, whole step, int turned, whole k
 /* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS. */
 int headstart_multiply_columns(void) { return LANES == 16 ? PANEL : 0; }
 
+/* Of B, panel behind panel. */
 static _Thread_local float laid[PANELS * DEPTH * PANEL] __attribute__((aligned(64)));
 
 /* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, k of LANES.
