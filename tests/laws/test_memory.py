@@ -20,7 +20,7 @@ from headstart.engine.forward import PackReader
 from headstart.engine.loop import LoopPlan, Progress, Watched, train
 from headstart.engine.memory import measure_growth, scaled, trace
 from headstart.engine.optim import Schedule
-from headstart.engine.plan import Scoring, _count_words
+from headstart.engine.plan import Layout, Scoring, _count_words, rehearse
 from headstart.errors import ResourceError, StoppedError
 from headstart.models import head
 from headstart.models.adapt import Lora, adapt
@@ -257,6 +257,26 @@ def test_a_scored_pack_that_a_training_step_covers_fills_less_than_it() -> None:
     assert Scoring(len(scored), scored).within(training)
     assert trace(lambda: engine.reader.forward(scored)).peak() < trace(lambda: engine.rehearse(training)).peak()
     assert not Scoring(len(training), training).within(scored)
+
+
+def test_a_rehearsal_times_scoring_by_itself_and_counts_the_quickest_pass_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = build_engine()
+    (usual,), (worst,) = build_packs(rows(2), 1000), build_packs(rows(4), 1000)
+    passes = {engine.rehearse: iter([9.0, 0.8, 0.6]), engine.reader.forward: iter([0.4, 0.2])}
+    asked: list[tuple[Any, Any]] = []
+
+    def timed(work: Any, pack: Any, device: str) -> float:
+        asked.append((work, pack))
+        work(pack)
+        return next(passes[work])
+
+    monkeypatch.setattr("headstart.engine.plan._timed", timed)
+    layout = Layout(steps=1, row_tokens=1, tokens=1, targets=1, packs=1, worst=worst, usual=usual)
+    pace = rehearse(engine, layout, None)
+    assert asked == [(engine.rehearse, worst), *[(engine.rehearse, usual)] * 2, *[(engine.reader.forward, usual)] * 2]
+    assert (pace.train_s, pace.forward_s) == (0.6 / len(usual), 0.2 / len(usual))
 
 
 def test_how_many_words_rows_hold_is_known_from_some() -> None:
