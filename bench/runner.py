@@ -197,6 +197,7 @@ class Bench:
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         command = [self.python(contender), "-m", f"bench.contenders.{contender.script}", str(folder / "spec.json")]
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            os.sync()  # what the round before left to be written isn't written while this one runs
             done = subprocess.run(
                 command,
                 cwd=ROOT,
