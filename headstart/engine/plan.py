@@ -242,6 +242,7 @@ def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
     forward = [_timed(engine.reader.forward, layout.usual, device) for _ in range(FORWARD_TIMES)]
     train_s, forward_s = (min(times) / len(layout.usual) for times in (taken, forward))
     engine.set_random_state(state)
+    engine.clock.take()  # what was rehearsed isn't training's time
     return Pace(train_s, forward_s, step_s, machine.peak_since(device))
 
 
