@@ -24,7 +24,7 @@ FORWARD_COST = 0.4  # of a token forward, against forward and backward
 STEPS_LAID_OUT = 64
 ROWS_LAID_OUT = 128
 TIMED_S, TIMED_MOST = 1.0, 5  # a pack that is quick is timed until so long has passed, but not more often
-FORWARD_TIMES = 2
+FORWARD_TIMES = 2  # that a pack goes forward to be timed; the first time may touch memory that is new
 MEMORY_SHARE = 0.9
 STATES_PER_WEIGHT = 3  # gradient and AdamW's two moments
 

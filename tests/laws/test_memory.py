@@ -277,6 +277,7 @@ def test_a_rehearsal_times_scoring_by_itself_and_counts_the_quickest_pass_of_eac
     pace = rehearse(engine, layout, None)
     assert asked == [(engine.rehearse, worst), *[(engine.rehearse, usual)] * 2, *[(engine.reader.forward, usual)] * 2]
     assert (pace.train_s, pace.forward_s) == (0.6 / len(usual), 0.2 / len(usual))
+    assert not any(engine.clock.take().values())  # training begins anew
 
 
 def test_how_many_words_rows_hold_is_known_from_some() -> None:
