@@ -62,12 +62,16 @@ class Table:
             row[:] = block.begin, block.end, m, first, runs, block.low, block.high, place
         scores = (self.fields[:, 1] - self.fields[:, 0]) * self.fields[:, 2]
         self._reached = scores.cumsum()
+        self._edges: dict[int, Ints] = {}
         self.places = self._reached - scores
 
     def edges(self, parts: int) -> Ints:
         """Return where the blocks are cut into parts of about as many scores, [parts + 1]."""
-        shares = np.arange(1, parts) * (self._reached.max(initial=0) / parts)
-        return np.concatenate([[0], np.searchsorted(self._reached, shares), [len(self.fields)]]).astype(np.int64)
+        if parts not in self._edges:  # every layer asks
+            shares = np.arange(1, parts) * (self._reached.max(initial=0) / parts)
+            found = [[0], np.searchsorted(self._reached, shares), [len(self.fields)]]
+            self._edges[parts] = np.concatenate(found).astype(np.int64)
+        return self._edges[parts]
 
 
 class Blocks(list[Block]):

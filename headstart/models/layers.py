@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.models.attention import Asked, Forest, Reading
+from headstart.models.blocks import Blocks
 from headstart.models.fused import (
     GatedMlp,
     Heads,
@@ -26,6 +27,7 @@ from headstart.models.fused import (
 )
 from headstart.models.linear import Product
 from headstart.models.native import suits
+from headstart.models.whole import Whole, run_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,7 @@ class GatedLayer(FusedLayer):
     scale: float = 1.0
     dropout: float = 0.0
     training: Callable[[], bool] = field(default=lambda: False)
+    whole: Whole | None = None
 
     def dropout_of_weights(self) -> float:
         """Return the share of attention weights that is dropped out now."""
@@ -121,8 +124,10 @@ class GatedLayer(FusedLayer):
 
     def run(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Run the layer on a pack, [T, D]; the last one gives the chosen tokens alone, [P, D]."""
-        columns = self._normed_heads(project(x, self.before, self.columns))
         chosen = self.chosen(forest)
+        if chosen is None and (found := self._run_whole(x, forest, turn)) is not None:
+            return found
+        columns = self._normed_heads(project(x, self.before, self.columns))
         attended = self.attend(columns, forest, turn, chosen)
         x = x if chosen is None else x[chosen]
         if self.after is None:
@@ -132,6 +137,20 @@ class GatedLayer(FusedLayer):
         if self.mlp_after is None:
             return gated_mlp(x, self.mlp, residual=True)
         return torch.add(x, rms_norm(gated_mlp(x, self.mlp, residual=False), self.mlp_after), alpha=self.scale)
+
+    def _run_whole(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Run the layer as a whole; None where the kernels don't."""
+        half = _half(turn) if self.turns else None
+        if self.whole is None or half is None or self.asked is None or not isinstance(forest, Forest):
+            return None
+        rule, window, causal, width = self.asked
+        fits = rule.softcap is None and not self.dropout_of_weights() and 2 * half[0].shape[1] <= width
+        native = suits(x, *half) if fits else None
+        if native is None or torch.is_autocast_enabled("cpu") or not self.whole.fits(native):
+            return None
+        forest.asked[id(self)] = self.asked
+        blocks = forest.blocks(window, causal, tiles=False)
+        return run_whole(x, half, self.whole, native, blocks, rule) if isinstance(blocks, Blocks) else None
 
     def _normed_heads(self, columns: Tensor) -> Tensor:
         if self.query_norm is None or self.key_norm is None:

@@ -8,6 +8,7 @@ made. Layers that read the same input become views of one matrix, and so do the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.models.native import product
+from headstart.models.native import Adapters, Linear, Native, product, suits
 
 ADAPTER = "default"
 NARROW = 64  # columns at most
@@ -71,13 +72,44 @@ class Product:
         self._key: tuple[Any, ...] = ()
         self._weight: Tensor = parts[0].weight
         self._bias: Tensor | None = None
-        self._stacked: Tensor | None = None
+        self._adapters: Adapters | None = None
+        self._stacked: tuple[Any, Tensor] | None = None
         self._gradients: dict[str, Tensor] = {}
 
     @property
     def trigger(self) -> Tensor | None:
         """A parameter that trains, for autograd to know that a gradient is wanted; None where nothing trains."""
         return next((p for p in self._parameters() if p.requires_grad), None)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What differs once what the kernels are told has changed, after `refresh`."""
+        train = [p.requires_grad for part in self.parts for p in (part.weight, part.bias) if p is not None]
+        return *self._key, *train, torch.get_num_threads()
+
+    @property
+    def biased(self) -> bool:
+        """Tell whether there is a bias."""
+        return self._bias is not None
+
+    def tell(self, native: Native) -> Linear | None:
+        """Return what kernels are told of the layers; None where they don't compute them, or more trains than adapters."""
+        n, k = self._weight.shape
+        trained = any(p is not None and p.requires_grad for part in self.parts for p in (part.weight, part.bias))
+        known = suits(self._weight) and native.suits_size(k, n) and native.suits_size(n, k)
+        if trained or not known or (any(self._ranks) and self._adapters is None):
+            return None
+        told = Linear(weight=self._weight.data_ptr(), n=n, k=k)
+        if self._bias is not None:
+            told.bias = self._bias.data_ptr()
+        if self._adapters is not None:
+            told.adapters = self._adapters.told
+        return told
+
+    def make_gradients(self) -> None:
+        """Have the kernels add to the gradients of adapters that train."""
+        if self._adapters:
+            self._adapters.make_gradients()
 
     def _parameters(self) -> list[Tensor]:
         found = [p for part in self.parts for p in (part.weight, part.bias, part.a, part.b)]
@@ -92,19 +124,25 @@ class Product:
             self._key = self._state()
 
     def _state(self) -> tuple[Any, ...]:
-        """Return what differs once what is laid has changed: B is read where it lies."""
-        laid = (p for part in self.parts for p in (part.weight, part.bias, part.a) if p is not None)
-        return tuple((p.data_ptr(), p._version) for p in laid)
+        """Return what differs once what is laid has changed, or adapters lie elsewhere."""
+        laid = [(p.data_ptr(), p._version) for part in self.parts for p in (part.weight, part.bias) if p is not None]
+        return *laid, *(p.data_ptr() for part in self.parts for p in (part.a, part.b) if p is not None)
 
     def _lay(self) -> None:
-        """Lay weights, biases and the A of adapters one below the other."""
+        """Lay weights and biases one below the other, and say where adapters lie."""
         weights = [part.weight for part in self.parts]
         if len(weights) == 1:
             self._weight = weights[0].detach()
         elif not _are_views(weights, self._weight):
             self._weight = _as_views(weights)
-        narrow = [part.a for part in self.parts if part.a is not None]
-        self._stacked = torch.cat(narrow) if narrow else None
+        columns = [0, *itertools.accumulate(self.rows)]
+        found = [
+            (part.a, part.b, column, part.scale)
+            for part, column in zip(self.parts, columns, strict=False)
+            if part.a is not None and part.b is not None
+        ]
+        native = suits(*(t for a, b, *_ in found for t in (a, b))) if found else None
+        self._adapters = native.read_adapters(found) if native else None
         biases = [part.bias for part in self.parts]
         known = [b for b in biases if b is not None]
         self._bias = None
@@ -128,9 +166,11 @@ class Product:
         return output, self._add_adapters(output, inputs, scale)
 
     def _add_adapters(self, output: Tensor, inputs: Tensor, scale: float) -> Tensor | None:
-        if self._stacked is None:
+        if not any(self._ranks):
             return None
-        narrow = torch.mm(inputs, self._stacked.t())
+        if self._adapters and (native := suits(inputs, output)):
+            return native.adapt(self._adapters, inputs, output, scale)
+        narrow = torch.mm(inputs, self._stack().t())
         for b, own, place, known in self._by_adapter(output, narrow):
             place.addmm_(known, b.detach().t(), alpha=scale * own)
         return narrow
@@ -149,14 +189,24 @@ class Product:
 
     def _back(self, gradient: Tensor, d_inputs: Tensor | None = None) -> Tensor | None:
         """Return the outputs' gradient [T, N] behind each adapter's B, scaled: [T, R]; add what it is behind A to `d_inputs`."""
-        if self._stacked is None:
+        if not any(self._ranks):
             return None
-        back = gradient.new_empty(len(gradient), len(self._stacked))
+        if self._adapters and (native := suits(gradient, *([] if d_inputs is None else [d_inputs]))):
+            return native.adapt_back(self._adapters, gradient, d_inputs)
+        back = gradient.new_empty(len(gradient), sum(self._ranks))
         for b, scale, piece, place in self._by_adapter(gradient, back):
             torch.addmm(place, piece, b.detach(), beta=0.0, alpha=scale, out=place)
         if d_inputs is not None:
-            d_inputs.addmm_(back, self._stacked)
+            d_inputs.addmm_(back, self._stack())
         return back
+
+    def _stack(self) -> Tensor:
+        """Return the A of adapters one below the other, [R, D]; laid anew once they have changed."""
+        narrow = [part.a.detach() for part in self.parts if part.a is not None]
+        state = [(a.data_ptr(), a._version) for a in narrow]
+        if self._stacked is None or self._stacked[0] != state:
+            self._stacked = state, torch.cat(narrow)
+        return self._stacked[1]
 
     def accumulate(self, gradient: Tensor, inputs: Tensor, narrow: Tensor | None, back: Tensor | None = None) -> None:
         """Add to the gradients of what trains, given that of the outputs [T, N], the inputs, and what `apply` made of these.
@@ -166,14 +216,24 @@ class Product:
         self._accumulate_bias(gradient)
         back = self._back(gradient) if back is None else back
         if narrow is not None and back is not None:
+            self._accumulate_adapters(gradient, inputs, narrow, back)
+        weights = [part.weight for part in self.parts]
+        if any(weight.requires_grad for weight in weights):
+            self._add("weight", weights, self.rows, gradient.t(), inputs)
+
+    def _accumulate_adapters(self, gradient: Tensor, inputs: Tensor, narrow: Tensor, back: Tensor) -> None:
+        if self._adapters and (native := suits(gradient, inputs)):
+            native.adapt_sum(self._adapters, gradient, inputs, narrow, back)
+        else:
             for b, scale, piece, known in self._by_adapter(gradient, narrow):
                 if b.requires_grad:
                     add_product(b, piece.t(), known, scale)
             adapted = [part.a for part in self.parts if part.a is not None]
             self._add("a", adapted, [len(a) for a in adapted], back.t(), inputs)
-        self._add("weight", [part.weight for part in self.parts], self.rows, gradient.t(), inputs)
 
     def _accumulate_bias(self, gradient: Tensor) -> None:
+        if self._bias is None:
+            return
         for part, piece in zip(self.parts, torch.split_with_sizes(gradient, self.rows, 1), strict=True):
             if part.bias is not None and part.bias.requires_grad:
                 add_gradient(part.bias, piece.sum(0))

@@ -1,5 +1,5 @@
 /* The parts of a layer that torch makes in many passes over memory, in one each: attention in blocks, gates, norms, turns;
- * and products with weights that a cache holds much of.
+ * products with weights that a cache holds much of, and what adapters add to them; and a whole layer, made of these.
  *
  * float32. Tasks are as many as the work has parts, and each adds up in an order of its own, so what comes out doesn't depend
  * on which thread took which. native.py calls these.
@@ -164,6 +164,132 @@ void headstart_multiply(const float *a, whole a_step, const float *b, whole b_st
                 }
             }
         }
+    }
+}
+
+/* --- adapters --- */
+
+/* What an adapter adds to outputs [column, column + width) of a linear layer: `scale` B (A x), of A [rank, D] and B [width, rank].
+ *
+ * Its ranks begin at `first` of those of all adapters of the layer, which are `ranks`. `d_a` and `d_b` are gradients, or NULL; what is
+ * `fresh` is written, else it is added to. Width, rank and D are multiples of LANES.
+ */
+struct adapter {
+    const float *a, *b;
+    float *d_a, *d_b;
+    whole column, width, first, rank;
+    int fresh_a, fresh_b;
+    float scale;
+};
+
+/* Adapters that read the same x [T, D], with at most so wide outputs. */
+struct adapters {
+    const struct adapter *all;
+    whole count, depth, ranks, widest;
+};
+
+/* Tokens that a thread takes at a time; those whose products are added up at a time, of so many columns. */
+enum { TOKENS = 4 * ROWS, SUMMED = 64, COLUMNS = 2 * PANEL };
+
+/* to [n, m] = from [m, n] times a number, in squares, or that is `added` */
+static void turn_rows(float *to, whole to_step, const float *from, whole from_step, whole m, whole n, float times, int added) {
+    for (whole i = 0; i < m; i += LANES)
+        for (whole j = 0; j < n; j += LANES) {
+            vector rows[LANES];
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) rows[r] = *(const vector *)(from + (i + r) * from_step + j);
+            turn_square(rows);
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) {
+                vector *place = (vector *)(to + (j + r) * to_step + i);
+                *place = added ? *place + rows[r] * times : rows[r] * times;
+            }
+        }
+}
+
+/* Floats that the three below work in. */
+whole headstart_adapt_room(const struct adapters *f) { return f->ranks * (f->depth + f->widest); }
+
+/* output [T, N] += `times` what adapters make of x [T, D]; narrow [T, R] = A x of all of them */
+void headstart_adapt(const struct adapters *f, const float *x, whole x_step, float *output, whole step, float times, float *narrow,
+                     whole tokens, float *room, whole threads) {
+    const whole R = f->ranks, parts = (tokens + TOKENS - 1) / TOKENS;
+    float *a = room, *b = room + R * f->depth; /* turned: [D, R], and [rank, width] of each */
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (whole i = 0; i < 2 * f->count; i++) {
+            const struct adapter *one = f->all + i / 2;
+            if (i % 2)
+                turn_rows(b + one->first * f->widest, one->width, one->b, one->rank, one->width, one->rank, one->scale * times, 0);
+            else
+                turn_rows(a + one->first, R, one->a, f->depth, one->rank, f->depth, 1, 0);
+        }
+#pragma omp for schedule(static)
+        for (whole part = 0; part < parts; part++) {
+            const whole begin = part * tokens / parts, rows = (part + 1) * tokens / parts - begin;
+            float *made = narrow + begin * R, *to = output + begin * step;
+            multiply(rows, R, f->depth, x + begin * x_step, x_step, 1, a, R, 0, made, R);
+            for (const struct adapter *one = f->all; one < f->all + f->count; one++) {
+                const float *wide = b + one->first * f->widest;
+                multiply(rows, one->width, one->rank, made + one->first, R, 1, wide, one->width, 1, to + one->column, step);
+            }
+        }
+    }
+}
+
+/* back [T, R] = the outputs' gradient [T, N] behind each B, times its scale; d_x [T, D], or NULL, += that behind A */
+void headstart_adapt_back(const struct adapters *f, const float *gradient, whole step, float *back, float *d_x, whole d_step,
+                          whole tokens, float *room, whole threads) {
+    const whole R = f->ranks, parts = (tokens + TOKENS - 1) / TOKENS;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (whole i = 0; i < f->count; i++)
+            memcpy(room + f->all[i].first * f->depth, f->all[i].a, f->all[i].rank * f->depth * sizeof(float));
+#pragma omp for schedule(static)
+        for (whole part = 0; part < parts; part++) {
+            const whole begin = part * tokens / parts, rows = (part + 1) * tokens / parts - begin;
+            for (const struct adapter *one = f->all; one < f->all + f->count; one++) {
+                float *made = back + begin * R + one->first;
+                multiply(rows, one->rank, one->width, gradient + begin * step + one->column, step, 1, one->b, one->rank, 0, made, R);
+                for (whole t = 0; t < rows; t++)
+                    for (whole r = 0; r < one->rank; r++) made[t * R + r] *= one->scale;
+            }
+            if (d_x) multiply(rows, f->depth, R, back + begin * R, R, 1, room, f->depth, 1, d_x + begin * d_step, d_step);
+        }
+    }
+}
+
+/* sums [rank, n] = left [T, rank], turned, times rows [T, n], or that is `added` */
+static void sum_up(whole rank, whole n, whole tokens, const float *left, whole left_step, const float *rows, whole step, int added,
+                   float *sums, whole sums_step) {
+    for (whole t = 0; t < tokens; t += SUMMED) {
+        const whole depth = tokens - t < SUMMED ? tokens - t : SUMMED;
+        multiply(rank, n, depth, left + t * left_step, 1, left_step, rows + t * step, step, added || t, sums, sums_step);
+    }
+}
+
+/* The gradients of A and B, given that of the outputs [T, N], x [T, D], and what the two above made. */
+void headstart_adapt_sum(const struct adapters *f, const float *gradient, whole step, const float *x, whole x_step, const float *narrow,
+                         const float *back, whole tokens, float *room, whole threads) {
+    const whole R = f->ranks, of_a = (f->depth + COLUMNS - 1) / COLUMNS, of_b = (f->widest + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (whole piece = 0; piece < of_a + f->count * of_b; piece++) {
+        if (piece < of_a) {
+            const whole from = piece * COLUMNS, n = f->depth - from < COLUMNS ? f->depth - from : COLUMNS;
+            for (const struct adapter *one = f->all; one < f->all + f->count; one++) {
+                const float *left = back + one->first;
+                if (one->d_a) sum_up(one->rank, n, tokens, left, R, x + from, x_step, !one->fresh_a, one->d_a + from, f->depth);
+            }
+            continue;
+        }
+        const struct adapter *one = f->all + (piece - of_a) / of_b;
+        const whole from = (piece - of_a) % of_b * COLUMNS, left = one->width - from, n = left < COLUMNS ? left : COLUMNS;
+        if (n <= 0 || !one->d_b) continue;
+        float *sums = room + one->first * f->widest + from;
+        sum_up(one->rank, n, tokens, narrow + one->first, R, gradient + one->column + from, step, 0, sums, f->widest);
+        turn_rows(one->d_b + from * one->rank, one->rank, sums, f->widest, one->rank, n, one->scale, !one->fresh_b);
     }
 }
 
@@ -398,12 +524,13 @@ static void span(const struct attention *a, whole from, whole to, whole *begin, 
     }
 }
 
-/* Gradients of q, k and v, given that of the output; those lie `d_step` apart from token to token, of q and of k and v.
+/* Gradients of q, k and v, given that of the output; those lie `d_q_step` apart from token to token, or of k and v `d_k_step`.
  *
  * Blocks go in `parts`, from edges[i] to edges[i + 1], whose sums [parts, K, 2, T, D] are added up at the end.
  */
 void headstart_attend_back(const struct attention *a, const float *wanted, whole wanted_step, float *d_q, float *d_k,
-                           float *d_v, const whole *d_step, whole tokens, whole parts, const whole *edges, float *sums, float *at) {
+                           float *d_v, whole d_q_step, whole d_k_step, whole tokens, whole parts, const whole *edges, float *sums,
+                           float *at) {
     const whole d = a->width, D = padded(d), groups = a->groups, each = tokens * D;
 #pragma omp parallel num_threads(a->threads)
     {
@@ -420,19 +547,19 @@ void headstart_attend_back(const struct attention *a, const float *wanted, whole
             memset(values + begin * D, 0, (end - begin) * D * sizeof(float));
             for (whole i = edges[part]; i < edges[part + 1]; i++) {
                 const struct part p = part_of(a, i, task % groups);
-                attend_back(&p, &room, wanted, wanted_step, d_q, d_step[0], keys, values);
+                attend_back(&p, &room, wanted, wanted_step, d_q, d_q_step, keys, values);
             }
         }
 #pragma omp for
         for (whole group = 0; group < 2 * groups; group++) {
             float *to = (group % 2 ? d_v : d_k) + group / 2 * d;
-            for (whole t = 0; t < tokens; t++) memset(to + t * d_step[1], 0, d * sizeof(float));
+            for (whole t = 0; t < tokens; t++) memset(to + t * d_k_step, 0, d * sizeof(float));
             for (whole part = 0; part < parts; part++) {
                 const float *from = sums + (2 * part * groups + group) * each;
                 whole begin, end;
                 span(a, edges[part], edges[part + 1], &begin, &end);
                 for (whole t = begin; t < end; t++)
-                    for (whole i = 0; i < d; i++) to[t * d_step[1] + i] += from[t * D + i];
+                    for (whole i = 0; i < d; i++) to[t * d_k_step + i] += from[t * D + i];
             }
         }
     }
@@ -440,9 +567,9 @@ void headstart_attend_back(const struct attention *a, const float *wanted, whole
 
 /* --- rows --- */
 
-/* Turn n heads [T, n, d] in place by their positions: the first r with the next r. cos, sin [T, r]. */
+/* Turn n heads [T, n, d] in place by their positions, or with a `sign` of -1 back: the first r with the next r. cos, sin [T, r]. */
 void headstart_turn(float *heads, whole step, whole tokens, whole n, whole d, const float *cos, whole cos_step,
-                    const float *sin, whole sin_step, whole r, whole threads) {
+                    const float *sin, whole sin_step, whole r, float sign, whole threads) {
 #pragma omp parallel for num_threads(threads)
     for (whole t = 0; t < tokens; t++) {
         const float *restrict c = cos + t * cos_step, *restrict s = sin + t * sin_step;
@@ -450,8 +577,8 @@ void headstart_turn(float *heads, whole step, whole tokens, whole n, whole d, co
             float *restrict first = heads + t * step + head * d, *restrict next = first + r;
             for (whole i = 0; i < r; i++) {
                 const float x = first[i], y = next[i];
-                first[i] = x * c[i] - y * s[i];
-                next[i] = y * c[i] + x * s[i];
+                first[i] = x * c[i] - y * sign * s[i];
+                next[i] = y * c[i] + x * sign * s[i];
             }
         }
     }
@@ -522,4 +649,145 @@ void headstart_norm_back(const float *x, whole step, const float *restrict scale
             for (whole i = 0; i < width; i++) g[i] = g[i] * scale[i] * r - row[i] * mean;
         }
     }
+}
+
+/* --- a layer --- */
+
+/* A linear layer [k] -> [n]: its weight [n, k], its bias [n] or NULL, and its adapters. */
+struct linear {
+    const float *weight, *bias;
+    struct adapters adapters;
+    whole n, k;
+};
+
+/* Attention and a gated feed-forward, each behind an RMS norm and before a residual, as in Llama; only adapters train. */
+struct layer {
+    struct linear columns, out, wide, down;
+    const float *scale, *mlp_scale; /* of the norms, [D] */
+    const float *cos, *sin;         /* of the turns, [T, r] */
+    const struct attention *attention;
+    const whole *edges; /* of the parts in which attention goes back */
+    whole parts, tokens, r, cos_step, sin_step, threads;
+    float eps, mlp_eps;
+};
+
+/* What a layer keeps of its way forward, and what it works in; [T, width] each, but `room`. */
+struct kept {
+    float *columns, *attended, *middle, *wide, *inverse, *mlp_inverse, *narrow[4];
+};
+struct scratch {
+    float *room, *normed, *hot, *d_wide, *d_middle, *d_attended, *d_columns, *back;
+};
+
+/* Lay out what a layer keeps; return how many floats it takes. `at` may be NULL to learn only this. */
+static whole lay_kept(const struct layer *l, float *at, struct kept *k) {
+    const whole widths[] = {l->columns.n, l->out.k, l->out.n, l->wide.n, 1, 1, l->columns.adapters.ranks, l->out.adapters.ranks,
+                            l->wide.adapters.ranks, l->down.adapters.ranks};
+    float **places[] = {&k->columns, &k->attended, &k->middle, &k->wide, &k->inverse, &k->mlp_inverse,
+                        &k->narrow[0], &k->narrow[1], &k->narrow[2], &k->narrow[3]};
+    whole size = 0;
+    for (int i = 0; i < 10; size += l->tokens * widths[i++]) *places[i] = at ? at + size : NULL;
+    return size;
+}
+
+/* The same of what it works in, forward or back. */
+static whole lay_scratch(const struct layer *l, int back, float *at, struct scratch *s) {
+    const struct adapters *adapters[] = {&l->columns.adapters, &l->out.adapters, &l->wide.adapters, &l->down.adapters};
+    const whole T = l->tokens, D = l->out.n, F = l->down.k;
+    whole ranks = 0, room = 0, size = 0;
+    for (int i = 0; i < 4; i++) {
+        const whole floats = headstart_adapt_room(adapters[i]);
+        room = floats > room ? floats : room;
+        ranks = adapters[i]->ranks > ranks ? adapters[i]->ranks : ranks;
+    }
+    const whole sizes[] = {room, T * D, T * F, T * 2 * F, T * D, T * l->out.k, T * l->columns.n, T * ranks};
+    float **places[] = {&s->room, &s->normed, &s->hot, &s->d_wide, &s->d_middle, &s->d_attended, &s->d_columns, &s->back};
+    for (int i = 0; i < (back ? 8 : 3); size += sizes[i++]) *places[i] = at ? at + size : NULL;
+    return size;
+}
+
+/* Floats that a layer keeps, those that it works in, and those that its attention works in: forward or `back`, [3] */
+void headstart_layer_floats(const struct layer *l, int back, whole *floats) {
+    const struct attention *a = l->attention;
+    struct kept kept;
+    struct scratch scratch;
+    floats[0] = lay_kept(l, NULL, &kept);
+    floats[1] = lay_scratch(l, back, NULL, &scratch);
+    floats[2] = headstart_attend_room(a) * l->threads + back * l->parts * a->groups * 2 * l->tokens * padded(a->width);
+}
+
+/* out [T, n] = base + what a linear layer gives for x [T, k] */
+static void apply(const struct layer *l, const struct linear *f, const float *x, const float *base, whole base_step, float *out,
+                  float *narrow, const struct scratch *s) {
+    const whole T = l->tokens, n = f->n, k = f->k;
+    headstart_multiply(x, k, f->weight, k, 1, base, base_step, out, n, T, n, k, l->threads);
+    if (f->adapters.count) headstart_adapt(&f->adapters, x, k, out, n, 1, narrow, T, s->room, l->threads);
+}
+
+/* d_x [T, k], unless NULL, and what is behind each B, of the outputs' gradient [T, n] */
+static void carry(const struct layer *l, const struct linear *f, const float *gradient, float *d_x, const struct scratch *s) {
+    const whole T = l->tokens, n = f->n, k = f->k;
+    if (d_x) headstart_multiply(gradient, n, f->weight, k, 0, NULL, 0, d_x, k, T, k, n, l->threads);
+    if (f->adapters.count) headstart_adapt_back(&f->adapters, gradient, n, s->back, d_x, k, T, s->room, l->threads);
+}
+
+/* The gradients of adapters, given that of the outputs, the inputs x [T, k] and what was made of both. */
+static void sum(const struct layer *l, const struct linear *f, const float *gradient, const float *x, const float *narrow,
+                const struct scratch *s) {
+    const struct adapters *all = &f->adapters;
+    if (all->count) headstart_adapt_sum(all, gradient, f->n, x, f->k, narrow, s->back, l->tokens, s->room, l->threads);
+}
+
+static struct attention attention_of(const struct layer *l, const struct kept *kept) {
+    struct attention a = *l->attention;
+    a.q = kept->columns, a.k = a.q + a.heads * a.width, a.v = a.k + a.groups * a.width;
+    a.q_step = a.k_step = l->columns.n;
+    return a;
+}
+
+/* out [T, D] of x [T, D]; `at`, `work` and `room` are for the floats that were asked for */
+void headstart_layer(const struct layer *l, const float *x, float *out, float *at, float *work, float *room) {
+    const whole T = l->tokens, D = l->out.n, F = l->down.k;
+    struct kept k;
+    struct scratch s;
+    lay_kept(l, at, &k);
+    lay_scratch(l, 0, work, &s);
+    const struct attention a = attention_of(l, &k);
+    headstart_norm(x, D, l->scale, l->eps, 0, k.inverse, s.normed, T, D, l->threads);
+    apply(l, &l->columns, s.normed, l->columns.bias, 0, k.columns, k.narrow[0], &s);
+    headstart_turn(k.columns, l->columns.n, T, a.heads + a.groups, a.width, l->cos, l->cos_step, l->sin, l->sin_step, l->r, 1, l->threads);
+    headstart_attend(&a, k.attended, l->out.k, room);
+    apply(l, &l->out, k.attended, x, D, k.middle, k.narrow[1], &s);
+    headstart_norm(k.middle, D, l->mlp_scale, l->mlp_eps, 0, k.mlp_inverse, s.normed, T, D, l->threads);
+    apply(l, &l->wide, s.normed, l->wide.bias, 0, k.wide, k.narrow[2], &s);
+    headstart_gate(k.wide, k.wide + F, 2 * F, s.hot, T, F, l->threads);
+    apply(l, &l->down, s.hot, k.middle, D, out, k.narrow[3], &s);
+}
+
+/* The gradient of x [T, D], unless NULL, and those of the adapters, given that of the output [T, D]. */
+void headstart_layer_back(const struct layer *l, const float *x, const float *gradient, float *d_x, float *at, float *work,
+                          float *room) {
+    const whole T = l->tokens, D = l->out.n, F = l->down.k, N = l->columns.n;
+    struct kept k;
+    struct scratch s;
+    lay_kept(l, at, &k);
+    lay_scratch(l, 1, work, &s);
+    const struct attention a = attention_of(l, &k);
+    carry(l, &l->down, gradient, s.hot, &s);
+    headstart_gate_back(k.wide, k.wide + F, 2 * F, s.hot, s.d_wide, s.d_wide + F, 2 * F, T, F, l->threads);
+    sum(l, &l->down, gradient, s.hot, k.narrow[3], &s);
+    headstart_norm(k.middle, D, l->mlp_scale, l->mlp_eps, 1, k.mlp_inverse, s.normed, T, D, l->threads);
+    carry(l, &l->wide, s.d_wide, s.d_middle, &s);
+    sum(l, &l->wide, s.d_wide, s.normed, k.narrow[2], &s);
+    headstart_norm_back(k.middle, D, l->mlp_scale, k.mlp_inverse, s.d_middle, gradient, D, T, D, l->threads);
+    carry(l, &l->out, s.d_middle, s.d_attended, &s);
+    sum(l, &l->out, s.d_middle, k.attended, k.narrow[1], &s);
+    float *const d_q = s.d_columns, *const d_k = d_q + a.heads * a.width, *const d_v = d_k + a.groups * a.width;
+    float *const places = room + l->parts * a.groups * 2 * T * padded(a.width);
+    headstart_attend_back(&a, s.d_attended, l->out.k, d_q, d_k, d_v, N, N, T, l->parts, l->edges, room, places);
+    headstart_turn(s.d_columns, N, T, a.heads + a.groups, a.width, l->cos, l->cos_step, l->sin, l->sin_step, l->r, -1, l->threads);
+    headstart_norm(x, D, l->scale, l->eps, 1, k.inverse, s.normed, T, D, l->threads);
+    carry(l, &l->columns, s.d_columns, d_x, &s);
+    sum(l, &l->columns, s.d_columns, s.normed, k.narrow[0], &s);
+    if (d_x) headstart_norm_back(x, D, l->scale, k.inverse, d_x, s.d_middle, D, T, D, l->threads);
 }

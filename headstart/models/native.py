@@ -6,6 +6,7 @@ float32 on a CPU.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -14,10 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,35 @@ COMPILE_S = 60
 FEW_ROWS = 64  # with fewer, laying out the other matrix takes longer than it saves
 MANY_NUMBERS = 3 << 20  # of a matrix, from which on a BLAS is as fast or faster
 EVEN = 8  # times as many panels of columns as threads, so that each has about the same to do
+LANES = 16  # numbers of the widest register
 PARTS = 8  # at most, of the blocks whose gradients of keys are added up apart
 PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is one, so that none waits long at the end
 
 
-class _Attention(ctypes.Structure):
+# What the kernels are called with: places, whole numbers of 64 bits, floats and flags.
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+KERNELS = {
+    "multiply": "pnpnipnpnnnnn",
+    "adapt_room": "p",
+    "adapt": "ppnpnfpnpn",
+    "adapt_back": "ppnppnnpn",
+    "adapt_sum": "ppnpnppnpn",
+    "attend_room": "p",
+    "attend_width": "p",
+    "attend": "ppnp",
+    "attend_back": "ppnpppnnnnppp",
+    "turn": "pnnnnpnpnnfn",
+    "layer_floats": "pip",
+    "layer": "pppppp",
+    "layer_back": "ppppppp",
+    "gate": "ppnpnnn",
+    "gate_back": "ppnpppnnnn",
+    "norm": "pnpfippnnn",
+    "norm_back": "pnppppnnnn",
+}
+
+
+class Attention(ctypes.Structure):
     """`struct attention` of the kernels."""
 
     _fields_ = (
@@ -43,6 +68,47 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_step", "k_step", "heads", "groups", "width", "count", "threads")),
         *((name, ctypes.c_void_p) for name in ("blocks", "runs", "kept", "places")),
         *((name, ctypes.c_float) for name in ("scale", "share")),
+    )
+
+
+class _Adapter(ctypes.Structure):
+    """`struct adapter` of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "d_a", "d_b")),
+        *((name, ctypes.c_int64) for name in ("column", "width", "first", "rank")),
+        *((name, ctypes.c_int) for name in ("fresh_a", "fresh_b")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Adapters(ctypes.Structure):
+    """`struct adapters` of the kernels."""
+
+    _fields_ = (
+        ("all", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "depth", "ranks", "widest")),
+    )
+
+
+class Linear(ctypes.Structure):
+    """`struct linear` of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        ("adapters", _Adapters),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of the kernels."""
+
+    _fields_ = (
+        *((name, Linear) for name in ("columns", "out", "wide", "down")),
+        *((name, ctypes.c_void_p) for name in ("scale", "mlp_scale", "cos", "sin", "attention", "edges")),
+        *((name, ctypes.c_int64) for name in ("parts", "tokens", "r", "cos_step", "sin_step", "threads")),
+        *((name, ctypes.c_float) for name in ("eps", "mlp_eps")),
     )
 
 
@@ -62,6 +128,45 @@ class Inputs(NamedTuple):
     share: float
 
 
+class Adapters:
+    """Adapters of linear layers that read the same input, as kernels read them: A [R, D] and B [N, R], where its
+    columns of the outputs begin, its scale.
+    """
+
+    def __init__(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> None:
+        self._adapters = adapters
+        self._table = (_Adapter * len(adapters))()
+        first = widest = 0
+        for told, (a, b, column, scale) in zip(self._table, adapters, strict=True):
+            told.a, told.b, told.scale = a.data_ptr(), b.data_ptr(), scale
+            told.column, told.width, told.first, told.rank = column, len(b), first, len(a)
+            first, widest = first + len(a), max(widest, len(b))
+        sizes = len(adapters), adapters[0][0].shape[1], first, widest
+        self.told = _Adapters(ctypes.addressof(self._table), *sizes)
+        self.ranks = first
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
+        return Adapters(copy.deepcopy(self._adapters, memo))  # the copy's lie elsewhere
+
+    def make_gradients(self) -> None:
+        """Say where gradients are added up; parameters that train and have none get one."""
+        for told, (a, b, *_) in zip(self._table, self._adapters, strict=True):
+            told.d_a, told.fresh_a = _gradient(a)
+            told.d_b, told.fresh_b = _gradient(b)
+
+
+def _gradient(parameter: Tensor) -> tuple[int | None, bool]:
+    """Return where a parameter's gradient is added up, if it trains, and whether there was none yet."""
+    if not parameter.requires_grad:
+        return None, False
+    gradient, fresh = parameter.grad, parameter.grad is None
+    if gradient is None:
+        gradient = parameter.grad = torch.empty_like(parameter)
+    if not gradient.is_contiguous():
+        raise ValueError("a gradient has gaps")
+    return gradient.data_ptr(), fresh
+
+
 class Native:
     """The kernels. All tensors are float32, on the CPU, and the last dimension of each lies without gaps.
 
@@ -71,94 +176,136 @@ class Native:
 
     def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler  # its version, since another one may round otherwise
-        self._library = library
-        library.headstart_attend_room.restype = library.headstart_attend_width.restype = ctypes.c_int64
+        self._call = {name: getattr(library, f"headstart_{name}") for name in KERNELS}
+        for name, kinds in KERNELS.items():
+            self._call[name].argtypes = [TYPES[kind] for kind in kinds]
+        for name in ("attend_room", "attend_width", "adapt_room"):
+            self._call[name].restype = ctypes.c_int64
         self._columns = library.headstart_multiply_columns()
 
     def multiplies(self, a: Tensor, b: Tensor) -> bool:
         """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b."""
-        alike = b.dtype == a.dtype and b.device == a.device and a.shape[1] == b.shape[0] and 1 in b.stride()
-        if not alike or not self._columns or len(a) < FEW_ROWS or not 0 < b.numel() <= MANY_NUMBERS:
+        (rows, depth), (k, n) = a.shape, b.shape
+        alike = b.dtype is a.dtype and b.is_cpu and depth == k and 1 in b.stride()
+        return alike and rows >= FEW_ROWS and self.suits_size(k, n)
+
+    def suits_size(self, k: int, n: int) -> bool:
+        """Tell whether `multiply` takes [k, n], and is faster for many rows."""
+        if not self._columns or not 0 < k * n <= MANY_NUMBERS:
             return False
-        panels, left = divmod(b.shape[1], self._columns)
+        panels, left = divmod(n, self._columns)
         threads = torch.get_num_threads()
-        even = panels >= threads * EVEN or panels % threads == 0
-        return not left and not b.shape[0] % self._columns and even
+        return not left and not k % self._columns and (panels >= threads * EVEN or panels % threads == 0)
 
     def multiply(self, a: Tensor, b: Tensor, base: Tensor | None, output: Tensor) -> None:
         """Write a b, [m, k] and [k, n], into `output`, plus `base`, [m, n], which may be the same, or [n]."""
-        turned = b.stride(1) != 1
-        added = ctypes.c_void_p(None if base is None else base.data_ptr())
-        step = 0 if base is None or base.dim() == 1 else base.stride(0)
-        pointers = *_at(a), _pointer(b), ctypes.c_int64(b.stride(1 if turned else 0)), ctypes.c_int(turned)
-        sizes = map(ctypes.c_int64, (len(a), b.shape[1], len(b)))
-        self._library.headstart_multiply(*pointers, added, ctypes.c_int64(step), *_at(output), *sizes, _threads())
+        (row, column), (k, n) = b.stride(), b.shape
+        turned = column != 1
+        add = (None, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)
+        places = *_at(a), b.data_ptr(), column if turned else row, turned, *add, *_at(output)
+        self._call["multiply"](*places, a.shape[0], n, k, torch.get_num_threads())
+
+    def read_adapters(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> Adapters | None:
+        """Return adapters as `adapt` reads them; None where it doesn't: those whose sizes aren't of whole registers, say."""
+        known = all(t.is_contiguous() and not any(n % LANES for n in t.shape) for a, b, *_ in adapters for t in (a, b))
+        return Adapters(adapters) if known and adapters and self._columns else None
+
+    def adapt(self, adapters: Adapters, inputs: Tensor, output: Tensor, times: float) -> Tensor:
+        """Add `times` what adapters make of inputs [T, D] to `output` [T, N]; return A x of all of them, [T, R]."""
+        tokens = inputs.shape[0]
+        narrow, room = inputs.new_empty(tokens, adapters.ranks), self._adapt_room(adapters)
+        places = *_at(inputs), *_at(output), times, narrow.data_ptr(), tokens, room.data_ptr()
+        self._call["adapt"](ctypes.byref(adapters.told), *places, torch.get_num_threads())
+        return narrow
+
+    def adapt_back(self, adapters: Adapters, gradient: Tensor, d_inputs: Tensor | None) -> Tensor:
+        """Return the outputs' gradient [T, N] behind each B, scaled, [T, R]; add what it is behind A to `d_inputs` [T, D]."""
+        tokens = gradient.shape[0]
+        back, room = gradient.new_empty(tokens, adapters.ranks), self._adapt_room(adapters)
+        place = (None, 0) if d_inputs is None else _at(d_inputs)
+        places = *_at(gradient), back.data_ptr(), *place, tokens, room.data_ptr()
+        self._call["adapt_back"](ctypes.byref(adapters.told), *places, torch.get_num_threads())
+        return back
+
+    def adapt_sum(self, adapters: Adapters, gradient: Tensor, inputs: Tensor, narrow: Tensor, back: Tensor) -> None:
+        """Add to the gradients of adapters, given that of the outputs [T, N], the inputs, and what the two above returned."""
+        adapters.make_gradients()
+        room = self._adapt_room(adapters)
+        places = *_at(gradient), *_at(inputs), narrow.data_ptr(), back.data_ptr(), inputs.shape[0], room.data_ptr()
+        self._call["adapt_sum"](ctypes.byref(adapters.told), *places, torch.get_num_threads())
+
+    def _adapt_room(self, adapters: Adapters) -> Tensor:
+        return torch.empty(self._call["adapt_room"](ctypes.byref(adapters.told)), dtype=torch.float32, device="cpu")
 
     def attend(self, inputs: Inputs, output: Tensor) -> None:
         """Write what queries see of values into `output` [P, H, d]."""
         called = _attention(inputs)
         room = self._room(called)  # which lives until the kernel has returned
-        self._library.headstart_attend(ctypes.byref(called), *_at(output), _pointer(room))
+        self._call["attend"](ctypes.byref(called), *_at(output), room.data_ptr())
 
     def attend_back(self, inputs: Inputs, gradient: Tensor, gradients: tuple[Tensor, ...]) -> None:
         """Write the gradients of q, k and v into `gradients`, given that of what `attend` wrote."""
-        table = inputs.table
         tokens, groups, _ = inputs.k.shape
-        parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
+        parts, edges = cut_parts(inputs.table, groups)
         called = _attention(inputs)
-        width = self._library.headstart_attend_width(ctypes.byref(called))
+        width = self._call["attend_width"](ctypes.byref(called))
         sums, room = inputs.k.new_empty(parts, groups, 2, tokens, width), self._room(called)
-        steps, edges = np.array([part.stride(0) for part in gradients[:2]], np.int64), table.edges(parts)
-        self._library.headstart_attend_back(
-            *(ctypes.byref(called), *_at(gradient), *map(_pointer, gradients), _array(steps), ctypes.c_int64(tokens)),
-            *(ctypes.c_int64(parts), _array(edges), _pointer(sums), _pointer(room)),
-        )
+        steps = gradients[0].stride(0), gradients[1].stride(0)
+        places = *(part.data_ptr() for part in gradients), *steps, tokens, parts, edges.ctypes.data
+        self._call["attend_back"](ctypes.byref(called), *_at(gradient), *places, sums.data_ptr(), room.data_ptr())
 
-    def _room(self, called: _Attention) -> Tensor:
+    def _room(self, called: Attention) -> Tensor:
         """Return what the threads of a call work in."""
-        each = self._library.headstart_attend_room(ctypes.byref(called))
+        each = self._call["attend_room"](ctypes.byref(called))
         return torch.empty(called.threads, each, dtype=torch.float32, device="cpu")
+
+    def layer_floats(self, layer: Layer, *, back: bool) -> list[int]:
+        """Return how many numbers a layer keeps, works in, and its attention works in."""
+        floats = (ctypes.c_int64 * 3)()
+        self._call["layer_floats"](ctypes.byref(layer), back, floats)
+        return list(floats)
+
+    def layer(self, layer: Layer, *tensors: Tensor) -> None:
+        """Run a layer, given x and for what is made of it, what it keeps and works in, and what its attention works in."""
+        self._call["layer"](ctypes.byref(layer), *(tensor.data_ptr() for tensor in tensors))
+
+    def layer_back(self, layer: Layer, x: Tensor, gradient: Tensor, d_x: Tensor | None, *tensors: Tensor) -> None:
+        """Carry a gradient back through a layer; the rest is as in `layer`."""
+        places = x.data_ptr(), gradient.data_ptr(), None if d_x is None else d_x.data_ptr()
+        self._call["layer_back"](ctypes.byref(layer), *places, *(tensor.data_ptr() for tensor in tensors))
 
     def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Turn heads [T, n, d] by their positions, in place: the first r with the next r; cos, sin [T, r]."""
-        tokens, n, width = heads.shape
-        sizes = map(ctypes.c_int64, (tokens, n, width))
-        self._library.headstart_turn(
-            *_at(heads), *sizes, *_at(cos), *_at(sin), ctypes.c_int64(cos.shape[1]), _threads()
-        )
+        where = *_at(heads), *heads.shape, *_at(cos), *_at(sin)
+        self._call["turn"](*where, cos.shape[1], 1.0, torch.get_num_threads())
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate) * up, [T, F]."""
         output = gate.new_empty(gate.shape)
-        self._library.headstart_gate(
-            _pointer(gate), _pointer(up), ctypes.c_int64(up.stride(0)), _pointer(output), *_sizes(gate)
-        )
+        self._call["gate"](gate.data_ptr(), up.data_ptr(), up.stride(0), output.data_ptr(), *_sizes(gate))
         return output
 
     def gate_back(self, gate: Tensor, up: Tensor, gradient: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
         """Write the gradients of gate and up, given that of silu(gate) * up, in whose place this product is written."""
-        pointers = _pointer(gate), _pointer(up), ctypes.c_int64(up.stride(0)), _pointer(gradient)
-        places = _pointer(d_gate), _pointer(d_up), ctypes.c_int64(d_up.stride(0))
-        self._library.headstart_gate_back(*pointers, *places, *_sizes(gate))
+        places = gate.data_ptr(), up.data_ptr(), up.stride(0), gradient.data_ptr()
+        self._call["gate_back"](*places, d_gate.data_ptr(), d_up.data_ptr(), d_up.stride(0), *_sizes(gate))
 
     def norm(self, x: Tensor, scale: Tensor, eps: float, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x [T, D] / rms(x) * scale, and 1 / rms(x), [T, 1], which is made where it isn't known."""
         output, known = x.new_empty(x.shape), inverse is not None
-        inverse = x.new_empty(len(x), 1) if inverse is None else inverse
-        places = _pointer(inverse), _pointer(output)
-        self._library.headstart_norm(
-            *_at(x), _pointer(scale), ctypes.c_float(eps), ctypes.c_int(known), *places, *_sizes(x)
-        )
+        inverse = x.new_empty(x.shape[0], 1) if inverse is None else inverse
+        places = inverse.data_ptr(), output.data_ptr()
+        self._call["norm"](*_at(x), scale.data_ptr(), eps, known, *places, *_sizes(x))
         return output, inverse
 
     def norm_back(self, x: Tensor, scale: Tensor, inverse: Tensor, gradient: Tensor, add: Tensor | None) -> None:
         """Write the gradient of x [T, D], plus `add`, in the place of that of the normed rows."""
-        more = (ctypes.c_void_p(None), ctypes.c_int64(0)) if add is None else _at(add)
-        pointers = _pointer(scale), _pointer(inverse), _pointer(gradient)
-        self._library.headstart_norm_back(*_at(x), *pointers, *more, *_sizes(x))
+        more = (None, 0) if add is None else _at(add)
+        places = scale.data_ptr(), inverse.data_ptr(), gradient.data_ptr()
+        self._call["norm_back"](*_at(x), *places, *more, *_sizes(x))
 
 
-def _attention(inputs: Inputs) -> _Attention:
+def _attention(inputs: Inputs) -> Attention:
     q, k, v, table, scale, kept, share = inputs
     if any(part.stride(1) != k.shape[2] for part in (q, k, v) if part.shape[1] > 1) or k.stride(0) != v.stride(0):
         raise ValueError("heads don't lie side by side, or values not as keys do")
@@ -166,28 +313,22 @@ def _attention(inputs: Inputs) -> _Attention:
     sizes = q.stride(0), k.stride(0), q.shape[1], k.shape[1], k.shape[2], len(table.fields), torch.get_num_threads()
     place = None if kept is None else kept.data_ptr()
     arrays = table.fields.ctypes.data, table.runs.ctypes.data, place, table.places.ctypes.data
-    return _Attention(*pointers, *sizes, *arrays, scale, share)
+    return Attention(*pointers, *sizes, *arrays, scale, share)
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def cut_parts(table: Table, groups: int) -> tuple[int, Ints]:
+    """Return in how many parts blocks go back, and where these begin and end."""
+    parts = max(1, min(PARTS, PARTS_A_THREAD * torch.get_num_threads() // groups, len(table.fields)))
+    return parts, table.edges(parts)
 
 
-def _at(tensor: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+def _at(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor lies, and how far its rows are apart."""
-    return _pointer(tensor), ctypes.c_int64(tensor.stride(0))
+    return tensor.data_ptr(), tensor.stride(0)
 
 
-def _array(values: Ints) -> ctypes.c_void_p:
-    return ctypes.c_void_p(values.ctypes.data)
-
-
-def _sizes(rows: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), _threads()
-
-
-def _threads() -> ctypes.c_int64:
-    return ctypes.c_int64(torch.get_num_threads())
+def _sizes(rows: Tensor) -> tuple[int, int, int]:
+    return *rows.shape, torch.get_num_threads()
 
 
 # --- where they come from ---
@@ -263,16 +404,19 @@ def _processor() -> str:
 
 def suits(*tensors: Tensor) -> Native | None:
     """Return the kernels where these tensors are for them; None where they aren't, or there are no kernels."""
-    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
-    return find() if fits else None
+    for t in tensors:  # a loop, since this is asked many times a layer
+        if t.dtype is not torch.float32 or not t.is_cpu or t.stride(-1) != 1:
+            return None
+    return find()
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n]. Autograd doesn't see what kernels do."""
     native = suits(a) if base is None else suits(a, base)
-    fits = base is None or base.shape in ((b.shape[1],), (len(a), b.shape[1]))
+    shape = a.shape[0], b.shape[1]
+    fits = base is None or base.shape in (shape[1:], shape)
     if native is None or not fits or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
         return torch.mm(a, b) if base is None else torch.addmm(base, a, b)
-    output = a.new_empty(len(a), b.shape[1])
+    output = a.new_empty(shape)
     native.multiply(a, b, base, output)
     return output

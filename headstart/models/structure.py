@@ -13,6 +13,7 @@ from headstart.models.attention import apart
 from headstart.models.fused import ACTIVATIONS, GatedMlp, Heads, LayerNorm, Norm, activate
 from headstart.models.layers import GatedLayer, PostNormLayer
 from headstart.models.linear import Part, Product, read_linear
+from headstart.models.whole import Whole
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 DROPS = ("drop_weights", "drop", "mlp_drop")  # where a layer of BERT's form may drop out
@@ -39,13 +40,18 @@ def read_gated(layer: nn.Module) -> GatedLayer | None:
     own = [read_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     if any(hasattr(attention, name) for name in ("q_norm", "k_norm")) and None in own:
         return None
+    mlp = replace(mlp, norm=mlp_before, scale=scale if mlp_after is None else 1.0)
+    products = Product(columns), Product(out)
+    whole = None
+    if before and mlp_before and not any((after, mlp_after, *own)) and scale == 1.0 and mlp.activation == "silu":
+        whole = Whole(*products, mlp, before, mlp_before, heads)
     return GatedLayer(
         plain=layer.forward,
         adapters=tuple(m for m in layer.modules() if hasattr(m, "lora_A")),
-        columns=Product(columns),
-        out=Product(out),
+        columns=products[0],
+        out=products[1],
         heads=heads,
-        mlp=replace(mlp, norm=mlp_before, scale=scale if mlp_after is None else 1.0),
+        mlp=mlp,
         before=before,
         after=after,
         mlp_after=mlp_after,
@@ -54,6 +60,7 @@ def read_gated(layer: nn.Module) -> GatedLayer | None:
         scale=scale,
         dropout=float(getattr(attention, "attention_dropout", 0.0) or 0.0),
         training=lambda: layer.training,
+        whole=whole,
     )
 
 

@@ -1,0 +1,212 @@
+"""A layer as one call of the kernels = the same in parts, bit for bit; and its adapters = their formula in double precision."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from headstart.models.attention import Forest, register, run_decoder
+from headstart.models.fast import speed_up
+from headstart.models.linear import Part, Product
+from headstart.models.native import Native
+from tests.laws.test_native import needs_compiler, needs_wide_registers
+
+pytestmark = [needs_compiler, needs_wide_registers]
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}  # the second has biases
+FORESTS = {
+    "a row": ([70], [-1], [*range(70)]),
+    "a tree": ([40, 30, 9, 5], [-1, 0, 0, -1], [*range(40), *range(40, 70), *range(40, 49), *range(5)]),
+}
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(name: str = "llama", targets: Any = "all-linear", **changes: Any) -> Any:
+    """Return a model with adapters, of which B isn't zero."""
+    register()
+    torch.manual_seed(0)
+    config, model = MODELS[name]
+    lora = LoraConfig(r=16, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model(config(**{**SIZES, **changes})), lora)
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key or "bias" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.get_base_model().train()
+
+
+def steps(model: Any, forest: str, packs: int = 2) -> tuple[Tensor, Gradients]:
+    """Return what some packs give, and their gradients added up."""
+    lengths, parents, depths = FORESTS[forest]
+    model.zero_grad(set_to_none=True)
+    positions, found = torch.tensor(depths), []
+    for pack in range(packs):
+        ids = torch.arange(len(depths)) * (7 + pack) % 64
+        found.append(run_decoder(model, ids, positions, Forest(lengths, parents, positions)))
+        found[-1].square().sum().backward()
+    return torch.stack(found).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_parts(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.forward = dataclasses.replace(layer.forward, whole=None)
+
+
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by what is run as a whole."""
+    called: list[str] = []
+    for name in ("layer", "layer_back"):
+        plain = getattr(Native, name)
+        monkeypatch.setattr(Native, name, lambda *args, n=name, f=plain: (called.append(n), f(*args))[1])
+    return called
+
+
+@pytest.mark.parametrize("forest", FORESTS)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], ["up_proj"]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_layer_is_the_same_as_its_parts(
+    name: str, targets: Any, forest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name, targets)
+    double = copy.deepcopy(model).double()
+    speed_up(model)
+    called = runs(monkeypatch)
+    states, gradients = steps(model, forest)
+    assert called.count("layer") == called.count("layer_back") == 6  # 3 layers, 2 packs
+    called.clear()
+    in_parts(model)
+    others, wanted = steps(model, forest)
+    assert not called
+    assert torch.equal(states, others)
+    assert list(gradients) == list(wanted)
+    assert all(torch.equal(gradients[key], wanted[key]) for key in wanted)
+    exact, exactly = steps(double, forest)
+    torch.testing.assert_close(states.double(), exact, rtol=1e-4, atol=1e-5)
+    assert list(exactly) == list(wanted)
+    for key, value in exactly.items():
+        torch.testing.assert_close(gradients[key].double(), value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+
+
+def test_after_an_update_a_whole_layer_reads_what_changed() -> None:
+    model = build()
+    speed_up(model)
+    steps(model, "a tree")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(parameter.grad, alpha=0.1)
+    states, gradients = steps(model, "a tree")
+    in_parts(model)
+    others, wanted = steps(model, "a tree")
+    assert torch.equal(states, others)
+    assert all(torch.equal(gradients[key], wanted[key]) for key in wanted)
+
+
+def thaw_weights(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.base_layer.weight.requires_grad_(True)
+
+
+def thaw_norms(model: Any) -> None:
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+
+
+def thaw_biases(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.base_layer.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize("thaw", [thaw_weights, thaw_norms, thaw_biases])
+def test_a_layer_of_which_more_trains_than_adapters_runs_in_parts(thaw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen2")
+    speed_up(model)
+    called = runs(monkeypatch)
+    steps(model, "a row")
+    assert called.count("layer_back") == 6
+    called.clear()
+    thaw(model)
+    _, gradients = steps(model, "a row")
+    assert called.count("layer_back") == 4
+    in_parts(model)
+    _, wanted = steps(model, "a row")
+    assert gradients.keys() == wanted.keys()
+    assert all(torch.equal(gradients[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_dropout": 0.5}, {"hidden_act": "gelu"}, {"intermediate_size": 100}], ids=str
+)
+def test_a_layer_that_computes_anything_else_runs_in_parts(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(**changes)
+    speed_up(model)
+    called = runs(monkeypatch)
+    steps(model, "a row")
+    assert not called
+
+
+def test_a_copy_has_gradients_of_its_own() -> None:
+    model = build()
+    speed_up(model)
+    _, wanted = steps(model, "a tree")
+    kept = {key: value.clone() for key, value in wanted.items()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    steps(other, "a tree")
+    _, again = steps(model, "a tree")
+    assert all(torch.equal(again[key], kept[key]) for key in kept)
+
+
+@pytest.mark.parametrize("rows", [1, 70, 150])
+@pytest.mark.parametrize("ranks", [(16,), (32, 16), (16, 0, 48)], ids=str)
+def test_adapters_equal_their_formula(ranks: tuple[int, ...], rows: int) -> None:
+    torch.manual_seed(0)
+    depth, widths = 208, (144, 48, 80)[: len(ranks)]
+    parts = []
+    for rank, width in zip(ranks, widths, strict=True):
+        a, b = (torch.nn.Parameter(torch.randn(m, n) / n**0.5) for m, n in ((rank, depth), (width, rank or 1)))
+        weight = torch.randn(width, depth) / depth**0.5
+        parts.append(Part(weight, None, *((a, b) if rank else (None, None)), scale=1.0 + len(parts)))
+    product, scale = Product(parts), 3.0
+    x, sums = torch.randn(rows, depth), torch.randn(rows, sum(widths))
+    gradient = torch.randn(rows, sum(widths))
+    with torch.no_grad():
+        found, narrow = product.add_to(sums, x, scale)
+        d_x, back = product.backward(gradient)
+        for _ in range(2):  # the second time what is there is added to
+            product.accumulate(gradient, x, narrow, back)
+    own = [p for part in parts for p in (part.a, part.b) if p is not None]
+    inputs = x.double().requires_grad_(True)
+    twins = [p.detach().double().requires_grad_(True) for p in own]
+    left = iter(twins)
+    made = [inputs @ part.weight.double().t() for part in parts]
+    for number, part in enumerate(parts):
+        if part.a is not None:
+            a, b = next(left), next(left)
+            made[number] = made[number] + part.scale * (inputs @ a.t() @ b.t())
+    theirs = torch.cat(made, 1)
+    torch.testing.assert_close(found.double(), sums.double() + scale * theirs.detach(), rtol=1e-5, atol=2e-4)
+    wanted = torch.autograd.grad(theirs, [inputs, *twins], gradient.double())
+    torch.testing.assert_close(d_x.double(), wanted[0], rtol=1e-5, atol=2e-4)
+    for parameter, exact in zip(own, wanted[1:], strict=True):
+        torch.testing.assert_close(parameter.grad.double(), 2 * exact, rtol=1e-5, atol=5e-4)
