@@ -143,10 +143,15 @@ class GatedLayer(FusedLayer):
         half = _half(turn) if self.turns else None
         if self.whole is None or half is None or self.asked is None or not isinstance(forest, Forest):
             return None
-        rule, window, causal, width = self.asked
-        fits = rule.softcap is None and not self.dropout_of_weights() and 2 * half[0].shape[1] <= width
+        rule, window, causal, _ = self.asked
+        fits = rule.softcap is None and not self.dropout_of_weights() and 2 * half[0].shape[1] <= self.heads.width
         native = suits(x, *half) if fits else None
-        if native is None or torch.is_autocast_enabled("cpu") or not self.whole.fits(native):
+        if (
+            native is None
+            or torch.is_autocast_enabled("cpu")
+            or not self.whole.fits(native)
+            or x.shape[1] != self.whole.layer.out.n
+        ):
             return None
         forest.asked[id(self)] = self.asked
         blocks = forest.blocks(window, causal, tiles=False)

@@ -3,7 +3,7 @@
 An adapter adds `s B (A x)` to `W x`. What it makes of the input, `A x` [T, R], is kept, since its gradients are made of it:
 `dB = s dy^T (A x)`, `dA = (s dy B)^T x` (Hu et al., 2021, eq. 3); the input's gradient is `dy W + (s dy B) A`. Everything is added
 into what the large products wrote, so neither a second copy of the weights nor a second tensor of the outputs' size is
-made. Layers that read the same input become views of one matrix, and so do the gradients of those that train.
+made. Layers that read the same input become views of one matrix, and so do the gradients of weights that train.
 """
 
 from __future__ import annotations
@@ -83,33 +83,20 @@ class Product:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What differs once what the kernels are told has changed, after `refresh`."""
+        """What differs once what kernels are told has changed, after `refresh`: sizes suit a number of threads."""
         train = [p.requires_grad for part in self.parts for p in (part.weight, part.bias) if p is not None]
         return *self._key, *train, torch.get_num_threads()
-
-    @property
-    def biased(self) -> bool:
-        """Tell whether there is a bias."""
-        return self._bias is not None
 
     def tell(self, native: Native) -> Linear | None:
         """Return what kernels are told of the layers; None where they don't compute them, or more trains than adapters."""
         n, k = self._weight.shape
         trained = any(p is not None and p.requires_grad for part in self.parts for p in (part.weight, part.bias))
-        known = suits(self._weight) and native.suits_size(k, n) and native.suits_size(n, k)
+        known = (
+            suits(self._weight) and self._weight.is_contiguous() and native.suits_size(k, n) and native.suits_size(n, k)
+        )
         if trained or not known or (any(self._ranks) and self._adapters is None):
             return None
-        told = Linear(weight=self._weight.data_ptr(), n=n, k=k)
-        if self._bias is not None:
-            told.bias = self._bias.data_ptr()
-        if self._adapters is not None:
-            told.adapters = self._adapters.told
-        return told
-
-    def make_gradients(self) -> None:
-        """Have the kernels add to the gradients of adapters that train."""
-        if self._adapters:
-            self._adapters.make_gradients()
+        return Linear(self._weight, self._bias, self._adapters)
 
     def _parameters(self) -> list[Tensor]:
         found = [p for part in self.parts for p in (part.weight, part.bias, part.a, part.b)]
@@ -222,7 +209,7 @@ class Product:
             self._add("weight", weights, self.rows, gradient.t(), inputs)
 
     def _accumulate_adapters(self, gradient: Tensor, inputs: Tensor, narrow: Tensor, back: Tensor) -> None:
-        if self._adapters and (native := suits(gradient, inputs)):
+        if self._adapters and (native := suits(gradient, inputs, narrow, back)):
             native.adapt_sum(self._adapters, gradient, inputs, narrow, back)
         else:
             for b, scale, piece, known in self._by_adapter(gradient, narrow):

@@ -653,7 +653,7 @@ void headstart_norm_back(const float *x, whole step, const float *restrict scale
 
 /* --- a layer --- */
 
-/* A linear layer [k] -> [n]: its weight [n, k], its bias [n] or NULL, and its adapters. */
+/* A linear layer [k] -> [n]: its weight [n, k], its bias [n] or NULL, which a layer with a residual has not, and its adapters. */
 struct linear {
     const float *weight, *bias;
     struct adapters adapters;
@@ -700,9 +700,11 @@ static whole lay_scratch(const struct layer *l, int back, float *at, struct scra
         room = floats > room ? floats : room;
         ranks = adapters[i]->ranks > ranks ? adapters[i]->ranks : ranks;
     }
-    const whole sizes[] = {room, T * D, T * F, T * 2 * F, T * D, T * l->out.k, T * l->columns.n, T * ranks};
-    float **places[] = {&s->room, &s->normed, &s->hot, &s->d_wide, &s->d_middle, &s->d_attended, &s->d_columns, &s->back};
-    for (int i = 0; i < (back ? 8 : 3); size += sizes[i++]) *places[i] = at ? at + size : NULL;
+    const whole hot = back && l->out.k > F ? l->out.k : F, d_wide = 2 * F > l->columns.n ? 2 * F : l->columns.n;
+    const whole sizes[] = {room, T * D, T * hot, T * d_wide, T * D, T * ranks};
+    float **places[] = {&s->room, &s->normed, &s->hot, &s->d_wide, &s->d_middle, &s->back};
+    for (int i = 0; i < (back ? 6 : 3); size += sizes[i++]) *places[i] = at ? at + size : NULL;
+    if (back) s->d_attended = s->hot, s->d_columns = s->d_wide; /* whose time is over then */
     return size;
 }
 

@@ -91,14 +91,63 @@ class _Adapters(ctypes.Structure):
     )
 
 
+class Adapters:
+    """Adapters of linear layers that read the same input, as kernels read them: A [R, D] and B [N, R], where its
+    columns of the outputs begin, its scale.
+    """
+
+    def __init__(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> None:
+        self._adapters = adapters
+        self._table = (_Adapter * len(adapters))()
+        first = widest = 0
+        for told, (a, b, column, scale) in zip(self._table, adapters, strict=True):
+            told.a, told.b, told.scale = a.data_ptr(), b.data_ptr(), scale
+            told.column, told.width, told.first, told.rank = column, len(b), first, len(a)
+            first, widest = first + len(a), max(widest, len(b))
+        sizes = len(adapters), adapters[0][0].shape[1], first, widest
+        self.told = _Adapters(ctypes.addressof(self._table), *sizes)
+        self.ranks = first
+        self.places = [p.data_ptr() for a, b, *_ in adapters for p in (a, b)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
+        return Adapters(copy.deepcopy(self._adapters, memo))  # the copy's lie elsewhere
+
+    def make_gradients(self) -> None:
+        """Say where gradients are added up; parameters that train and have none get one."""
+        for told, (a, b, *_) in zip(self._table, self._adapters, strict=True):
+            told.d_a, told.fresh_a = _gradient(a)
+            told.d_b, told.fresh_b = _gradient(b)
+
+
+def _gradient(parameter: Tensor) -> tuple[int | None, bool]:
+    """Return where a parameter's gradient is added up, if it trains, and whether there was none yet."""
+    if not parameter.requires_grad:
+        return None, False
+    gradient, fresh = parameter.grad, parameter.grad is None
+    if gradient is None:
+        gradient = parameter.grad = torch.empty_like(parameter)
+    if not gradient.is_contiguous():
+        raise ValueError("a gradient has gaps")
+    return gradient.data_ptr(), fresh
+
+
 class Linear(ctypes.Structure):
-    """`struct linear` of the kernels."""
+    """`struct linear` of the kernels, which holds what it tells of: weight [n, k], bias [n], adapters."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         ("adapters", _Adapters),
         *((name, ctypes.c_int64) for name in ("n", "k")),
     )
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, own: Adapters | None) -> None:
+        super().__init__(weight=weight.data_ptr(), n=weight.shape[0], k=weight.shape[1])
+        self._held = weight, bias
+        self.own = own
+        if bias is not None:
+            self.bias = bias.data_ptr()
+        if own is not None:
+            self.adapters = own.told
 
 
 class Layer(ctypes.Structure):
@@ -126,45 +175,6 @@ class Inputs(NamedTuple):
     scale: float
     kept: Tensor | None
     share: float
-
-
-class Adapters:
-    """Adapters of linear layers that read the same input, as kernels read them: A [R, D] and B [N, R], where its
-    columns of the outputs begin, its scale.
-    """
-
-    def __init__(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> None:
-        self._adapters = adapters
-        self._table = (_Adapter * len(adapters))()
-        first = widest = 0
-        for told, (a, b, column, scale) in zip(self._table, adapters, strict=True):
-            told.a, told.b, told.scale = a.data_ptr(), b.data_ptr(), scale
-            told.column, told.width, told.first, told.rank = column, len(b), first, len(a)
-            first, widest = first + len(a), max(widest, len(b))
-        sizes = len(adapters), adapters[0][0].shape[1], first, widest
-        self.told = _Adapters(ctypes.addressof(self._table), *sizes)
-        self.ranks = first
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
-        return Adapters(copy.deepcopy(self._adapters, memo))  # the copy's lie elsewhere
-
-    def make_gradients(self) -> None:
-        """Say where gradients are added up; parameters that train and have none get one."""
-        for told, (a, b, *_) in zip(self._table, self._adapters, strict=True):
-            told.d_a, told.fresh_a = _gradient(a)
-            told.d_b, told.fresh_b = _gradient(b)
-
-
-def _gradient(parameter: Tensor) -> tuple[int | None, bool]:
-    """Return where a parameter's gradient is added up, if it trains, and whether there was none yet."""
-    if not parameter.requires_grad:
-        return None, False
-    gradient, fresh = parameter.grad, parameter.grad is None
-    if gradient is None:
-        gradient = parameter.grad = torch.empty_like(parameter)
-    if not gradient.is_contiguous():
-        raise ValueError("a gradient has gaps")
-    return gradient.data_ptr(), fresh
 
 
 class Native:
@@ -229,8 +239,8 @@ class Native:
 
     def adapt_sum(self, adapters: Adapters, gradient: Tensor, inputs: Tensor, narrow: Tensor, back: Tensor) -> None:
         """Add to the gradients of adapters, given that of the outputs [T, N], the inputs, and what the two above returned."""
-        adapters.make_gradients()
         room = self._adapt_room(adapters)
+        adapters.make_gradients()  # last, since until they are written nobody may see them
         places = *_at(gradient), *_at(inputs), narrow.data_ptr(), back.data_ptr(), inputs.shape[0], room.data_ptr()
         self._call["adapt_sum"](ctypes.byref(adapters.told), *places, torch.get_num_threads())
 
@@ -266,11 +276,11 @@ class Native:
         return list(floats)
 
     def layer(self, layer: Layer, *tensors: Tensor) -> None:
-        """Run a layer, given x and for what is made of it, what it keeps and works in, and what its attention works in."""
+        """Run a layer, given x [T, D], and room for what comes out, [T, D], and for each of `layer_floats`."""
         self._call["layer"](ctypes.byref(layer), *(tensor.data_ptr() for tensor in tensors))
 
     def layer_back(self, layer: Layer, x: Tensor, gradient: Tensor, d_x: Tensor | None, *tensors: Tensor) -> None:
-        """Carry a gradient back through a layer; the rest is as in `layer`."""
+        """Carry a gradient [T, D] back through a layer, given what it kept, and room for the other two of `layer_floats`."""
         places = x.data_ptr(), gradient.data_ptr(), None if d_x is None else d_x.data_ptr()
         self._call["layer_back"](ctypes.byref(layer), *places, *(tensor.data_ptr() for tensor in tensors))
 

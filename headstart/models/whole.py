@@ -1,7 +1,7 @@
 """A layer of Llama's form as one call of the kernels each way, where only adapters train.
 
-What fused functions do one behind the other, bit for bit, without Python between them: after each large product Python is out of
-the caches, which takes longer than what it does.
+What fused functions do one behind the other, without Python between them: after each large product Python is out of the caches, which
+takes longer than what it does. From `FEW_ROWS` tokens on, below which these leave products to torch, either gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from headstart.models.attend import Rule, one_by_one
 from headstart.models.blocks import Blocks
 from headstart.models.fused import GatedMlp, Heads, Norm
 from headstart.models.linear import Product
-from headstart.models.native import Attention, Layer, Native, cut_parts, suits
+from headstart.models.native import Attention, Layer, Linear, Native, cut_parts, suits
 
 
 class Whole:
-    """A layer as the kernels are told of it: products, norms and heads. It is told anew once these have changed."""
+    """A layer as the kernels are told of it: products, norms and heads. It is told anew once these have changed.
+
+    What is told of a pack is told before each call, so only one thread may run it at a time.
+    """
 
     def __init__(
         self, columns: Product, out: Product, mlp: GatedMlp, before: Norm, mlp_norm: Norm, heads: Heads
@@ -35,6 +38,7 @@ class Whole:
         self._attention = Attention(heads=heads.queries, groups=heads.groups, width=heads.width, share=1.0)
         self.layer.attention = ctypes.addressof(self._attention)
         self._keys: list[Any] = []
+        self._told: list[Linear] = []  # which hold what the kernels read
         self._fits = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
@@ -49,17 +53,32 @@ class Whole:
         keys += [(norm.weight.data_ptr(), norm.weight.requires_grad) for norm in self._norms]
         if keys != self._keys:
             self._keys = keys
-            told = [product.tell(native) for product in self.products]
-            alike = all(
-                suits(norm.weight) and not norm.offset and not norm.weight.requires_grad for norm in self._norms
-            )
-            biased = any(product.biased for product in self.products[1::2])
-            self._fits = None not in told and alike and not biased
-            if self._fits:
-                for name, linear in zip(("columns", "out", "wide", "down"), told, strict=True):
-                    setattr(self.layer, name, linear)
-                self.layer.scale, self.layer.mlp_scale = (norm.weight.data_ptr() for norm in self._norms)
+            found = [product.tell(native) for product in self.products]
+            told = [linear for linear in found if linear is not None]
+            self._fits = len(told) == len(found) and self._read(*told)
         return self._fits
+
+    def _read(self, columns: Linear, out: Linear, wide: Linear, down: Linear) -> bool:
+        """Take over layers and norms, if they are put together as the kernels do it; tell whether they are."""
+        heads, told = self.heads, [columns, out, wide, down]
+        for norm in self._norms:
+            if not suits(norm.weight) or norm.offset or norm.weight.requires_grad or norm.weight.shape != (out.n,):
+                return False
+        inside = out.k == heads.queries * heads.width and columns.n == out.k + 2 * heads.groups * heads.width
+        around = columns.k == out.n == wide.k == down.n and wide.n == 2 * down.k
+        places = [place for linear in told if linear.own is not None for place in linear.own.places]
+        if not inside or not around or out.bias or down.bias or len(set(places)) < len(places):
+            return False
+        self._told = told
+        self.layer.columns, self.layer.out, self.layer.wide, self.layer.down = told
+        self.layer.scale, self.layer.mlp_scale = (norm.weight.data_ptr() for norm in self._norms)
+        return True
+
+    def make_gradients(self) -> None:
+        """Have the kernels add to the gradients of adapters that train."""
+        for linear in self._told:
+            if linear.own is not None:
+                linear.own.make_gradients()
 
     @property
     def trigger(self) -> Tensor | None:
@@ -67,8 +86,10 @@ class Whole:
         return next((found for product in self.products if (found := product.trigger) is not None), None)
 
     def tell(self, tokens: int, cos: Tensor, sin: Tensor, blocks: Blocks, scale: float) -> None:
-        """Take over which pack it is about."""
-        table, layer, attention = blocks.table, self.layer, self._attention
+        """Take over which pack it is about; the parts are for the way back."""
+        with one_by_one():
+            table = blocks.table
+        layer, attention = self.layer, self._attention
         attention.count, attention.threads, attention.scale = len(table.fields), torch.get_num_threads(), scale
         attention.blocks, attention.runs = table.fields.ctypes.data, table.runs.ctypes.data
         attention.places = table.places.ctypes.data
@@ -109,16 +130,16 @@ class _RunWhole(torch.autograd.Function):
         x, cos, sin, kept = ctx.saved_tensors
         whole: Whole = ctx.whole
         whole.tell(x.shape[0], cos, sin, ctx.blocks, ctx.scale)
-        for product in whole.products:
-            product.make_gradients()
         _, *works = _room([0, *ctx.native.layer_floats(whole.layer, back=True)[1:]], x)
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ctx.native.layer_back(whole.layer, x, gradient.contiguous(), d_x, kept, *works)
+        gradient = gradient.contiguous()
+        whole.make_gradients()  # last, since until they are written nobody may see them
+        ctx.native.layer_back(whole.layer, x, gradient, d_x, kept, *works)
         return d_x, *(None,) * 7
 
 
 def _room(floats: Sequence[int], x: Tensor) -> list[Tensor]:
-    """Return memory for what a layer keeps, works in, and its attention works in."""
+    """Return memory for what a layer keeps, works in, and its attention works in; the last depends on blocks and threads."""
     kept, works = (x.new_empty(n) for n in floats[:2])
     with one_by_one():
         return [kept, works, x.new_empty(floats[2])]

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from headstart.engine.memory import trace
 from headstart.models.attention import Forest, register, run_decoder
 from headstart.models.fast import speed_up
 from headstart.models.linear import Part, Product
@@ -210,3 +211,74 @@ def test_adapters_equal_their_formula(ranks: tuple[int, ...], rows: int) -> None
     torch.testing.assert_close(d_x.double(), wanted[0], rtol=1e-5, atol=2e-4)
     for parameter, exact in zip(own, wanted[1:], strict=True):
         torch.testing.assert_close(parameter.grad.double(), 2 * exact, rtol=1e-5, atol=5e-4)
+
+
+def test_several_packs_go_through_before_their_gradients_come_back() -> None:
+    model = build()
+    speed_up(model)
+    wanted = {}
+    for forest in FORESTS:
+        wanted[forest] = {key: value.clone() for key, value in steps(model, forest, packs=1)[1].items()}
+    outputs = {}
+    for forest, (lengths, parents, depths) in FORESTS.items():
+        ids, positions = torch.arange(len(depths)) * 7 % 64, torch.tensor(depths)
+        outputs[forest] = run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    with torch.no_grad():  # what is laid of weights is laid anew then
+        model.model.layers[0].self_attn.o_proj.base_layer.weight.mul_(1)
+    layers = [layer.forward for layer in model.model.layers]
+    in_parts(model)
+    steps(model, "a row", packs=1)
+    for layer, forward in zip(model.model.layers, layers, strict=True):
+        layer.forward = forward
+    for forest, output in outputs.items():
+        model.zero_grad(set_to_none=True)
+        output.square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == wanted[forest].keys()
+        assert all(torch.equal(found[key], wanted[forest][key]) for key in found)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "layers.1."])
+def test_adapters_that_do_not_train_are_left(frozen: str) -> None:
+    model = build()
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    speed_up(model)
+    states, gradients = steps(model, "a tree")
+    assert gradients
+    assert not any(frozen in name for name in gradients)
+    in_parts(model)
+    others, wanted = steps(model, "a tree")
+    assert torch.equal(states, others)
+    assert gradients.keys() == wanted.keys()
+    assert all(torch.equal(gradients[key], wanted[key]) for key in wanted)
+
+
+def test_a_weight_with_gaps_between_its_rows_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    speed_up(model)
+    _, wanted = steps(model, "a row")
+    wanted = {key: value.clone() for key, value in wanted.items()}
+    weight = model.model.layers[1].mlp.down_proj.base_layer.weight
+    weight.data = torch.cat([weight.data, weight.data], 1)[:, : weight.shape[1]]
+    called = runs(monkeypatch)
+    _, gradients = steps(model, "a row")
+    assert called.count("layer_back") == 4
+    for key, value in wanted.items():
+        torch.testing.assert_close(gradients[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_pack_fills_is_seen_whatever_its_size() -> None:
+    model = build()
+    speed_up(model)
+
+    def work(tokens: int) -> None:
+        model.zero_grad(set_to_none=True)
+        positions = torch.arange(tokens)
+        run_decoder(model, positions % 64, positions, Forest([tokens], [-1], positions)).sum().backward()
+
+    work(64)  # after which nothing of the model is laid any more
+    traces = [trace(lambda tokens=tokens: work(tokens)) for tokens in (64, 128, 256)]
+    assert traces[0].like(traces[1])
+    assert traces[0].like(traces[2])
