@@ -64,6 +64,8 @@ def speed_up(model: Any) -> Sped:
         _speed_up_dropout(module)
     if fast and model.device.type == "cpu":
         _leave_file(model)
+        for found in fast.values():
+            found.forget()
     compiled = model.device.type == "cpu" and find() is not None
     return Sped(len(fast), len(calls), norms, linears, compiled)
 

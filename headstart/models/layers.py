@@ -55,6 +55,9 @@ class FusedLayer:
             return self.plain(hidden_states, *args, **kwargs)
         return self.run(hidden_states.squeeze(0), forest, kwargs.get("position_embeddings"))[None]
 
+    def forget(self) -> None:
+        """Let go of weights that may since lie elsewhere."""
+
     def run(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Run the layer on a pack, [T, D]; the last one gives the chosen tokens alone, [P, D]."""
         raise NotImplementedError
@@ -137,6 +140,11 @@ class GatedLayer(FusedLayer):
         if self.mlp_after is None:
             return gated_mlp(x, self.mlp, residual=True)
         return torch.add(x, rms_norm(gated_mlp(x, self.mlp, residual=False), self.mlp_after), alpha=self.scale)
+
+    def forget(self) -> None:
+        """Let go of weights that may since lie elsewhere."""
+        if self.whole is not None:
+            self.whole.forget()
 
     def _run_whole(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """Run the layer as a whole; None where the kernels don't."""

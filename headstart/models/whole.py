@@ -39,10 +39,14 @@ class Whole:
         self.layer.attention = ctypes.addressof(self._attention)
         self._keys: list[Any] = []
         self._told: list[Linear] = []  # which hold what the kernels read
-        self._fits = False
+        self._fits = False  # as of these keys
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
         return Whole(*copy.deepcopy(self._parts, memo))  # what the copy is made of lies elsewhere
+
+    def forget(self) -> None:
+        """Let go of what the kernels were told, until the layer runs again."""
+        self._keys, self._told, self._fits = [], [], False
 
     def fits(self, native: Native) -> bool:
         """Tell whether the kernels compute all of it; take over what has changed."""
@@ -96,12 +100,8 @@ class Whole:
         layer.parts, edges = cut_parts(table, self.heads.groups)
         layer.edges, layer.threads = edges.ctypes.data, attention.threads
         layer.tokens, layer.r = tokens, cos.shape[1]
-        layer.cos, layer.cos_step, layer.sin, layer.sin_step = (
-            cos.data_ptr(),
-            cos.stride(0),
-            sin.data_ptr(),
-            sin.stride(0),
-        )
+        layer.cos, layer.sin = cos.data_ptr(), sin.data_ptr()
+        layer.cos_step, layer.sin_step = cos.stride(0), sin.stride(0)
 
 
 class _RunWhole(torch.autograd.Function):

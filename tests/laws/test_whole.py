@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -267,6 +269,21 @@ def test_a_weight_with_gaps_between_its_rows_runs_in_parts(monkeypatch: pytest.M
     assert called.count("layer_back") == 4
     for key, value in wanted.items():
         torch.testing.assert_close(gradients[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_no_weight_is_held_where_it_lay_before() -> None:
+    model = build()
+    weights = [layer.mlp.down_proj.base_layer.weight for layer in model.model.layers]
+    gone: list[int] = []
+    for weight in weights:
+        weakref.finalize(weight.untyped_storage(), gone.append, weight.data_ptr())
+    before = {weight.data_ptr() for weight in weights}
+    speed_up(model)
+    positions = torch.arange(70)
+    chosen = torch.tensor([3, 69])  # of which alone the last layer computes what is behind its attention
+    run_decoder(model, positions % 64, positions, Forest([70], [-1], positions, chosen))
+    gc.collect()
+    assert before == set(gone)
 
 
 def test_what_a_pack_fills_is_seen_whatever_its_size() -> None:
