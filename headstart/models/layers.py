@@ -163,7 +163,7 @@ class GatedLayer(FusedLayer):
             return None
         forest.asked[id(self)] = self.asked
         blocks = forest.blocks(window, causal, tiles=False)
-        return run_whole(x, half, self.whole, native, blocks, rule) if isinstance(blocks, Blocks) else None
+        return run_whole(x, half, self.whole, native, blocks, rule.scale) if isinstance(blocks, Blocks) else None
 
     def _normed_heads(self, columns: Tensor) -> Tensor:
         if self.query_norm is None or self.key_norm is None:

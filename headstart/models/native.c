@@ -111,18 +111,29 @@ static inline __attribute__((always_inline)) void turn_square(vector *rows) {
     }
 }
 
-/* to [k, PANEL] = b [k, PANEL], whose rows lie `step` apart, or with `turned` its columns */
-static void lay_panel(float *to, const float *b, whole step, int turned, whole k) {
-    for (whole i = 0; i < k && !turned; i++, to += PANEL, b += step) memcpy(to, b, PANEL * sizeof(float));
-    for (whole i = 0; i < k && turned; i += LANES)
-        for (int half = 0; half < PANEL; half += LANES) {
+/* to [n, m] = from [m, n] times a number, in squares, or that is `added`; m and n are multiples of LANES */
+static inline __attribute__((always_inline)) void turn_rows(float *to, whole to_step, const float *from, whole from_step, whole m,
+                                                            whole n, float times, int added) {
+    for (whole j = 0; j < n; j += LANES)
+        for (whole i = 0; i < m; i += LANES) {
             vector rows[LANES];
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) rows[j] = *(const vector *)(b + (half + j) * step + i);
+            for (int r = 0; r < LANES; r++) rows[r] = *(const vector *)(from + (i + r) * from_step + j);
             turn_square(rows);
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) *(vector *)(to + (i + j) * PANEL + half) = rows[j];
+            for (int r = 0; r < LANES; r++) {
+                vector *place = (vector *)(to + (j + r) * to_step + i);
+                *place = added ? *place + rows[r] * times : rows[r] * times;
+            }
         }
+}
+
+/* to [k, PANEL] = b [k, PANEL], whose rows lie `step` apart, or with `turned` its columns */
+static void lay_panel(float *to, const float *b, whole step, int turned, whole k) {
+    if (turned)
+        turn_rows(to, PANEL, b, step, PANEL, k, 1, 0);
+    else
+        for (whole i = 0; i < k; i++, to += PANEL, b += step) memcpy(to, b, PANEL * sizeof(float));
 }
 
 /* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS. */
@@ -190,22 +201,6 @@ struct adapters {
 
 /* Tokens that a thread takes at a time; those whose products are added up at a time, of so many columns. */
 enum { TOKENS = 4 * ROWS, SUMMED = 64, COLUMNS = 2 * PANEL };
-
-/* to [n, m] = from [m, n] times a number, in squares, or that is `added` */
-static void turn_rows(float *to, whole to_step, const float *from, whole from_step, whole m, whole n, float times, int added) {
-    for (whole i = 0; i < m; i += LANES)
-        for (whole j = 0; j < n; j += LANES) {
-            vector rows[LANES];
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) rows[r] = *(const vector *)(from + (i + r) * from_step + j);
-            turn_square(rows);
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) {
-                vector *place = (vector *)(to + (j + r) * to_step + i);
-                *place = added ? *place + rows[r] * times : rows[r] * times;
-            }
-        }
-}
 
 /* Floats that the three below work in. */
 whole headstart_adapt_room(const struct adapters *f) { return f->ranks * (f->depth + f->widest); }

@@ -70,6 +70,12 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "share")),
     )
 
+    def read(self, table: Table, scale: float) -> None:
+        """Take over which queries see which keys, and what scores are multiplied by."""
+        self.count, self.threads, self.scale = len(table.fields), torch.get_num_threads(), scale
+        self.blocks, self.runs = table.fields.ctypes.data, table.runs.ctypes.data
+        self.places = table.places.ctypes.data
+
 
 class _Adapter(ctypes.Structure):
     """`struct adapter` of the kernels."""
@@ -218,7 +224,7 @@ class Native:
     def read_adapters(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> Adapters | None:
         """Return adapters as `adapt` reads them; None where it doesn't: those whose sizes aren't of whole registers, say."""
         known = all(t.is_contiguous() and not any(n % LANES for n in t.shape) for a, b, *_ in adapters for t in (a, b))
-        return Adapters(adapters) if known and adapters and self._columns else None
+        return Adapters(adapters) if known and self._columns else None
 
     def adapt(self, adapters: Adapters, inputs: Tensor, output: Tensor, times: float) -> Tensor:
         """Add `times` what adapters make of inputs [T, D] to `output` [T, N]; return A x of all of them, [T, R]."""
@@ -320,10 +326,11 @@ def _attention(inputs: Inputs) -> Attention:
     if any(part.stride(1) != k.shape[2] for part in (q, k, v) if part.shape[1] > 1) or k.stride(0) != v.stride(0):
         raise ValueError("heads don't lie side by side, or values not as keys do")
     pointers = (part.data_ptr() for part in (q, k, v))
-    sizes = q.stride(0), k.stride(0), q.shape[1], k.shape[1], k.shape[2], len(table.fields), torch.get_num_threads()
-    place = None if kept is None else kept.data_ptr()
-    arrays = table.fields.ctypes.data, table.runs.ctypes.data, place, table.places.ctypes.data
-    return Attention(*pointers, *sizes, *arrays, scale, share)
+    called = Attention(*pointers, q.stride(0), k.stride(0), q.shape[1], *k.shape[1:], share=share)
+    if kept is not None:
+        called.kept = kept.data_ptr()
+    called.read(table, scale)
+    return called
 
 
 def cut_parts(table: Table, groups: int) -> tuple[int, Ints]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.models.attend import Rule, one_by_one
+from headstart.models.attend import one_by_one
 from headstart.models.blocks import Blocks
 from headstart.models.fused import GatedMlp, Heads, Norm
 from headstart.models.linear import Product
@@ -94,9 +94,7 @@ class Whole:
         with one_by_one():
             table = blocks.table
         layer, attention = self.layer, self._attention
-        attention.count, attention.threads, attention.scale = len(table.fields), torch.get_num_threads(), scale
-        attention.blocks, attention.runs = table.fields.ctypes.data, table.runs.ctypes.data
-        attention.places = table.places.ctypes.data
+        attention.read(table, scale)
         layer.parts, edges = cut_parts(table, self.heads.groups)
         layer.edges, layer.threads = edges.ctypes.data, attention.threads
         layer.tokens, layer.r = tokens, cos.shape[1]
@@ -146,8 +144,7 @@ def _room(floats: Sequence[int], x: Tensor) -> list[Tensor]:
 
 
 def run_whole(
-    x: Tensor, turn: tuple[Tensor, Tensor], whole: Whole, native: Native, blocks: Blocks, rule: Rule
+    x: Tensor, turn: tuple[Tensor, Tensor], whole: Whole, native: Native, blocks: Blocks, scale: float
 ) -> Tensor:
-    """Run a layer that `fits` on a pack, [T, D]; `turn` is cos and sin [T, r] of the rotary positions."""
-    cos, sin = turn
-    return _RunWhole.apply(x.contiguous(), whole.trigger, cos, sin, whole, native, blocks, rule.scale)  # type: ignore[no-any-return, no-untyped-call]
+    """Run a layer that `fits` on a pack, [T, D]: `turn` is cos and sin [T, r] of the rotary positions, `scale` that of scores."""
+    return _RunWhole.apply(x.contiguous(), whole.trigger, *turn, whole, native, blocks, scale)  # type: ignore[no-any-return, no-untyped-call]

@@ -20,7 +20,8 @@ from headstart.models.attention import Forest, register, run_decoder
 from headstart.models.fast import speed_up
 from headstart.models.linear import Part, Product
 from headstart.models.native import Native
-from tests.laws.test_native import needs_compiler, needs_wide_registers
+from headstart.models.whole import Whole
+from tests.laws.test_native import kernels, needs_compiler, needs_wide_registers
 
 pytestmark = [needs_compiler, needs_wide_registers]
 
@@ -164,6 +165,57 @@ def test_a_layer_that_computes_anything_else_runs_in_parts(
     called = runs(monkeypatch)
     steps(model, "a row")
     assert not called
+
+
+def test_a_pack_that_the_kernels_do_not_take_runs_in_parts() -> None:
+    model = build()
+    speed_up(model)
+    layer, positions = model.model.layers[0].forward, torch.arange(70)
+    forest, x = Forest([70], [-1], positions), torch.randn(70, 64)
+    cos, sin = torch.randn(1, 70, 16), torch.randn(1, 70, 16)
+    assert layer._run_whole(x, forest, (cos, sin)) is not None
+    assert layer._run_whole(torch.randn(70, 96), forest, (cos, sin)) is None
+    assert layer._run_whole(x.double(), forest, (cos, sin)) is None
+    assert layer._run_whole(x, forest, (torch.randn(1, 70, 34), torch.randn(1, 70, 34))) is None  # more than a head has
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer._run_whole(x, forest, (cos, sin)) is None
+
+
+def offset_norm(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    return columns, out, mlp, dataclasses.replace(before, offset=1.0), after, heads
+
+
+def narrow_norm(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    narrow = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    return columns, out, mlp, before, dataclasses.replace(after, weight=narrow), heads
+
+
+def other_heads(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    return columns, out, mlp, before, after, dataclasses.replace(heads, groups=1)
+
+
+def biased_out(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    part = dataclasses.replace(out.parts[0], bias=torch.zeros(64))
+    return columns, Product([part]), mlp, before, after, heads
+
+
+def tied_adapters(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    part = dataclasses.replace(out.parts[0], a=columns.parts[0].a)
+    return columns, Product([part]), mlp, before, after, heads
+
+
+def wide_down(columns: Any, out: Any, mlp: Any, before: Any, after: Any, heads: Any) -> Any:
+    down = Product([Part(torch.randn(64, 192), None)])
+    return columns, out, dataclasses.replace(mlp, down=down), before, after, heads
+
+
+@pytest.mark.parametrize("change", [offset_norm, narrow_norm, other_heads, biased_out, tied_adapters, wide_down])
+def test_a_layer_that_is_put_together_otherwise_does_not_fit(change: Any) -> None:
+    model = build()
+    speed_up(model)
+    parts = model.model.layers[0].forward.whole._parts
+    assert Whole(*parts).fits(kernels())
+    assert not Whole(*change(*parts)).fits(kernels())
 
 
 def test_a_copy_has_gradients_of_its_own() -> None:
