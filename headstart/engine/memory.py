@@ -1,8 +1,8 @@
 """What a piece of work fills for a while, known from the same work on less: live bytes over time, scaled up.
 
 Work on a pack runs the same operations whatever the pack's size, so the storage that the k-th allocation makes has a size
-that is a polynomial of the scale: constant (a gradient), linear (a token's states) or quadratic (a mask). Three small runs
-give each of them, and the sum over those that live at once gives the peak of the whole, which was never run.
+that is a polynomial of the scale: constant (a gradient), linear (a token's states) or quadratic (a mask). Two small runs
+tell which and give each of them, and the sum over those that live at once gives the peak of the whole, which was never run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headstart import machine
 from headstart.data.forest import Pack
 from headstart.models.attend import in_blocks
 
-SCALES = (1 / 16, 1 / 8, 1 / 4)
+SCALES = (1 / 16, 1 / 4)
 SMALL_TOKENS = 128  # a pack of so few is measured as it is
 MEASURABLE_BYTES = 16 << 20  # below which a process's memory says nothing of it
 PASSES = 2  # after which the allocator keeps about what it will keep

@@ -24,7 +24,6 @@ FORWARD_COST = 0.4  # of a token forward, against forward and backward
 STEPS_LAID_OUT = 64
 ROWS_LAID_OUT = 128
 TIMED_S, TIMED_MOST = 1.0, 5  # a pack that is quick is timed until so long has passed, but not more often
-FORWARD_TIMES = 2  # that a pack goes forward to be timed; the first time may touch memory that is new
 MEMORY_SHARE = 0.9
 STATES_PER_WEIGHT = 3  # gradient and AdamW's two moments
 
@@ -223,9 +222,9 @@ def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
     """Take the worst step before the first: the largest pack, a usual one, the optimizer, the largest to be scored.
 
     No weight is changed, but all that a step fills is filled, so that what doesn't fit fails here. The first pass isn't
-    timed, since it also pays for memory that is touched for the first time; of several, the quickest counts. What is scored
-    is taken to be as long as what is trained on; it goes forward quicker than in training, which makes gradients of the
-    losses on its way.
+    timed, since it also pays for memory that is touched for the first time; of several, the quickest counts. To score goes
+    forward quicker than training, which makes gradients of the losses on its way; of two packs the quicker counts, by its
+    tokens.
     """
     device = engine.reader.device.type
     state = engine.random_state()
@@ -237,10 +236,9 @@ def rehearse(engine: Engine, layout: Layout, scoring: Scoring | None) -> Pace:
             engine.discard()
         taken.append(_timed(engine.rehearse, layout.usual, device))
     step_s = engine.rehearse_optim_step(layout.words)
-    if scoring is not None:
-        engine.reader.forward(scoring.worst)
-    forward = [_timed(engine.reader.forward, layout.usual, device) for _ in range(FORWARD_TIMES)]
-    train_s, forward_s = (min(times) / len(layout.usual) for times in (taken, forward))
+    scored = [scoring.worst if scoring else layout.usual, layout.usual]
+    forward_s = min(_timed(engine.reader.forward, pack, device) / len(pack) for pack in scored)
+    train_s = min(taken) / len(layout.usual)
     engine.set_random_state(state)
     engine.clock.take()  # what was rehearsed isn't training's time
     return Pace(train_s, forward_s, step_s, machine.peak_since(device))

@@ -277,6 +277,12 @@ def test_a_rehearsal_times_scoring_by_itself_and_counts_the_quickest_pass_of_eac
     pace = rehearse(engine, layout, None)
     assert asked == [(engine.rehearse, worst), *[(engine.rehearse, usual)] * 2, *[(engine.reader.forward, usual)] * 2]
     assert (pace.train_s, pace.forward_s) == (0.6 / len(usual), 0.2 / len(usual))
+    # The largest pack to be scored is one of the two that are timed, by its own tokens.
+    passes |= {engine.rehearse: iter([9.0, 0.8, 0.6]), engine.reader.forward: iter([0.3, 0.2])}
+    asked.clear()
+    pace = rehearse(engine, layout, Scoring(99, worst))
+    assert asked[-2:] == [(engine.reader.forward, worst), (engine.reader.forward, usual)]
+    assert pace.forward_s == min(0.3 / len(worst), 0.2 / len(usual)) == 0.3 / len(worst)
     assert not any(engine.clock.take().values())  # training begins anew
 
 
