@@ -171,8 +171,13 @@ def _recompute(engine: Engine, *, wanted: bool) -> bool:
     return True
 
 
-def estimate_run(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None) -> Estimate:
-    """Rehearse the worst step and return what the run will take: memory, time, disk; `shape` is what a step computes."""
+def estimate_run(
+    data: Data, engine: Engine, fitted: Fitted, shape: Shape | None, *, guard_known: bool = False
+) -> Estimate:
+    """Rehearse the worst step and return what the run will take: memory, time, disk; `shape` is what a step computes.
+
+    With `guard_known` the guard isn't scored before training.
+    """
     settings, layout = fitted.config.settings, fitted.layout
     device = engine.reader.device.type
     free = machine.device_free_bytes(device)
@@ -188,7 +193,7 @@ def estimate_run(data: Data, engine: Engine, fitted: Fitted, shape: Shape | None
         memory_bytes=fitted.memory.planned(pace.peak_bytes),
         memory_free_bytes=free,
         train_s=pace.train_s * layout.tokens + (pace.step_s + layout.data_s) * layout.steps,
-        eval_s=pace.forward_s * _scored_tokens(data, settings, layout, engine.reader)
+        eval_s=pace.forward_s * _scored_tokens(data, settings, layout, engine.reader, guard_known=guard_known)
         + _answering_s(data, engine, settings, layout, pace.forward_s),
         save_s=written * seconds_per_byte(Path(settings.out or ".")),
         disk_bytes=(settings.save.keep + 1) * state + 2 * weights,
@@ -204,12 +209,18 @@ def _moment_bytes(engine: Engine, layout: Layout) -> int:
     return sum(whole) + sum(rows.bytes_of(layout.words) for rows in engine.rows.values())
 
 
-def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reader) -> int:
+def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reader, *, guard_known: bool) -> int:
     """Return how many tokens go forward to score: the proof twice, what is watched as often as it is."""
     prepared, budget = data.prepared, settings.engine.tokens_per_pack or 1
     scored = data.proof(settings.eval.rows).examples
-    parts = [scored, prepared.watch.examples, *(part.examples for part in data.beside)]
-    proof, watch, *beside = (one.tokens if (one := lay_out_scoring(reader, part, budget)) else 0 for part in parts)
+
+    def tokens_of(part: Sequence[Example]) -> int:
+        found = lay_out_scoring(reader, part, budget)
+        return found.tokens if found else 0
+
+    proof, watch = tokens_of(scored), tokens_of(prepared.watch.examples)
+    beside = 2 * sum(tokens_of(part.examples) for part in data.beside)
+    beside -= sum(tokens_of(part.rows.examples) for part in data.guard) if guard_known else 0
     watches = -(-layout.steps // settings.eval.every) if settings.eval.every else 0
     twice = 2 if settings.task == "tagging" else 1  # losses, and then the tags
     if settings.eval.choices == "on":
@@ -225,7 +236,7 @@ def _scored_tokens(data: Data, settings: Settings, layout: Layout, reader: Reade
     if needs_reference(settings):
         rows = len(prepared.train.examples)  # once, however often they are trained on
         referred = watch + round(layout.tokens * rows / (layout.steps * (settings.batch_size or 1)))
-    return 2 * twice * (proof + sum(beside)) + watches * watch + referred
+    return twice * (2 * proof + beside) + watches * watch + referred
 
 
 def needs_reference(settings: Settings) -> bool:

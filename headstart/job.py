@@ -41,6 +41,7 @@ from headstart.errors import ModelError, Problem, UsageError
 from headstart.evaluate.compare import MIN_ROWS
 from headstart.evaluate.graders.rows import Grading
 from headstart.evaluate.measure import Measured, RowResult, choose_answered, measure
+from headstart.evaluate.reference import Kept, computes_with, decided_by, keep_guard
 from headstart.evaluate.robust import (
     VARIABLE,
     Variant,
@@ -84,6 +85,7 @@ class Job:
     engine_facts: str
     shape: Shape | None = None
     new_head: bool = False
+    guard_before: Kept | None = None
     grading: Grading = field(default_factory=Grading)
 
     @property
@@ -115,6 +117,7 @@ class Job:
 
         Old rows and those written otherwise are scored as the run's own are, with its `labels`, but answered only where
         answers are picked. Answers of preferences that are written otherwise are held against what the untouched model gave them `before`.
+        Without `before` it is the untouched model that is scored, and the guard only where no earlier run kept what it gave.
         """
         template = self.config.settings.data.template
         found = list(rows.rows)
@@ -125,13 +128,24 @@ class Job:
                 renderer = build_renderer(self.data.source, self.data.tokenizer, mixed.task, template)
                 measured = self._measure_part(renderer, mixed.task, mixed.proof, tokens_per_pack)
             found += [replace(row, part=mixed.name) for row in measured]
-        for part in self.data.guard:
-            measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
-            found += [replace(row, part=part.name, guard=True) for row in measured]
+        found += self._measure_guard(tokens_per_pack, self.guard_before if before is None else None)
         for variant in self.data.variants:
             measured = self._measure_own(variant.rows, tokens_per_pack, labels, variant.references(before))
             found += variant.mark(measured)
         return Measured(found, rows.task)
+
+    def _measure_guard(self, tokens_per_pack: int, kept: Kept | None) -> Sequence[RowResult]:
+        known = kept.read() if kept else None
+        if known is not None:
+            return Measured.from_json(known, self.config.settings.task).rows
+        found: list[RowResult] = []
+        for part in self.data.guard:
+            measured = self._measure_part(part.renderer, part.task, part.rows, tokens_per_pack)
+            found += [replace(row, part=part.name, guard=True) for row in measured]
+        # Smaller packs than were planned, for want of memory, have other last bits.
+        if kept and tokens_per_pack == self.config.settings.engine.tokens_per_pack:
+            kept.write(Measured(found, self.config.settings.task).to_json())
+        return found
 
     def _measure_part(
         self, renderer: Encoder | Look, task: str, rows: Segmented, tokens_per_pack: int
@@ -246,8 +260,7 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None, *, prove: b
     bfloat16 = config.settings.engine.precision == "bfloat16"
     lora = config.settings.lora if config.settings.method == "lora" else None
     dtype = torch.bfloat16 if bfloat16 and lora else torch.float32
-    task, labels = config.settings.task, data.prepared.labels
-    random = config.settings.weights == "random"
+    task, labels, random = config.settings.task, data.prepared.labels, config.settings.weights == "random"
     torch.manual_seed(config.settings.seed)  # the head for labels begins at random
     if data.source.is_adapter and not data.carries_on:
         loaded = load_merged(data.source, device, dtype, task, labels)
@@ -302,8 +315,17 @@ def build_job(data: Data, tell: Callable[[str], None] | None = None, *, prove: b
     )
     fitted = fit_memory(config, data, engine)
     facts = _describe_engine(settings, sped, kept)
-    estimate = estimate_run(data, engine, fitted, shape)
-    return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape, new_head)
+    guard = _keep_guard(data, fitted.config.settings, device) if prove else None
+    estimate = estimate_run(data, engine, fitted, shape, guard_known=guard is not None and guard.read() is not None)
+    return Job(data, fitted.config, adapted, engine, fitted.layout, estimate, facts, shape, new_head, guard)
+
+
+def _keep_guard(data: Data, settings: Settings, device: str) -> Kept | None:
+    """Return where it is kept what the untouched model gives the guard; None where nothing is guarded."""
+    if not data.guard:
+        return None
+    decided = decided_by(computes_with(data.source, data.base, settings), settings, device)
+    return keep_guard(data.guard, decided, settings.engine.tokens_per_pack or 0)
 
 
 def _write_variants(data: Data, config: Config) -> list[Variant]:

@@ -10,20 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart import machine
 from headstart.config import Config, flat
 from headstart.data.hub import pin_dataset
 from headstart.data.mixing import read_mix
 from headstart.data.read import HUB_PREFIX, SourceFile
 from headstart.dataset import Data
 from headstart.errors import DataError, Problem, RunError, UsageError
+from headstart.evaluate.reference import computes_with
 from headstart.files import sha256
 from headstart.lineage import file_fault
-from headstart.models.native import find
-from headstart.models.source import Source, weights_hash
+from headstart.models import native
+from headstart.models.source import describe_model
 
 ALLOWED = ("data", "model", "settings", "versions")
-COMPILER = "C compiler"
 # What may differ without a word: where the run lies, and how packs are cut, which a run changes itself where memory runs out.
 FREE_SETTINGS = ("out", "engine.tokens_per_pack")
 
@@ -47,7 +46,7 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
     parts = {"train": prepared.train, "watch": prepared.watch, "proof": prepared.proof}
     return {
         "date": today.isoformat(),
-        "versions": _versions(config),
+        **computes_with(data.source, data.base, config.settings),
         "settings": config.settings.model_dump(mode="json"),
         "files": [_describe_file(file) for formed in prepared.formed for file in formed.files],
         "formats": [asdict(formed.detection) for formed in prepared.formed],
@@ -70,16 +69,8 @@ def describe(data: Data, config: Config, today: datetime.date) -> dict[str, Any]
         "alike": prepared.parts.alike,
         "cut": sum(part.cut for part in parts.values()),
         "notes": [note for formed in prepared.formed for note in formed.notes],
-        "model": _describe_model(data.source),
-        "base": _describe_model(data.base) if data.base else None,
         "lineage": data.lineage,
     }
-
-
-def _versions(config: Config) -> dict[str, str]:
-    """Return the versions of what computes; with fast layers also of what compiled their kernels, since it decides how they round."""
-    native = find() if config.settings.engine.fast == "on" else None
-    return {**machine.versions(), COMPILER: native.compiler if native else "not used"}
 
 
 def _describe_file(file: SourceFile) -> dict[str, Any]:
@@ -90,15 +81,6 @@ def _describe_file(file: SourceFile) -> dict[str, Any]:
         "sha256": file.sha256 or sha256(file.path),
         "revision": file.revision,
     }
-
-
-def _describe_model(source: Source) -> dict[str, Any]:
-    return {**source.to_json(), "sha256": _weights_hash(source)}
-
-
-def _weights_hash(source: Source) -> str:
-    """Return the hash of a model's weights, but for the hub's, which their commit pins."""
-    return "" if source.kind == "hub" else weights_hash(source)
 
 
 def identity(record: Mapping[str, Any]) -> str:
@@ -146,8 +128,11 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
         if key not in FREE_SETTINGS and key in now and now[key] != was:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
             changes.append(_change("settings", "run.changed", what, "config.yaml"))
-    versions = _versions(config)
-    recorded = {COMPILER: "not used", **record["versions"]}  # runs of before there were kernels say nothing of it
+    versions = native.versions(fast=config.settings.engine.fast == "on")
+    recorded = {
+        native.COMPILER: "not used",
+        **record["versions"],
+    }  # runs of before there were kernels say nothing of it
     for name, was in recorded.items():
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))
@@ -166,7 +151,7 @@ def find_other_sources(record: Mapping[str, Any], data: Data) -> list[Change]:
         for path in sorted(known ^ found)
     ]
     for was, source in ((record["model"], data.source), (record.get("base"), data.base)):
-        now = _describe_model(source) if source else None
+        now = describe_model(source) if source else None
         if was and (now is None or (was["sha256"], was["revision"]) != (now["sha256"], now["revision"])):
             changes.append(_change("model", "data.changed", "the model is not what it was", was["name"]))
     return _not_allowed(record, changes)

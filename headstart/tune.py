@@ -34,7 +34,7 @@ from headstart.evaluate.generate import tokens_kept
 from headstart.evaluate.graders.rows import build_grading, ungraded, ungraded_lines
 from headstart.evaluate.measure import Measured, as_references, measure, own_reference
 from headstart.evaluate.metrics import best_threshold
-from headstart.evaluate.reference import find_references, reference_key, with_references
+from headstart.evaluate.reference import decided_by, find_references, reference_key, with_references
 from headstart.evaluate.score import output_rows, score_answers, score_rows
 from headstart.evaluate.surprise import WORD_ROWS
 from headstart.evaluate.watch import Look, Watch, find_signs
@@ -435,12 +435,7 @@ class _Session:
             return [logprobs.tolist() for logprobs in scored]
 
         settings = self.job.config.settings
-        record = read_json(self.folder.data_file)
-        of = settings.model_dump(mode="json", include={"method", "weights", "lora", "engine", "seed"})
-        of["engine"].pop("tokens_per_pack")  # a run may cut its packs down
-        key = reference_key(
-            rows, [record["model"], *filter(None, [record.get("base")]), of, record["versions"], reader.device.type]
-        )
+        key = reference_key(rows, decided_by(read_json(self.folder.data_file), settings, reader.device.type))
         found = iter(
             with_references(
                 rows, find_references(key, self.folder.reference_file, compute, settings.engine.tokens_per_pack or 0)

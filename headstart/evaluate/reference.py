@@ -1,28 +1,54 @@
-"""What the untouched model gives the answers that preferences are made of: computed once, kept by what it follows from."""
+"""What the untouched model gives rows: answers that preferences are made of, and the guard. Computed once, kept by what it follows from."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from headstart.config import Settings
 from headstart.data.segments import Example
-from headstart.files import read_json, write_json
+from headstart.evaluate.guard import Guarded
+from headstart.files import read_json, sha256, write_json
 from headstart.machine import home
+from headstart.models.native import versions
+from headstart.models.source import Source, describe_model
 
-KEPT = 32  # references of other runs; those that were of no use for the longest time make room
+KEPT = 32  # of other runs, in a folder; those that were written the longest time ago make room
 
 References = list[list[float]]  # of each row the log-probability of each of its answers
 
 
-def reference_key(examples: Sequence[Example], decided_by: Sequence[Any]) -> str:
+def computes_with(source: Source, base: Source | None, settings: Settings) -> dict[str, Any]:
+    """Return what a run computes with, as it is written down: versions, the model and, of an adapter, its base."""
+    return {
+        "versions": versions(fast=settings.engine.fast == "on"),
+        "model": describe_model(source),
+        "base": describe_model(base) if base else None,
+    }
+
+
+def decided_by(written: Mapping[str, Any], settings: Settings, device: str) -> list[Any]:
+    """Return what decides the bits of what the untouched model gives rows, but for these: what it computes with, and how.
+
+    How packs are cut isn't told, since a run may cut them down.
+    """
+    of = settings.model_dump(mode="json", include={"method", "weights", "lora", "engine", "seed"})
+    of["engine"].pop("tokens_per_pack")
+    models = [model for model in (written["model"], written.get("base")) if model]
+    configs = [sha256(file) for model in models for file in sorted(Path(model["path"]).glob("*config.json"))]
+    return [models, configs, of, written["versions"], device]
+
+
+def reference_key(examples: Sequence[Example], decided: Sequence[Any]) -> str:
     """Return a name for references that follows from the rows' tokens and from all else that decides their bits."""
-    digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
     for example in examples:
         for segment in example.segments:
             digest.update(len(segment).to_bytes(8, "little"))
@@ -30,38 +56,82 @@ def reference_key(examples: Sequence[Example], decided_by: Sequence[Any]) -> str
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Plain values in a folder of the cache that follow from a key alone; where that can't be written, it is of no use."""
+
+    folder: str
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """Where they are kept."""
+        return home() / self.folder / f"{self.key}.json"
+
+    def read(self) -> Any:
+        """Return the values; None where they aren't there, or not whole."""
+        try:
+            kept = read_json(self.path)
+            return kept["found"] if kept["key"] == self.key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, found: Any) -> None:
+        """Keep values, and no more than `KEPT` of a folder."""
+        try:
+            write_json(self.path, {"key": self.key, "found": found})
+            others = sorted(self.path.parent.glob("*.json"), key=lambda other: other.stat().st_mtime)
+            for other in others[:-KEPT]:
+                other.unlink(missing_ok=True)
+        except OSError:
+            return  # a run goes on from its own files
+
+
+def keep_guard(guard: Sequence[Guarded], decided: Sequence[Any], tokens_per_pack: int) -> Kept:
+    """Return where it is kept what the untouched model gives the rows of the guard, which most runs on it ask for alike.
+
+    The name follows from the code too, which makes more of it than log-probabilities.
+    """
+    said = [
+        (part.name, part.task, str(record.where), record.group, *record.texts)
+        for part in guard
+        for record in part.rows.kept
+    ]
+    examples = [example for part in guard for example in part.rows.examples]
+    return Kept("guard", f"{reference_key(examples, [decided, said, _code_hash()])}-{tokens_per_pack}")
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Return a hash of the package's code: a version stands for many states of it while it is worked on."""
+    folder = Path(__file__).parents[1]
+    return hashlib.sha256(
+        "".join(sha256(file) for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")])).encode()
+    ).hexdigest()
+
+
 def find_references(key: str, own: Path, compute: Callable[[], References], tokens_per_pack: int) -> References:
     """Return references by their key: from a run's own file, from the cache, or computed; both hold them then.
 
     A run goes on from its own file. Among those of other runs only such count as were computed in packs of the same size,
-    since the last bits follow from these; where the cache can't be written, it is of no use.
+    since the last bits follow from these.
     """
-    cached = home() / "references" / f"{key}-{tokens_per_pack}.json"
-    found = _read(own, key)
+    cached = Kept("references", f"{key}-{tokens_per_pack}")
+    found = _read_own(own, key)
     if found is None:
-        found = _read(cached, key) or compute()
+        found = cached.read() or compute()
         write_json(own, {"key": key, "logprobs": found})
-        _keep(cached, key, found)
+        cached.write(found)
     return found
 
 
-def _read(path: Path, key: str) -> References | None:
-    """Return what a file holds, if it is of this key and whole."""
+def _read_own(path: Path, key: str) -> References | None:
+    """Return what a run's file holds, if it is of this key and whole."""
     try:
         kept = read_json(path)
         return list(kept["logprobs"]) if kept["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _keep(path: Path, key: str, found: References) -> None:
-    try:
-        write_json(path, {"key": key, "logprobs": found})
-        others = sorted(path.parent.glob("*.json"), key=lambda other: other.stat().st_mtime)
-        for other in others[:-KEPT]:
-            other.unlink(missing_ok=True)
-    except OSError:
-        return  # the run's own file is what it goes on from
 
 
 def with_references(examples: Sequence[Example], found: References) -> list[Example]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from headstart import machine
 from headstart.models.blocks import Ints, Table
 
+COMPILER = "C compiler"  # as versions name it
 SOURCE = Path(__file__).with_name("native.c")
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -362,6 +363,12 @@ def find() -> Native | None:
         return Native(_load(compiler, version, threads), version)
     except (OSError, AttributeError, RuntimeError, UnicodeError, subprocess.SubprocessError):
         return None
+
+
+def versions(*, fast: bool) -> dict[str, str]:
+    """Return the versions of what computes; with fast layers also of what compiled their kernels, since it decides how they round."""
+    native = find() if fast else None
+    return {**machine.versions(), COMPILER: native.compiler if native else "not used"}
 
 
 def find_compiler() -> str | None:

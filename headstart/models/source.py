@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import subprocess
@@ -348,6 +349,16 @@ def weights_hash(source: Source) -> str:
     if source.sha256:
         return source.sha256
     files = sorted(source.path.glob("*.safetensors"))
-    if len(files) == 1:
-        return sha256(files[0])
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    hashes = [_hash(path, (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(path: Path, *_: int) -> str:
+    """Return the hash of a file as it is now, read once in a process: a run asks for it more than once."""
+    return sha256(path)
+
+
+def describe_model(source: Source) -> dict[str, Any]:
+    """Return where a model is and the hash of its weights, but for the hub's, which their commit pins."""
+    return {**source.to_json(), "sha256": "" if source.kind == "hub" else weights_hash(source)}

@@ -17,8 +17,12 @@ from safetensors.torch import load_file
 
 import headstart
 from headstart.display import Display
+from headstart.engine.plan import lay_out_scoring
 from headstart.errors import DataError, ResourceError, RunError, StoppedError, UsageError
+from headstart.evaluate.measure import Measured
 from headstart.files import read_json
+from headstart.fit import _scored_tokens
+from headstart.job import Job
 from headstart.run import WRITER, RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences
@@ -121,6 +125,55 @@ def test_the_same_run_twice_gives_the_same_bits(
     one = run_tiny(small_data, tiny_model, tmp_path / "one", quiet, **{"lora.dropout": 0.1})
     two = run_tiny(small_data, tiny_model, tmp_path / "two", quiet, **{"lora.dropout": 0.1})
     assert_equal_runs(one.path, two.path)
+
+
+def test_the_guard_is_scored_once_by_the_same_untouched_model(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_HOME", str(tmp_path / "home"))
+    model, guard = tmp_path / "model", tmp_path / "known.jsonl"
+    shutil.copytree(tiny_model, model)
+    guard.write_text("".join(json.dumps({"text": f"The plan of day {n}."}) + "\n" for n in range(12)), encoding="utf-8")
+    own = Job._measure_part
+    scored: list[str] = []
+
+    def counted(job: Job, renderer: Any, task: str, *more: Any) -> Any:
+        scored.append(task)
+        return own(job, renderer, task, *more)
+
+    monkeypatch.setattr(Job, "_measure_part", counted)
+
+    def times(name: str, **settings: Any) -> tuple[int, headstart.Run]:
+        scored.clear()
+        run = run_tiny(small_data, model, tmp_path / name, quiet, **{"eval.guard": str(guard), "steps": 2, **settings})
+        return len(scored), run
+
+    job = headstart.plan(small_data, model=str(model), settings={**QUICK, "eval.guard": str(guard), "steps": 2})
+    reader, settings = job.engine.reader, job.config.settings
+    planned = [_scored_tokens(job.data, settings, job.layout, reader, guard_known=known) for known in (False, True)]
+    laid_out = lay_out_scoring(reader, job.data.guard[0].rows.examples, settings.engine.tokens_per_pack or 0)
+    assert laid_out is not None
+    assert planned[0] - planned[1] == laid_out.tokens > 0
+    job.measure_beside(Measured([], "chat"), 64)
+    assert not (tmp_path / "home" / "guard").exists()  # packs that were cut down, as where the memory runs out
+    (first, one), (second, two) = times("one"), times("two", **{"optim.lr": 1e-2})
+    assert (first, second) == (2, 1)  # before and after; after alone
+    known = [[row for row in RunFolder(run.path).read_evaluation("before") or [] if row["guard"]] for run in (one, two)]
+    assert known[0] == known[1] != []
+    assert len(known[0]) == 12
+    # Whatever decides what comes out is scored anew, and so is what was damaged.
+    assert times("three", **{"lora.rank": 4})[0] == 2
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    count, other = times("four")
+    changed = [row for row in RunFolder(other.path).read_evaluation("before") or [] if row["guard"]]
+    assert count == 2
+    assert [row["nll"] for row in changed] != [row["nll"] for row in known[0]]
+    for kept in (tmp_path / "home" / "guard").glob("*.json"):
+        kept.write_text(kept.read_text()[:-3])
+    assert times("five")[0] == 2
+    guard.write_text(guard.read_text().replace("day 3.", "day 3!"), encoding="utf-8")
+    assert times("six")[0] == 2
 
 
 def test_how_often_one_looks_does_not_change_the_weights(
