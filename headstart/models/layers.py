@@ -53,7 +53,19 @@ class FusedLayer:
         cached = kwargs.get("past_key_values") is not None
         if forest is None or cached or self.asked is None or any(is_off(module) for module in self.adapters):
             return self.plain(hidden_states, *args, **kwargs)
-        return self.run(hidden_states.squeeze(0), forest, kwargs.get("position_embeddings"))[None]
+        given = hidden_states.squeeze(0), forest, kwargs.get("position_embeddings")
+        again = self._recompute()
+        return (self.run(*given) if again is None else again(self.run, *given))[None]
+
+    def _recompute(self) -> Callable[..., Tensor] | None:
+        """Return what computes the layer anew on the way back, where that is wanted and its own class would do it in `forward`.
+
+        In older versions of transformers that is done in `__call__`, around this.
+        """
+        layer: Any = getattr(self.plain, "__self__", None)
+        inside = isinstance(layer, nn.Module) and type(layer).__call__ is nn.Module.__call__
+        wanted = inside and layer.training and getattr(layer, "gradient_checkpointing", False)
+        return layer._gradient_checkpointing_func if wanted and torch.is_grad_enabled() else None
 
     def forget(self) -> None:
         """Let go of weights that may since lie elsewhere."""

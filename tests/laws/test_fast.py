@@ -20,6 +20,7 @@ from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register
 from headstart.models.embedding import spread
 from headstart.models.fast import slow_down, speed_up
+from headstart.models.layers import GatedLayer
 from headstart.objectives.tokens import nll
 from tests.laws.test_packing import TOLERANCE, assert_same, rows
 from tests.twins import PACKED, twin
@@ -107,12 +108,23 @@ def test_fast_trains_as_plain_over_several_steps(lora: Lora | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_fast_layers_whose_activations_are_made_anew_give_the_same(name: str) -> None:
+def test_fast_layers_whose_activations_are_made_anew_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parameters = trained(name, torch.float64, lora=Lora(4, 8, 0.0, ("all-linear",)))
     plain = step(model, parameters, 60)
-    speed_up(model)
-    PackReader(model).recompute_activations()
+    assert speed_up(model).layers == 2
+    run, times = GatedLayer.run, [0]
+
+    def counted(*args: Any) -> Any:
+        times[0] += torch.is_grad_enabled()
+        return run(*args)
+
+    monkeypatch.setattr(GatedLayer, "run", counted)
     assert_same(step(model, parameters, 60), plain, 1e-6)
+    once = times[0]
+    PackReader(model).recompute_activations()
+    times[0] = 0
+    assert_same(step(model, parameters, 60), plain, 1e-6)
+    assert times[0] == 2 * once > 0
 
 
 def test_an_adapter_that_is_switched_off_or_has_dropout_runs_the_plain_code() -> None:
