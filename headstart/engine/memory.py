@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headstart import machine
 from headstart.data.forest import Pack
 from headstart.models.attend import in_blocks
+from headstart.models.whole import afresh
 
 SCALES = (1 / 16, 1 / 4)
 SMALL_TOKENS = 128  # a pack of so few is measured as it is
@@ -127,7 +128,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def trace(work: Callable[[], Any]) -> Trace:
     """Run `work` and note what it fills. Memory inside of a single operation isn't seen, nor that of attention's blocks."""
     tracker = _Tracker()
-    with tracker:
+    with tracker, afresh():
         work()
     return tracker.result()
 
@@ -212,6 +213,13 @@ def measure_growth(
     `head` is what makes logits in chunks (`models.head.Head`); of these the smaller packs have one each. `begin` is called
     before each. With `added` the work is one of several of which each adds to the same gradients.
     """
+    with afresh():
+        return _measure_growth(work, pack, device, head, begin, added)
+
+
+def _measure_growth(
+    work: Callable[[Pack], Any], pack: Pack, device: str, head: Any, begin: Callable[[], None] | None, added: bool
+) -> Growth:
     largest = max(SCALES)
     if head is not None and len(pack.sources):
         largest = min(largest, head.rows_at_once / len(pack.sources))

@@ -23,6 +23,7 @@ from headstart.models.layers import FusedLayer, PostNormLayer, is_off
 from headstart.models.linear import Product, read_linear
 from headstart.models.native import find
 from headstart.models.structure import alike, place_dropouts, read_gated, read_norm, read_post_norm
+from headstart.models.whole import Spare
 
 PROBE_CHOSEN = [2, 6, 7, 11, 14]
 
@@ -64,8 +65,9 @@ def speed_up(model: Any) -> Sped:
         _speed_up_dropout(module)
     if fast and model.device.type == "cpu":
         _leave_file(model)
+        spare = Spare()
         for found in fast.values():
-            found.forget()
+            found.settle(spare)
     compiled = model.device.type == "cpu" and find() is not None
     return Sped(len(fast), len(calls), norms, linears, compiled)
 

@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from headstart.engine.forward import PackReader
 from headstart.engine.memory import trace
 from headstart.models.attention import Forest, register, run_decoder
 from headstart.models.fast import speed_up
 from headstart.models.linear import Part, Product
 from headstart.models.native import Native
-from headstart.models.whole import Whole
+from headstart.models.whole import Spare, Whole
 from tests.laws.test_native import kernels, needs_compiler, needs_wide_registers
 
 pytestmark = [needs_compiler, needs_wide_registers]
@@ -351,3 +352,83 @@ def test_what_a_pack_fills_is_seen_whatever_its_size() -> None:
     traces = [trace(lambda tokens=tokens: work(tokens)) for tokens in (64, 128, 256)]
     assert traces[0].like(traces[1])
     assert traces[0].like(traces[2])
+
+
+def test_spare_memory_is_used_anew_once_nothing_holds_it() -> None:
+    spare, like = Spare(), torch.empty(0)
+    first, second = spare.take(100, like), spare.take(100, like)
+    places = [first.data_ptr(), second.data_ptr()]
+    assert places[0] + 400 <= places[1] or places[1] + 400 <= places[0]
+    first.fill_(1.0)
+    view = first[50:]
+    del first
+    third = spare.take(100, like).fill_(3.0)  # a view still holds the first
+    assert third.data_ptr() not in places
+    assert view.eq(1.0).all()
+    del view
+    assert spare.take(90, like).data_ptr() == places[0]
+    found = spare.take(107, like)  # what was asked for in steps of a quarter of a power of two
+    assert found.data_ptr() == places[0]
+    assert (len(found), found.dtype) == (107, torch.float32)
+    del second, third, found
+    sizes = {len(block) for block in spare._free}
+    large = spare.take(120, like)
+    assert (sizes, spare._free) == ({107}, [])  # none of these is of use any more
+    del large
+    spare.let_go()
+    assert spare._free == []
+
+
+def test_layers_keep_what_they_need_where_the_pack_before_kept_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    speed_up(model)
+    places: list[int] = []
+    plain = Native.layer
+
+    def noted(native: Native, layer: Any, x: Tensor, output: Tensor, kept: Tensor, *works: Tensor) -> None:
+        places.append(kept.data_ptr())
+        plain(native, layer, x, output, kept, *works)
+
+    monkeypatch.setattr(Native, "layer", noted)
+    steps(model, "a tree", packs=1)
+    steps(model, "a row", packs=1)
+    assert len(set(places[:3])) == 3
+    assert set(places[3:]) == set(places[:3])
+    lengths, parents, depths = FORESTS["a row"]
+    ids, positions = torch.arange(len(depths)) * 7 % 64, torch.tensor(depths)
+    places.clear()
+    output = run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    other = run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    assert len(set(places)) == 6  # two packs are on their way
+    del output  # and one never goes back
+    gc.collect()
+    run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    assert set(places[6:]) == set(places[:3])
+    (spare,) = {layer.forward.whole.spare for layer in model.model.layers}
+    del other
+    assert len(spare._free) == 6
+    with torch.no_grad():
+        run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    assert spare._free == []
+
+
+def test_recomputed_layers_share_what_one_of_them_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    speed_up(model)
+    states, gradients = steps(model, "a tree")
+    (spare,) = {layer.forward.whole.spare for layer in model.model.layers}
+    spare.let_go()
+    PackReader(model).recompute_activations()
+    model.train()
+    others, wanted = steps(model, "a tree")
+    assert len(spare._free) == 1
+    assert torch.equal(states, others)
+    assert all(torch.equal(gradients[key], wanted[key]) for key in wanted)
+
+
+def test_what_layers_keep_is_seen_though_they_used_it_before() -> None:
+    model = build()
+    speed_up(model)
+    first = trace(lambda: steps(model, "a tree", packs=1))
+    steps(model, "a tree")
+    assert trace(lambda: steps(model, "a tree", packs=1)).peak() == first.peak()
