@@ -18,7 +18,11 @@ from torch import Tensor
 from headstart.data.forest import Pack
 from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, PackReader, Reader, TokenReader
+from headstart.engine.memory import scaled
 
+PROBE_TOKENS = (
+    63.5  # of a pack that shows what is computed; rounded up they are more than its sources, where all are targets
+)
 RATE_S = 0.1  # for each shape that is timed
 RATE_SHAPES = 3
 RATE_ROWS = 1024
@@ -98,10 +102,14 @@ def pairs(pack: Pack, window: int = 0, *, causal: bool = True) -> int:
 
 
 def probe_pack(reader: Reader, examples: Sequence[Example]) -> Pack:
-    """Return a short pack in which tokens, sources and segments are of different numbers."""
+    """Return a short pack in which tokens, sources and segments are of different numbers.
+
+    Long rows are cut down, since plain layers keep several times what fused ones do.
+    """
     twos = [[examples[i] for i in range(n, min(n + 2, len(examples)))] for n in range(min(8, len(examples)))]
     packs = [reader.build_packs(two, 1 << 30)[0] for two in twos]
-    apart = [p for p in packs if len({1, len(p), len(p.sources), len(p.begins)}) == 4]
+    short = [scaled(p, PROBE_TOKENS / len(p)) for p in packs if len(p) > PROBE_TOKENS and not any(p.images)]
+    apart = [p for p in (*short, *packs) if len({1, len(p), len(p.sources), len(p.begins)}) == 4]
     return min(apart or packs, key=len)
 
 

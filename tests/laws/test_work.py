@@ -88,6 +88,20 @@ def test_an_encoder_with_a_head_needs_all_that_torch_counts() -> None:
     assert shape.operations(pack) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_long_rows_are_looked_at_cut_down(every: bool) -> None:
+    reader = PackReader(twin("llama"))
+    tails = [[3 + n % 60 for n in range(length)] for length in (400, 430)]
+    long = [example(PREFIX + t, None if every else [0.0] * 300 + [1.0] * (len(t) - 284)) for t in tails]
+    pack = probe_pack(reader, long)
+    assert len(pack) < 80
+    assert len({1, len(pack), len(pack.sources), len(pack.begins)}) == 4
+    short, whole = read_shape(reader, pack), read_shape(reader, reader.build_packs(long, 10_000)[0])
+    assert short is not None
+    assert whole is not None
+    assert short.products == whole.products
+
+
 def test_a_rate_is_that_of_a_product_of_the_model() -> None:
     reader = PackReader(twin("llama", torch.float32))
     shape = read_shape(reader, probe_pack(reader, rows()))
