@@ -19,6 +19,7 @@ from torch import Tensor
 from headstart.data.prefixes import PrefixTree, build_prefixes
 from headstart.models.attention import can_pack, use_attention
 from headstart.models.decode import Cache, Node, Row, token_bytes
+from headstart.models.fast import let_go
 from headstart.models.head import Head, read_head
 
 PROMPTS_AT_ONCE = 16  # and the next: through transformers' own generate
@@ -68,6 +69,7 @@ def generate(
     prompt that is longer by itself; left out, it follows from `KEPT_BYTES`.
     """
     model.eval()
+    let_go(model)
     limits = [max(1, min(limit, length - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
     head = _find_head(model, max(map(len, prompts), default=0) + max(limits, default=0), head)
     if head is None:

@@ -19,7 +19,7 @@ from headstart.models.attention import PROBE_FOREST, Asked, Forest, run_decoder
 from headstart.models.dropout import dropout
 from headstart.models.embedding import LOOKED_UP, embed
 from headstart.models.fused import project, rms_norm
-from headstart.models.layers import FusedLayer, PostNormLayer, is_off
+from headstart.models.layers import FusedLayer, GatedLayer, PostNormLayer, is_off
 from headstart.models.linear import Product, read_linear
 from headstart.models.native import find
 from headstart.models.structure import alike, place_dropouts, read_gated, read_norm, read_post_norm
@@ -95,6 +95,14 @@ def slow_down(model: Any) -> None:
         vars(module).pop("forward", None)
     for parameter in model.parameters():
         vars(parameter).pop(LOOKED_UP, None)
+
+
+def let_go(model: Any) -> None:
+    """Have layers give back the memory that they keep for the next pack, for what is about to fill much of its own."""
+    for module in model.modules():
+        found = vars(module).get("forward")
+        if isinstance(found, GatedLayer) and found.whole is not None:
+            found.whole.spare.let_go()
 
 
 # What a layer is called with, what it gives, and whether that is all that it gives.

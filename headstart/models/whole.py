@@ -160,16 +160,11 @@ class _RunWhole(torch.autograd.Function):
         native: Native,
         blocks: Blocks,
         scale: float,
-        goes_back: bool,
     ) -> Tensor:
         whole.tell(x.shape[0], cos, sin, blocks, scale)
         kept_floats, *floats = native.layer_floats(whole.layer, back=False)
         works = _room(floats, x)
-        if goes_back:
-            kept = whole.spare.take(kept_floats, x)
-        else:  # what goes forward alone keeps nothing, and what training kept may be of use elsewhere
-            whole.spare.let_go()
-            kept = x.new_empty(kept_floats)
+        kept = whole.spare.take(kept_floats, x)
         output = torch.empty_like(x)
         native.layer(whole.layer, x, output, kept, *works)
         ctx.whole, ctx.native, ctx.blocks, ctx.scale = whole, native, blocks, scale
@@ -186,7 +181,7 @@ class _RunWhole(torch.autograd.Function):
         gradient = gradient.contiguous()
         whole.make_gradients()  # last, since until they are written nobody may see them
         ctx.native.layer_back(whole.layer, x, gradient, d_x, kept, *works)
-        return d_x, *(None,) * 8
+        return d_x, *(None,) * 7
 
 
 def _room(floats: Sequence[int], x: Tensor) -> list[Tensor]:
@@ -200,6 +195,4 @@ def run_whole(
     x: Tensor, turn: tuple[Tensor, Tensor], whole: Whole, native: Native, blocks: Blocks, scale: float
 ) -> Tensor:
     """Run a layer that `fits` on a pack, [T, D]: `turn` is cos and sin [T, r] of the rotary positions, `scale` that of scores."""
-    trigger = whole.trigger
-    goes_back = torch.is_grad_enabled() and (trigger is not None or x.requires_grad)
-    return _RunWhole.apply(x.contiguous(), trigger, *turn, whole, native, blocks, scale, goes_back)  # type: ignore[no-any-return, no-untyped-call]
+    return _RunWhole.apply(x.contiguous(), whole.trigger, *turn, whole, native, blocks, scale)  # type: ignore[no-any-return, no-untyped-call]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from headstart.engine.forward import PackReader
 from headstart.engine.memory import trace
 from headstart.models.attention import Forest, register, run_decoder
-from headstart.models.fast import speed_up
+from headstart.models.fast import let_go, speed_up
 from headstart.models.linear import Part, Product
 from headstart.models.native import Native
 from headstart.models.whole import Spare, Whole
@@ -409,6 +409,8 @@ def test_layers_keep_what_they_need_where_the_pack_before_kept_it(monkeypatch: p
     assert len(spare._free) == 6
     with torch.no_grad():
         run_decoder(model, ids, positions, Forest(lengths, parents, positions))
+    assert len(spare._free) == 6
+    let_go(model)  # as before answers are written
     assert spare._free == []
 
 
