@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import math
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -41,29 +42,38 @@ class Spare:
     """Memory in which the layers of a model keep what they need on the way back: used anew by pack after pack.
 
     An allocator puts something smaller into it in between, and asks the system for more at the next pack that is a little
-    larger: 10 to 20% of all that LoRA fills, which has to be touched for the first time in the middle of training.
+    larger, which has to be touched for the first time in the middle of training. So it is the system's own, outside of the heap.
     """
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: list[tuple[mmap.mmap, int]] = []  # with where each lies
 
     def take(self, floats: int, like: Tensor) -> Tensor:
         """Return room for so many numbers. It is given back when nothing holds it any more, be that after a way back or not."""
         if _afresh[0]:
             return like.new_empty(floats)
-        found = next((n for n, block in enumerate(self._free) if len(block) >= floats), None)
+        found = next((n for n, (pages, _) in enumerate(self._free) if len(pages) >= 4 * floats), None)
         if found is None:
-            self.let_go()  # all at once, so that they leave no holes
-            block = like.new_empty(max(floats, int(2 ** (math.ceil(math.log2(floats) * SIZES) / SIZES))))
+            self.let_go()  # none of them is of use for a pack of this size
+            block = _pages(max(floats, int(2 ** (math.ceil(math.log2(floats) * SIZES) / SIZES))))
         else:
             block = self._free.pop(found)
-        place = (ctypes.c_float * floats).from_address(block.data_ptr())
+        place = (ctypes.c_float * floats).from_address(block[1])
         weakref.finalize(place, self._free.append, block).atexit = False
         return torch.frombuffer(place, dtype=torch.float32)  # whose storage holds `place`
 
     def let_go(self) -> None:
-        """Give back to the allocator what no layer holds."""
+        """Give back to the system what no layer holds."""
         self._free.clear()
+
+
+def _pages(floats: int) -> tuple[mmap.mmap, int]:
+    """Return memory of the system's, in large pages where it has them, and where it lies."""
+    pages = mmap.mmap(-1, 4 * floats)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages, ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
 class Whole:

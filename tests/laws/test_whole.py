@@ -371,9 +371,9 @@ def test_spare_memory_is_used_anew_once_nothing_holds_it() -> None:
     assert found.data_ptr() == places[0]
     assert (len(found), found.dtype) == (107, torch.float32)
     del second, third, found
-    sizes = {len(block) for block in spare._free}
+    sizes = {len(pages) for pages, _ in spare._free}
     large = spare.take(120, like)
-    assert (sizes, spare._free) == ({107}, [])  # none of these is of use any more
+    assert (sizes, spare._free) == ({4 * 107}, [])  # none of these is of use any more
     del large
     spare.let_go()
     assert spare._free == []
