@@ -68,8 +68,11 @@ class Spare:
 
 
 def _pages(floats: int) -> tuple[mmap.mmap, int]:
-    """Return memory of the system's, in large pages where it has them, and where it lies."""
-    pages = mmap.mmap(-1, 4 * floats)
+    """Return memory of the system's, in large pages where it has them, and where it lies. Raises MemoryError."""
+    try:
+        pages = mmap.mmap(-1, 4 * floats)
+    except OSError as error:  # it has none left; a step is then begun anew in smaller packs
+        raise MemoryError(f"{4 * floats:,} bytes: {error.strerror}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without them
             pages.madvise(mmap.MADV_HUGEPAGE)

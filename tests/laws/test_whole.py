@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from headstart.engine.forward import PackReader
 from headstart.engine.memory import trace
+from headstart.machine import out_of_memory
 from headstart.models.attention import Forest, register, run_decoder
 from headstart.models.fast import let_go, speed_up
 from headstart.models.linear import Part, Product
@@ -377,6 +378,12 @@ def test_spare_memory_is_used_anew_once_nothing_holds_it() -> None:
     del large
     spare.let_go()
     assert spare._free == []
+
+
+def test_memory_that_the_system_does_not_give_is_said_to_have_run_out() -> None:
+    with pytest.raises(MemoryError, match="bytes: Cannot allocate memory") as caught:
+        Spare().take(1 << 58, torch.empty(0))
+    assert out_of_memory(caught.value)
 
 
 def test_layers_keep_what_they_need_where_the_pack_before_kept_it(monkeypatch: pytest.MonkeyPatch) -> None:
