@@ -53,7 +53,7 @@ from headstart.evaluate.robust import (
     write_variants,
 )
 from headstart.evaluate.watch import Watch
-from headstart.files import read_json
+from headstart.files import read_json, sha256
 from headstart.fit import estimate_run, fit_memory, needs_reference, plan_watch
 from headstart.models.adapt import Adapted, Lora, adapt, carry_on
 from headstart.models.fast import Sped
@@ -324,7 +324,14 @@ def _keep_guard(data: Data, settings: Settings, device: str) -> Kept | None:
     """Return where it is kept what the untouched model gives the guard; None where nothing is guarded."""
     if not data.guard:
         return None
-    decided = decided_by(computes_with(data.source, data.base, settings), settings, device)
+    # What the hash of the weights doesn't cover: how they are read, and how many words there are.
+    places = [source.path for source in (data.source, data.base) if source]
+    files = [sha256(file) for place in places for file in sorted(place.glob("*.json"))]
+    decided = [
+        decided_by(computes_with(data.source, data.base, settings), settings, device),
+        files,
+        settings.data.template,
+    ]
     return keep_guard(data.guard, decided, settings.engine.tokens_per_pack or 0)
 
 

@@ -41,7 +41,7 @@ from headstart.evaluate.watch import Look, Watch, find_signs
 from headstart.faults import reach
 from headstart.files import TEMPORARY_PREFIX, read_json, take_room, write_atomic, write_json
 from headstart.job import Job, beside, build_job
-from headstart.models.fast import slow_down
+from headstart.models.fast import let_go, slow_down
 from headstart.models.save import save_result, saved_scale
 from headstart.origin import (
     check_allowed,
@@ -512,6 +512,7 @@ class _Session:
                 said = machine.out_of_memory(error)
                 if said is None or tokens <= longest:
                     raise
+            let_go(self.job.engine.reader.model)
             machine.trim_memory()
             tokens, part = max(longest, tokens // 2), 2 * part
             self.display.warn(f"out of memory while scoring ({said}): it begins anew with {tokens:,} tokens a pack")

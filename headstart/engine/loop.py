@@ -22,6 +22,7 @@ from headstart.engine.optim import Schedule
 from headstart.engine.work import Shape
 from headstart.errors import DivergedError, Problem, ResourceError
 from headstart.faults import reach
+from headstart.models.fast import let_go
 
 WRONG_IN_A_ROW = 2  # evaluations after which a run ends: one alone may be a bad patch that it comes out of
 
@@ -333,6 +334,7 @@ def _leave_out(
 
 def _free(engine: Engine) -> None:
     gc.collect()
+    let_go(engine.reader.model)  # smaller packs would lie in the memory of the one that was too large
     if engine.reader.device.type == "cuda":
         torch.cuda.empty_cache()
 

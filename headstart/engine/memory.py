@@ -253,10 +253,10 @@ def _overhead(work: Callable[[], Any], live: int, device: str) -> float:
     return max(1.0, (machine.peak_since(device) - before) / live)
 
 
-def scaled(pack: Pack, scale: float) -> Pack:
+def scaled(pack: Pack, scale: float, least: int = 1) -> Pack:
     """Return a pack with the same nodes, each shorter: a token of the pack, and what is predicted there, now and then.
 
-    Every node keeps at least one token, so that the same operations run. It is for measuring, and means nothing.
+    Every node keeps at least one token, and there are at least so many sources, if the pack has them, so that the same operations run. It is for measuring, and means nothing.
     """
     if any(pack.images):
         return _fewer_images(pack, max(1, round(len(pack.images) * scale)))
@@ -264,7 +264,7 @@ def scaled(pack: Pack, scale: float) -> Pack:
     places = np.concatenate([begin + np.arange(n) for begin, n in zip(pack.start, length, strict=True)])
     where = np.full(len(pack), -1, np.int64)
     where[places] = np.arange(len(places))
-    count = max(1, round(len(pack.sources) * scale)) if len(pack.sources) else 0
+    count = min(len(pack.sources), max(least, round(len(pack.sources) * scale)))
     # Sources from all over, since those that rows share have a target for each row.
     chosen = np.arange(count) * len(pack.sources) // max(1, count)
     kept = np.isin(pack.target_sources, chosen)

@@ -108,9 +108,10 @@ def probe_pack(reader: Reader, examples: Sequence[Example]) -> Pack:
     """
     twos = [[examples[i] for i in range(n, min(n + 2, len(examples)))] for n in range(min(8, len(examples)))]
     packs = [reader.build_packs(two, 1 << 30)[0] for two in twos]
-    short = [scaled(p, PROBE_TOKENS / len(p)) for p in packs if len(p) > PROBE_TOKENS and not any(p.images)]
+    long = [p for p in packs if len(p) > PROBE_TOKENS and not any(p.images)]
+    short = [scaled(p, PROBE_TOKENS / len(p), len(p.begins) + 1) for p in long]
     apart = [p for p in (*short, *packs) if len({1, len(p), len(p.sources), len(p.begins)}) == 4]
-    return min(apart or packs, key=len)
+    return min(apart or short or packs, key=len)
 
 
 def read_shape(reader: Reader, pack: Pack) -> Shape | None:

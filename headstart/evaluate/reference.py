@@ -42,8 +42,7 @@ def decided_by(written: Mapping[str, Any], settings: Settings, device: str) -> l
     of = settings.model_dump(mode="json", include={"method", "weights", "lora", "engine", "seed"})
     of["engine"].pop("tokens_per_pack")
     models = [model for model in (written["model"], written.get("base")) if model]
-    configs = [sha256(file) for model in models for file in sorted(Path(model["path"]).glob("*config.json"))]
-    return [models, configs, of, written["versions"], device]
+    return [models, of, written["versions"], device]
 
 
 def reference_key(examples: Sequence[Example], decided: Sequence[Any]) -> str:

@@ -52,7 +52,9 @@ class Spare:
         """Return room for so many numbers. It is given back when nothing holds it any more, be that after a way back or not."""
         if _afresh[0]:
             return like.new_empty(floats)
-        found = next((n for n, (pages, _) in enumerate(self._free) if len(pages) >= 4 * floats), None)
+        # The one that was given back last, so that a lone forward pass stays in one.
+        last = range(len(self._free) - 1, -1, -1)
+        found = next((n for n in last if len(self._free[n][0]) >= 4 * floats), None)
         if found is None:
             self.let_go()  # none of them is of use for a pack of this size
             block = _pages(max(floats, int(2 ** (math.ceil(math.log2(floats) * SIZES) / SIZES))))
@@ -70,7 +72,9 @@ class Spare:
 def _pages(floats: int) -> tuple[mmap.mmap, int]:
     """Return memory of the system's, in large pages where it has them, and where it lies. Raises MemoryError."""
     try:
-        pages = mmap.mmap(-1, 4 * floats)
+        # Shared memory, which is the default, has large pages on few systems.
+        private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+        pages = mmap.mmap(-1, 4 * floats, **private)
     except OSError as error:  # it has none left; a step is then begun anew in smaller packs
         raise MemoryError(f"{4 * floats:,} bytes: {error.strerror}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):

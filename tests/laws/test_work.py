@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -88,11 +90,14 @@ def test_an_encoder_with_a_head_needs_all_that_torch_counts() -> None:
     assert shape.operations(pack) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("every", [True, False])
-def test_long_rows_are_looked_at_cut_down(every: bool) -> None:
+@pytest.mark.parametrize("targets", ["all", 130, 6])
+def test_long_rows_are_looked_at_cut_down(targets: Any) -> None:
     reader = PackReader(twin("llama"))
     tails = [[3 + n % 60 for n in range(length)] for length in (400, 430)]
-    long = [example(PREFIX + t, None if every else [0.0] * 300 + [1.0] * (len(t) - 284)) for t in tails]
+    long = [
+        example(PREFIX + t, None if targets == "all" else [0.0] * (len(t) + 16 - targets) + [1.0] * targets)
+        for t in tails
+    ]
     pack = probe_pack(reader, long)
     assert len(pack) < 80
     assert len({1, len(pack), len(pack.sources), len(pack.begins)}) == 4
