@@ -129,10 +129,8 @@ def find_changes(record: Mapping[str, Any], config: Config) -> list[Change]:
             what = f"`{key}` was {json.dumps(was)} and is {json.dumps(now[key])}"
             changes.append(_change("settings", "run.changed", what, "config.yaml"))
     versions = native.versions(fast=config.settings.engine.fast == "on")
-    recorded = {
-        native.COMPILER: "not used",
-        **record["versions"],
-    }  # runs of before there were kernels say nothing of it
+    # Runs of before there were kernels say nothing of a compiler.
+    recorded = {native.COMPILER: "not used", **record["versions"]}
     for name, was in recorded.items():
         if versions.get(name) != was:
             changes.append(_change("versions", "run.changed", f"was {was} and is {versions.get(name)}", name))

@@ -199,6 +199,7 @@ def _extend(sizes: Sequence[Any], tokens: Sequence[int], wanted: int) -> Any:
     return np.where(power < LINEAR, last, np.where(power < QUADRATIC, np.maximum(linear, 0), quadratic))
 
 
+@afresh()
 def measure_growth(
     work: Callable[[Pack], Any],
     pack: Pack,
@@ -213,13 +214,6 @@ def measure_growth(
     `head` is what makes logits in chunks (`models.head.Head`); of these the smaller packs have one each. `begin` is called
     before each. With `added` the work is one of several of which each adds to the same gradients.
     """
-    with afresh():
-        return _measure_growth(work, pack, device, head, begin, added)
-
-
-def _measure_growth(
-    work: Callable[[Pack], Any], pack: Pack, device: str, head: Any, begin: Callable[[], None] | None, added: bool
-) -> Growth:
     largest = max(SCALES)
     if head is not None and len(pack.sources):
         largest = min(largest, head.rows_at_once / len(pack.sources))
@@ -256,7 +250,8 @@ def _overhead(work: Callable[[], Any], live: int, device: str) -> float:
 def scaled(pack: Pack, scale: float, least: int = 1) -> Pack:
     """Return a pack with the same nodes, each shorter: a token of the pack, and what is predicted there, now and then.
 
-    Every node keeps at least one token, and there are at least so many sources, if the pack has them, so that the same operations run. It is for measuring, and means nothing.
+    Every node keeps at least one token, so that the same operations run, and the pack at least so many sources, where it has
+    them. It is for measuring, and means nothing.
     """
     if any(pack.images):
         return _fewer_images(pack, max(1, round(len(pack.images) * scale)))

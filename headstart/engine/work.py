@@ -20,9 +20,8 @@ from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, PackReader, Reader, TokenReader
 from headstart.engine.memory import scaled
 
-PROBE_TOKENS = (
-    63.5  # of a pack that shows what is computed; rounded up they are more than its sources, where all are targets
-)
+# Of a pack that shows what is computed; rounded up they are more than its sources, where all are targets.
+PROBE_TOKENS = 63.5
 RATE_S = 0.1  # for each shape that is timed
 RATE_SHAPES = 3
 RATE_ROWS = 1024

@@ -67,13 +67,9 @@ class Kept:
         """Where they are kept."""
         return home() / self.folder / f"{self.key}.json"
 
-    def read(self) -> Any:
+    def read(self) -> list[Any] | None:
         """Return the values; None where they aren't there, or not whole."""
-        try:
-            kept = read_json(self.path)
-            return kept["found"] if kept["key"] == self.key else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return _read(self.path, self.key, "found")
 
     def write(self, found: Any) -> None:
         """Keep values, and no more than `KEPT` of a folder."""
@@ -104,9 +100,8 @@ def keep_guard(guard: Sequence[Guarded], decided: Sequence[Any], tokens_per_pack
 def _code_hash() -> str:
     """Return a hash of the package's code: a version stands for many states of it while it is worked on."""
     folder = Path(__file__).parents[1]
-    return hashlib.sha256(
-        "".join(sha256(file) for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")])).encode()
-    ).hexdigest()
+    files = sorted([*folder.rglob("*.py"), *folder.rglob("*.c")])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def find_references(key: str, own: Path, compute: Callable[[], References], tokens_per_pack: int) -> References:
@@ -116,7 +111,7 @@ def find_references(key: str, own: Path, compute: Callable[[], References], toke
     since the last bits follow from these.
     """
     cached = Kept("references", f"{key}-{tokens_per_pack}")
-    found = _read_own(own, key)
+    found = _read(own, key, "logprobs")
     if found is None:
         found = cached.read() or compute()
         write_json(own, {"key": key, "logprobs": found})
@@ -124,11 +119,11 @@ def find_references(key: str, own: Path, compute: Callable[[], References], toke
     return found
 
 
-def _read_own(path: Path, key: str) -> References | None:
-    """Return what a run's file holds, if it is of this key and whole."""
+def _read(path: Path, key: str, name: str) -> list[Any] | None:
+    """Return the values of this name that a file holds, if it is of this key and whole."""
     try:
         kept = read_json(path)
-        return list(kept["logprobs"]) if kept["key"] == key else None
+        return list(kept[name]) if kept["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -23,7 +23,7 @@ from headstart.models.layers import FusedLayer, GatedLayer, PostNormLayer, is_of
 from headstart.models.linear import Product, read_linear
 from headstart.models.native import find
 from headstart.models.structure import alike, place_dropouts, read_gated, read_norm, read_post_norm
-from headstart.models.whole import Spare
+from headstart.models.whole import Spare, Whole
 
 PROBE_CHOSEN = [2, 6, 7, 11, 14]
 
@@ -66,8 +66,9 @@ def speed_up(model: Any) -> Sped:
     if fast and model.device.type == "cpu":
         _leave_file(model)
         spare = Spare()
-        for found in fast.values():
-            found.settle(spare)
+        for whole in _wholes(model):
+            whole.forget()  # weights that lie elsewhere since
+            whole.spare = spare
     compiled = model.device.type == "cpu" and find() is not None
     return Sped(len(fast), len(calls), norms, linears, compiled)
 
@@ -99,10 +100,16 @@ def slow_down(model: Any) -> None:
 
 def let_go(model: Any) -> None:
     """Have layers give back the memory that they keep for the next pack, for what is about to fill much of its own."""
+    for whole in _wholes(model):
+        whole.spare.let_go()
+
+
+def _wholes(model: Any) -> Iterator[Whole]:
+    """Yield the layers that may run as a whole."""
     for module in model.modules():
         found = vars(module).get("forward")
         if isinstance(found, GatedLayer) and found.whole is not None:
-            found.whole.spare.let_go()
+            yield found.whole
 
 
 # What a layer is called with, what it gives, and whether that is all that it gives.

@@ -27,7 +27,7 @@ from headstart.models.fused import (
 )
 from headstart.models.linear import Product
 from headstart.models.native import suits
-from headstart.models.whole import Spare, Whole, run_whole
+from headstart.models.whole import Whole, run_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,6 @@ class FusedLayer:
         inside = isinstance(layer, nn.Module) and type(layer).__call__ is nn.Module.__call__
         wanted = inside and layer.training and getattr(layer, "gradient_checkpointing", False)
         return layer._gradient_checkpointing_func if wanted and torch.is_grad_enabled() else None
-
-    def settle(self, spare: Spare) -> None:
-        """Get ready to run: let go of weights that may since lie elsewhere, and keep things in memory that layers share."""
 
     def run(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Run the layer on a pack, [T, D]; the last one gives the chosen tokens alone, [P, D]."""
@@ -152,12 +149,6 @@ class GatedLayer(FusedLayer):
         if self.mlp_after is None:
             return gated_mlp(x, self.mlp, residual=True)
         return torch.add(x, rms_norm(gated_mlp(x, self.mlp, residual=False), self.mlp_after), alpha=self.scale)
-
-    def settle(self, spare: Spare) -> None:
-        """Do so where the layer runs as a whole."""
-        if self.whole is not None:
-            self.whole.forget()
-            self.whole.spare = spare
 
     def _run_whole(self, x: Tensor, forest: Forest | Reading, turn: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """Run the layer as a whole; None where the kernels don't."""

@@ -49,7 +49,9 @@ class Spare:
         self._free: list[tuple[mmap.mmap, int]] = []  # with where each lies
 
     def take(self, floats: int, like: Tensor) -> Tensor:
-        """Return room for so many numbers. It is given back when nothing holds it any more, be that after a way back or not."""
+        """Return room for so many numbers, float32 [floats]. It is given back when nothing holds it any more, be that after a
+        way back or not. Raises MemoryError.
+        """
         if _afresh[0]:
             return like.new_empty(floats)
         # The one that was given back last, so that a lone forward pass stays in one.

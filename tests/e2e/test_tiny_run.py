@@ -154,6 +154,12 @@ def test_the_guard_is_scored_once_by_the_same_untouched_model(
     laid_out = lay_out_scoring(reader, job.data.guard[0].rows.examples, settings.engine.tokens_per_pack or 0)
     assert laid_out is not None
     assert planned[0] - planned[1] == laid_out.tokens > 0
+    assert job.guard_before is not None
+    for change in ({"data.template": "alpaca"}, {"engine.tokens_per_pack": 96}, {"seed": 5}):
+        more = {**QUICK, "eval.guard": str(guard), "steps": 2, **change}
+        other = headstart.plan(small_data, model=str(model), settings=more).guard_before
+        assert other is not None
+        assert other.key != job.guard_before.key
     job.measure_beside(Measured([], "chat"), 64)
     assert not (tmp_path / "home" / "guard").exists()  # packs that were cut down, as where the memory runs out
     (first, one), (second, two) = times("one"), times("two", **{"optim.lr": 1e-2})

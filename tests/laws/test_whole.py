@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from headstart.engine.forward import PackReader
+from headstart.engine.loop import _free
 from headstart.engine.memory import trace
+from headstart.evaluate.generate import generate
 from headstart.machine import out_of_memory
 from headstart.models.attention import Forest, register, run_decoder
 from headstart.models.fast import let_go, speed_up
 from headstart.models.linear import Part, Product
 from headstart.models.native import Native
 from headstart.models.whole import Spare, Whole
+from headstart.tune import _Session
+from tests.conftest import example
 from tests.laws.test_native import kernels, needs_compiler, needs_wide_registers
 
 pytestmark = [needs_compiler, needs_wide_registers]
@@ -417,11 +422,46 @@ def test_layers_keep_what_they_need_where_the_pack_before_kept_it(monkeypatch: p
     with torch.no_grad():
         run_decoder(model, ids, positions, Forest(lengths, parents, positions))
     assert len(spare._free) == 6
-    let_go(model)  # as before answers are written
+    assert len(set(places[-3:])) == 1  # one layer is done before the next begins
+    let_go(model)
     assert spare._free == []
 
 
-def test_recomputed_layers_share_what_one_of_them_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_memory_is_let_go_where_memory_runs_out_and_before_answers_are_written() -> None:
+    model = build()
+    speed_up(model)
+    (spare,) = {layer.forward.whole.spare for layer in model.model.layers}
+    reader = SimpleNamespace(model=model, device=torch.device("cpu"))
+    held: list[int] = []
+
+    def kept() -> int:
+        steps(model, "a tree", packs=1)
+        return len(spare._free)
+
+    assert kept() == 3
+    _free(SimpleNamespace(reader=reader))  # type: ignore[arg-type]
+    assert spare._free == []
+
+    def score(tokens: int, part: int) -> int:
+        held.append(len(spare._free))
+        if part == 1:
+            raise MemoryError
+        return tokens
+
+    assert kept() == 3
+    engine = SimpleNamespace(tokens_per_pack=64)
+    job = SimpleNamespace(
+        config=SimpleNamespace(settings=SimpleNamespace(engine=engine)), engine=SimpleNamespace(reader=reader)
+    )
+    session = SimpleNamespace(job=job, display=SimpleNamespace(warn=lambda _: None))
+    assert _Session._within_memory(session, [example([1, 2, 3])], score) == 32  # type: ignore[arg-type]
+    assert held == [3, 0]
+    assert kept() == 3
+    generate(model, [[3, 4, 5]], [63], [2], 64)
+    assert len(spare._free) == 1  # that of a trial of its own, of a few tokens
+
+
+def test_recomputed_layers_share_what_one_of_them_needs() -> None:
     model = build()
     speed_up(model)
     states, gradients = steps(model, "a tree")
