@@ -14,7 +14,7 @@ from headstart.models.embedding import LOOKED_UP, RowGradient, spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROWS_AT_ONCE = 512  # so that what an update reads twice lies in the caches
-SQUARES_AT_ONCE = 1 << 18  # that are added up in float32
+SQUARES_AT_ONCE = 1 << 16  # that are added up in float32, on narrow registers in sums of 2,048 and more
 GROWTH = 1.5  # of the room for rows, where it is too little
 
 
