@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from headstart.models.attention import apart, use_attention
 from headstart.models.labels import own_logits
 from headstart.models.linear import add_gradient
+from headstart.models.native import product
 
 LOGITS_AT_ONCE = 1 << 24
 COLUMNS_AT_ONCE = 4096  # of the vocabulary, on a CPU: their logits and weights stay in its caches
@@ -161,14 +161,14 @@ class _TargetLogprobs(torch.autograd.Function):
         for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
             rows, targets = slice(row, row + len(chunk)), slice(target, target + len(chunk_ids))
             for low, high in head.columns():
-                raw = F.linear(chunk, weight[low:high], None if bias is None else bias[low:high])
+                raw = product(chunk, weight[low:high].t(), None if bias is None else bias[low:high])
                 inside = chunk_sources, chunk_ids - low, gradient[targets]
                 d_logits = _logits_gradient(head, raw, normalizer[rows], *inside)
                 if d_hidden is not None:
-                    torch.addmm(d_hidden[rows], d_logits, weight[low:high], out=d_hidden[rows])
+                    product(d_logits, weight[low:high], d_hidden[rows], d_hidden[rows])
                 if ctx.needs_input_grad[1]:
                     place = weight.grad[low:high]
-                    torch.addmm(place, d_logits.t(), chunk, beta=0.0 if new and row == 0 else 1.0, out=place)
+                    product(d_logits.t(), chunk, None if new and row == 0 else place, place)
                 if d_bias is not None:
                     d_bias[low:high] += d_logits.sum(0)
             row, target = rows.stop, targets.stop
@@ -182,13 +182,13 @@ def _normalize(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     highest = hidden.new_full((len(hidden), 1), -math.inf)
     total = hidden.new_zeros(len(hidden))
     for low, high in head.columns():
-        logits = head.shape(F.linear(hidden, weight[low:high], None if bias is None else bias[low:high]))
+        logits = head.shape(product(hidden, weight[low:high].t(), None if bias is None else bias[low:high]))
         new = torch.maximum(highest, logits.amax(-1, keepdim=True))
         shrink = highest.sub_(new).exp_()
         logits.sub_(new).exp_()
         total.mul_(shrink[:, 0]).add_(logits.sum(-1))
         if mean is not None:
-            torch.addmm(mean.mul_(shrink), logits, weight[low:high], out=mean)
+            product(logits, weight[low:high], mean.mul_(shrink), mean)
         highest = new
     if mean is not None:
         mean.div_(total[:, None])

@@ -240,14 +240,14 @@ class Product:
             kept = self._gradients[name] = b.new_empty(sum(rows), b.shape[1])
         places = torch.split_with_sizes(kept, list(rows))
         if all(p.grad is None for p in parameters):
-            torch.mm(a, b, out=kept)
+            product(a, b, None, kept)
             for parameter, place in zip(parameters, places, strict=True):
                 parameter.grad = place
         elif all(
             p.grad is not None and p.grad.data_ptr() == place.data_ptr()
             for p, place in zip(parameters, places, strict=True)
         ):
-            kept.addmm_(a, b)
+            product(a, b, kept, kept)
         else:
             for parameter, piece in zip(parameters, torch.split_with_sizes(a, list(rows)), strict=True):
                 add_product(parameter, piece, b)
@@ -286,8 +286,10 @@ def add_product(parameter: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> 
         else:
             parameter.grad.add_(turned, alpha=scale)
     elif parameter.grad is None:
-        parameter.grad = torch.mm(a, b)
+        parameter.grad = product(a, b)
         if scale != 1.0:
             parameter.grad.mul_(scale)
+    elif scale == 1.0:
+        product(a, b, parameter.grad, parameter.grad)
     else:
         parameter.grad.addmm_(a, b, alpha=scale)

@@ -23,6 +23,7 @@ enum { LANES = 8, ROWS = 6 };
 enum { LANES = 4, ROWS = 6 };
 #endif
 enum { PANEL = 2 * LANES, PANELS = 5, DEPTH = 1024 }; /* columns of a tile; of B, what is laid out at once for a thread's cache */
+enum { TILES = 8, SHALLOW = 256 };                    /* of A, if its columns are what lies without gaps */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t numbers __attribute__((vector_size(4 * LANES)));
@@ -50,8 +51,10 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     vector sums[ROWS][2] = {0};
     for (whole k = p->k; k > 0; k--, a += a_k, b += b_step, ahead += ahead_step) {
         const vector first = *(const vector *)b, second = columns > 1 ? *(const vector *)(b + LANES) : first;
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + 16, 0, 2);
+        if (LANES == 16) { /* where a step takes 14 cycles of multiplying; where it takes 6, this costs more than it saves */
+            __builtin_prefetch(ahead, 0, 2);
+            __builtin_prefetch(ahead + 16, 0, 2);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const float x = a[r * a_row];
@@ -136,22 +139,33 @@ static void lay_panel(float *to, const float *b, whole step, int turned, whole k
         for (whole i = 0; i < k; i++, to += PANEL, b += step) memcpy(to, b, PANEL * sizeof(float));
 }
 
+/* to [k, rows] = a [rows, k], whose columns lie `step` apart */
+static void lay_tile(float *to, const float *a, whole step, whole rows, whole k) {
+    for (whole i = 0; i < k; i++, to += rows, a += step)
+        if (rows == ROWS)
+            memcpy(to, a, ROWS * sizeof(float));
+        else
+            for (whole r = 0; r < rows; r++) to[r] = a[r];
+}
+
 /* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS. */
-int headstart_multiply_columns(void) { return LANES == 16 ? PANEL : 0; }
+int headstart_multiply_columns(void) { return LANES > 4 ? PANEL : 0; }
 
-/* Of B, panel behind panel. */
+/* Of B, panel behind panel; of A, tile behind tile. */
 static _Thread_local float laid[PANELS * DEPTH * PANEL] __attribute__((aligned(64)));
+static _Thread_local float laid_tiles[TILES * ROWS * SHALLOW] __attribute__((aligned(64)));
 
-/* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, k of LANES.
+/* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, and k of LANES if B is turned.
  *
- * Each thread has columns of its own. It lays out as many of B as its cache holds, and fetches ahead, while it computes, what
- * it lays out or reads of A next.
+ * A's numbers lie `a_row` and `a_k` apart, one of which is 1. Each thread has columns of its own. It lays out as many of B as its
+ * cache holds, of A what lies by columns, and fetches ahead, while it computes, what it lays out or reads of A next.
  */
-void headstart_multiply(const float *a, whole a_step, const float *b, whole b_step, int turned, const float *base,
+void headstart_multiply(const float *a, whole a_row, whole a_k, const float *b, whole b_step, int turned, const float *base,
                         whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads) {
+    const whole deepest = a_k == 1 ? DEPTH : SHALLOW, fit = PANELS * DEPTH / deepest;
     const whole panels = n / PANEL, tiles = (m + ROWS - 1) / ROWS, each = (panels + threads - 1) / threads;
-    const whole groups = (each + PANELS - 1) / PANELS * threads, across = turned ? PANEL * b_step : PANEL;
-    const whole steps = (k + DEPTH - 1) / DEPTH, most = padded((k + steps - 1) / steps); /* about as many in each */
+    const whole groups = (each + fit - 1) / fit * threads, across = turned ? PANEL * b_step : PANEL;
+    const whole steps = (k + deepest - 1) / deepest, most = padded((k + steps - 1) / steps); /* about as many in each */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (whole g = 0; g < groups; g++) {
         const whole begin = g * panels / groups, end = (g + 1) * panels / groups;
@@ -161,16 +175,23 @@ void headstart_multiply(const float *a, whole a_step, const float *b, whole b_st
             const whole add_step = from ? c_step : base_step;
             for (whole t = 0; t < tiles; t++) {
                 const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
-                const float *at = a + i * a_step + from;
+                const float *at = a + i * a_row + from * a_k;
+                const float *tile = a_k == 1 ? at : laid_tiles + t % TILES * ROWS * depth;
+                for (whole u = t; a_k != 1 && t % TILES == 0 && u < tiles && u < t + TILES; u++) {
+                    const whole first = u * m / tiles;
+                    lay_tile(laid_tiles + (u - t) * ROWS * depth, at + first - i, a_k, (u + 1) * m / tiles - first, depth);
+                }
                 for (whole j = begin; j < end; j++) {
                     float *panel = laid + (j - begin) * depth * PANEL;
                     const float *place = add ? add + i * add_step + j * PANEL : NULL;
-                    struct product p = {depth, at, a_step, 1, panel, PANEL, place, add_step, c + i * c_step + j * PANEL, c_step, at, 0};
+                    struct product p = {.k = depth, .a = tile, .a_row = a_k == 1 ? a_row : 1, .a_k = a_k == 1 ? 1 : rows,
+                                        .b = panel, .b_step = PANEL, .base = place, .base_step = add_step,
+                                        .c = c + i * c_step + j * PANEL, .c_step = c_step, .ahead = at};
                     if (t == 0) {
                         lay_panel(panel, source + j * across, b_step, turned, depth);
                         if (j + 1 < end) p.ahead = source + (j + 1) * across, p.ahead_step = turned ? PANEL : b_step;
                     } else if (j == begin)
-                        p.ahead = at + rows * a_step, p.ahead_step = 16;
+                        p.ahead = at + rows * a_row, p.ahead_step = 16;
                     multiply_tile(rows, 2, &p);
                 }
             }
@@ -717,14 +738,14 @@ void headstart_layer_floats(const struct layer *l, int back, whole *floats) {
 static void apply(const struct layer *l, const struct linear *f, const float *x, const float *base, whole base_step, float *out,
                   float *narrow, const struct scratch *s) {
     const whole T = l->tokens, n = f->n, k = f->k;
-    headstart_multiply(x, k, f->weight, k, 1, base, base_step, out, n, T, n, k, l->threads);
+    headstart_multiply(x, k, 1, f->weight, k, 1, base, base_step, out, n, T, n, k, l->threads);
     if (f->adapters.count) headstart_adapt(&f->adapters, x, k, out, n, 1, narrow, T, s->room, l->threads);
 }
 
 /* d_x [T, k], unless NULL, and what is behind each B, of the outputs' gradient [T, n] */
 static void carry(const struct layer *l, const struct linear *f, const float *gradient, float *d_x, const struct scratch *s) {
     const whole T = l->tokens, n = f->n, k = f->k;
-    if (d_x) headstart_multiply(gradient, n, f->weight, k, 0, NULL, 0, d_x, k, T, k, n, l->threads);
+    if (d_x) headstart_multiply(gradient, n, 1, f->weight, k, 0, NULL, 0, d_x, k, T, k, n, l->threads);
     if (f->adapters.count) headstart_adapt_back(&f->adapters, gradient, n, s->back, d_x, k, T, s->room, l->threads);
 }
 

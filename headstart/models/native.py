@@ -31,9 +31,9 @@ TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 60
 FEW_ROWS = 64  # with fewer, laying out the other matrix takes longer than it saves
-MANY_NUMBERS = 3 << 20  # of a matrix, from which on a BLAS is as fast or faster
+MANY_NUMBERS = 3 << 20  # of a matrix, from which on a BLAS is as fast or faster where registers hold sixteen
 EVEN = 8  # times as many panels of columns as threads, so that each has about the same to do
-LANES = 16  # numbers of the widest register
+LANES = 16  # numbers of the widest registers there are
 PARTS = 8  # at most, of the blocks whose gradients of keys are added up apart
 PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is one, so that none waits long at the end
 
@@ -41,7 +41,7 @@ PARTS_A_THREAD = 4  # that many for each thread, of which each group of heads is
 # What the kernels are called with: places, whole numbers of 64 bits, floats and flags.
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 KERNELS = {
-    "multiply": "pnpnipnpnnnnn",
+    "multiply": "pnnpnipnpnnnnn",
     "adapt_room": "p",
     "adapt": "ppnpnfpnpn",
     "adapt_back": "ppnppnnpn",
@@ -199,33 +199,47 @@ class Native:
         for name in ("attend_room", "attend_width", "adapt_room"):
             self._call[name].restype = ctypes.c_int64
         self._columns = library.headstart_multiply_columns()
+        self._lanes = self._columns // 2  # numbers that a register holds
+        self._narrow = 0 < self._lanes < LANES  # for which a BLAS is slower with a matrix of any size
 
     def multiplies(self, a: Tensor, b: Tensor) -> bool:
-        """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b."""
+        """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b, say."""
         (rows, depth), (k, n) = a.shape, b.shape
-        alike = b.dtype is a.dtype and b.is_cpu and depth == k and 1 in b.stride()
-        return alike and rows >= FEW_ROWS and self.suits_size(k, n)
+        if not (b.dtype is a.dtype and b.is_cpu and depth == k and 1 in b.stride() and rows >= FEW_ROWS):
+            return False
+        if a.stride(1) == 1:
+            return self.suits_size(k, n)
+        # As the gradients of outputs lie for those of weights.
+        return self._narrow and a.stride(0) == b.stride(1) == 1 and k >= FEW_ROWS and self._suits_columns(n)
 
     def suits_size(self, k: int, n: int) -> bool:
         """Tell whether `multiply` takes [k, n], and is faster for many rows."""
-        if not self._columns or not 0 < k * n <= MANY_NUMBERS:
+        fits = self._suits_columns(n) and k > 0 and not k % self._columns
+        return fits and (self._narrow or k * n <= MANY_NUMBERS)
+
+    def _suits_columns(self, n: int) -> bool:
+        if not self._columns or n <= 0:
             return False
         panels, left = divmod(n, self._columns)
         threads = torch.get_num_threads()
-        return not left and not k % self._columns and (panels >= threads * EVEN or panels % threads == 0)
+        return not left and (panels >= threads * EVEN or panels % threads == 0)
 
     def multiply(self, a: Tensor, b: Tensor, base: Tensor | None, output: Tensor) -> None:
         """Write a b, [m, k] and [k, n], into `output`, plus `base`, [m, n], which may be the same, or [n]."""
         (row, column), (k, n) = b.stride(), b.shape
         turned = column != 1
         add = (None, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)
-        places = *_at(a), b.data_ptr(), column if turned else row, turned, *add, *_at(output)
+        places = a.data_ptr(), *a.stride(), b.data_ptr(), column if turned else row, turned, *add, *_at(output)
         self._call["multiply"](*places, a.shape[0], n, k, torch.get_num_threads())
 
     def read_adapters(self, adapters: Sequence[tuple[Tensor, Tensor, int, float]]) -> Adapters | None:
         """Return adapters as `adapt` reads them; None where it doesn't: those whose sizes aren't of whole registers, say."""
-        known = all(t.is_contiguous() and not any(n % LANES for n in t.shape) for a, b, *_ in adapters for t in (a, b))
-        return Adapters(adapters) if known and self._columns else None
+        if not self._columns:
+            return None
+        known = all(
+            t.is_contiguous() and not any(n % self._lanes for n in t.shape) for a, b, *_ in adapters for t in (a, b)
+        )
+        return Adapters(adapters) if known else None
 
     def adapt(self, adapters: Adapters, inputs: Tensor, output: Tensor, times: float) -> Tensor:
         """Add `times` what adapters make of inputs [T, D] to `output` [T, N]; return A x of all of them, [T, R]."""
@@ -434,13 +448,16 @@ def suits(*tensors: Tensor) -> Native | None:
     return find()
 
 
-def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n]. Autograd doesn't see what kernels do."""
-    native = suits(a) if base is None else suits(a, base)
+def product(a: Tensor, b: Tensor, base: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n], written into `output` where that is given, which may be `base`.
+
+    Autograd doesn't see what kernels do.
+    """
     shape = a.shape[0], b.shape[1]
+    native = suits(a if a.stride(1) == 1 else a.t(), *(t for t in (base, output) if t is not None))
     fits = base is None or base.shape in (shape[1:], shape)
     if native is None or not fits or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
-        return torch.mm(a, b) if base is None else torch.addmm(base, a, b)
-    output = a.new_empty(shape)
+        return torch.mm(a, b, out=output) if base is None else torch.addmm(base, a, b, out=output)
+    output = a.new_empty(shape) if output is None else output
     native.multiply(a, b, base, output)
     return output

@@ -116,10 +116,15 @@ def test_scores_that_are_far_apart_or_no_numbers_come_out_as_from_torch() -> Non
     assert attended.isnan().all()
 
 
+FLAGS = native._processor().split() if sys.platform == "linux" else []
 needs_wide_registers = pytest.mark.skipif(
-    sys.platform != "linux" or "avx512f" not in native._processor(),
-    reason="this processor's registers are too narrow for products of our own to pay",
+    "avx2" not in FLAGS, reason="this processor's registers are too narrow for products of our own to pay"
 )
+OF_EIGHT = "avx2" in FLAGS and "avx512f" not in FLAGS
+of_eight = pytest.mark.skipif(
+    not OF_EIGHT, reason="where registers don't hold eight numbers, a BLAS makes these products"
+)
+of_others = pytest.mark.skipif(OF_EIGHT, reason="where registers hold eight numbers, our own kernels make this product")
 
 
 @needs_compiler
@@ -146,6 +151,27 @@ def test_products_equal_those_of_torch(
 
 
 @needs_compiler
+@of_eight
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(64, 64, 192), (77, 131, 576), (200, 700, 192), (64, 300, 4160)], ids=str)
+@pytest.mark.parametrize("added", [False, True], ids=["new", "added"])
+def test_products_of_what_lies_by_columns_equal_those_of_torch(
+    number: int, sizes: tuple[int, int, int], added: bool, threads: None
+) -> None:
+    """As the gradient of a weight is made: in its place, of the outputs' gradient, turned, and the inputs."""
+    torch.manual_seed(0)
+    torch.set_num_threads(number)
+    m, k, n = sizes
+    a, b = torch.randn(k, m + 5)[:, :m].t(), torch.randn(k, n)
+    assert kernels().multiplies(a, b)
+    place = torch.randn(m, n)
+    theirs = a.double() @ b.double() + added * place.double()
+    ours = native.product(a, b, place if added else None, place)
+    assert ours is place
+    torch.testing.assert_close(place.double(), theirs, rtol=0, atol=2.4e-7 * k)  # as above
+
+
+@needs_compiler
 @needs_wide_registers
 def test_a_product_of_many_columns_does_not_depend_on_the_number_of_threads(threads: None) -> None:
     torch.manual_seed(0)
@@ -160,12 +186,19 @@ def test_a_product_of_many_columns_does_not_depend_on_the_number_of_threads(thre
 
 
 @needs_compiler
-@pytest.mark.parametrize("sizes", [(63, 64, 64), (64, 65, 64), (64, 64, 65), (64, 2048, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(63, 64, 64), (64, 65, 64), (64, 64, 65), pytest.param((64, 2048, 2048), marks=of_others)],
+    ids=str,
+)
 def test_products_that_do_not_fit_are_left_to_torch(sizes: tuple[int, int, int]) -> None:
     m, k, n = sizes
     a, b = torch.randn(m, k), torch.randn(k, n)
     assert not kernels().multiplies(a, b)
     assert torch.equal(native.product(a, b), a @ b)
+    place = torch.zeros(m, n)
+    native.product(a, b, place, place)
+    assert torch.equal(place, a @ b)
     with torch.autocast("cpu", torch.bfloat16):
         assert native.product(torch.randn(64, 64), torch.randn(64, 64)).dtype == torch.bfloat16
 
