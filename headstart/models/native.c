@@ -24,6 +24,7 @@ enum { LANES = 4, ROWS = 6 };
 #endif
 enum { PANEL = 2 * LANES, PANELS = 5, DEPTH = 1024 }; /* columns of a tile; of B, what is laid out at once for a thread's cache */
 enum { TILES = 8, SHALLOW = 256 };                    /* of A, if its columns are what lies without gaps */
+enum { MORE = LANES < 16 }; /* groups of panels for a thread than its cache asks for: small ones keep no thread waiting for a slower one */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t numbers __attribute__((vector_size(4 * LANES)));
@@ -157,16 +158,16 @@ static _Thread_local float laid_tiles[TILES * ROWS * SHALLOW] __attribute__((ali
 
 /* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, and k of LANES if B is turned.
  *
- * A's numbers lie `a_row` and `a_k` apart, one of which is 1. Each thread has columns of its own. It lays out as many of B as its
+ * A's numbers lie `a_row` and `a_k` apart, one of which is 1. A thread takes a group of columns at a time. It lays out as many of B as its
  * cache holds, of A what lies by columns, and fetches ahead, while it computes, what it lays out or reads of A next.
  */
 void headstart_multiply(const float *a, whole a_row, whole a_k, const float *b, whole b_step, int turned, const float *base,
                         whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads) {
     const whole deepest = a_k == 1 ? DEPTH : SHALLOW, fit = PANELS * DEPTH / deepest;
     const whole panels = n / PANEL, tiles = (m + ROWS - 1) / ROWS, each = (panels + threads - 1) / threads;
-    const whole groups = (each + fit - 1) / fit * threads, across = turned ? PANEL * b_step : PANEL;
+    const whole groups = ((each + fit - 1) / fit + MORE) * threads, across = turned ? PANEL * b_step : PANEL;
     const whole steps = (k + deepest - 1) / deepest, most = padded((k + steps - 1) / steps); /* about as many in each */
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (whole g = 0; g < groups; g++) {
         const whole begin = g * panels / groups, end = (g + 1) * panels / groups;
         for (whole from = 0; from < k; from += most) {
@@ -241,7 +242,7 @@ void headstart_adapt(const struct adapters *f, const float *x, whole x_step, flo
             else
                 turn_rows(a + one->first, R, one->a, f->depth, one->rank, f->depth, 1, 0);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (whole part = 0; part < parts; part++) {
             const whole begin = part * tokens / parts, rows = (part + 1) * tokens / parts - begin;
             float *made = narrow + begin * R, *to = output + begin * step;
@@ -263,7 +264,7 @@ void headstart_adapt_back(const struct adapters *f, const float *gradient, whole
 #pragma omp for
         for (whole i = 0; i < f->count; i++)
             memcpy(room + f->all[i].first * f->depth, f->all[i].a, f->all[i].rank * f->depth * sizeof(float));
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (whole part = 0; part < parts; part++) {
             const whole begin = part * tokens / parts, rows = (part + 1) * tokens / parts - begin;
             for (const struct adapter *one = f->all; one < f->all + f->count; one++) {
