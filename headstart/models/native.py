@@ -31,6 +31,7 @@ TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILE_S = 60
 FEW_ROWS = 64  # with fewer, laying out the other matrix takes longer than it saves
+FEW_ROWS_NARROW = 16  # where registers hold eight numbers, and a BLAS is slower
 MANY_NUMBERS = 3 << 20  # of a matrix, from which on a BLAS is as fast or faster where registers hold sixteen
 EVEN = 8  # times as many panels of columns as threads, so that each has about the same to do
 LANES = 16  # numbers of the widest registers there are
@@ -201,16 +202,17 @@ class Native:
         self._columns = library.headstart_multiply_columns()
         self._lanes = self._columns // 2  # numbers that a register holds
         self._narrow = 0 < self._lanes < LANES  # for which a BLAS is slower with a matrix of any size
+        self._few = FEW_ROWS_NARROW if self._narrow else FEW_ROWS
 
     def multiplies(self, a: Tensor, b: Tensor) -> bool:
         """Tell whether `multiply` takes these, [m, k] and [k, n], and is faster: where a cache holds much of b, say."""
         (rows, depth), (k, n) = a.shape, b.shape
-        if not (b.dtype is a.dtype and b.is_cpu and depth == k and 1 in b.stride() and rows >= FEW_ROWS):
+        if not (b.dtype is a.dtype and b.is_cpu and depth == k and 1 in b.stride() and rows >= self._few):
             return False
         if a.stride(1) == 1:
             return self.suits_size(k, n)
         # As the gradients of outputs lie for those of weights.
-        return self._narrow and a.stride(0) == b.stride(1) == 1 and k >= FEW_ROWS and self._suits_columns(n)
+        return self._narrow and a.stride(0) == b.stride(1) == 1 and k >= self._few and self._suits_columns(n)
 
     def suits_size(self, k: int, n: int) -> bool:
         """Tell whether `multiply` takes [k, n], and is faster for many rows."""

@@ -1,7 +1,7 @@
 """A layer of Llama's form as one call of the kernels each way, where only adapters train.
 
 What fused functions do one behind the other, without Python between them: after each large product Python is out of the caches, which
-takes longer than what it does. From `FEW_ROWS` tokens on, below which these leave products to torch, either gives the same bits.
+takes longer than what it does. From `native.FEW_ROWS` tokens on, below which these leave products to torch, either gives the same bits.
 """
 
 from __future__ import annotations
