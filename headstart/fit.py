@@ -199,7 +199,7 @@ def estimate_run(
         disk_bytes=(settings.save.keep + 1) * state + 2 * weights,
         phases_bytes=fitted.memory.phases(),
         rehearsed_bytes=pace.peak_bytes,
-        product_rate=best_rate(shape, rows, dtype, device) if shape else 0.0,
+        product_rate=best_rate(shape, rows, dtype, device, fast=settings.engine.fast == "on") if shape else 0.0,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -149,6 +150,11 @@ class PackReader(Reader):
         """The head with which answers are made in packs; None where they can't be."""
         return self.head if self.packing == "forest" else None
 
+    def speed_up(self) -> Sped:
+        """Run known layers as fused functions from now on, and the head's products as kernels; what comes out stays the same."""
+        self.head = replace(self.head, fast=self.packs)
+        return super().speed_up()
+
     def outputs(self, pack: Pack) -> Tensor:
         """Return the log-probability of each target."""
         target_sources, target_ids = self.tensors(pack.target_sources, pack.target_ids)
@@ -199,7 +205,7 @@ class PreferenceReader(PackReader):
     def beside(self) -> PackReader:
         """Return the same model as a reader of rows that have no answers to compare."""
         reader = PackReader(self.model, bfloat16=self._bfloat16)
-        reader.kernel = self.kernel
+        reader.kernel, reader.head = self.kernel, self.head
         return reader
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from headstart.models.attention import apart, use_attention
 from headstart.models.labels import own_logits
 from headstart.models.linear import add_gradient
-from headstart.models.native import product
+from headstart.models.native import multiply, product
 
 LOGITS_AT_ONCE = 1 << 24
 COLUMNS_AT_ONCE = 4096  # of the vocabulary, on a CPU: their logits and weights stay in its caches
@@ -26,13 +26,20 @@ COLUMNS_AT_ONCE = 4096  # of the vocabulary, on a CPU: their logits and weights 
 class Head:
     """The last step of a causal language model: a module [*, D] -> [*, V], a scale and a soft cap on its logits.
 
-    `bounds` are where the targets of each chunk begin and end, where that is known (`for_targets`).
+    `bounds` are where the targets of each chunk begin and end, where that is known (`for_targets`). A `fast` one leaves products
+    to the kernels where they are quicker.
     """
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
     bounds: tuple[int, ...] | None = None
+    fast: bool = False
+
+    @property
+    def multiply(self) -> Callable[..., Tensor]:
+        """What makes its products."""
+        return product if self.fast else multiply
 
     def for_targets(self, sources: int, target_sources: NDArray[np.int64]) -> Head:
         """Return this head for the targets of one pack, so that it needn't ask a GPU how they fall into chunks."""
@@ -161,14 +168,14 @@ class _TargetLogprobs(torch.autograd.Function):
         for chunk, chunk_sources, chunk_ids in head.chunks(hidden, sources, ids):
             rows, targets = slice(row, row + len(chunk)), slice(target, target + len(chunk_ids))
             for low, high in head.columns():
-                raw = product(chunk, weight[low:high].t(), None if bias is None else bias[low:high])
+                raw = head.multiply(chunk, weight[low:high].t(), None if bias is None else bias[low:high])
                 inside = chunk_sources, chunk_ids - low, gradient[targets]
                 d_logits = _logits_gradient(head, raw, normalizer[rows], *inside)
                 if d_hidden is not None:
-                    product(d_logits, weight[low:high], d_hidden[rows], d_hidden[rows])
+                    head.multiply(d_logits, weight[low:high], d_hidden[rows], d_hidden[rows])
                 if ctx.needs_input_grad[1]:
                     place = weight.grad[low:high]
-                    product(d_logits.t(), chunk, None if new and row == 0 else place, place)
+                    head.multiply(d_logits.t(), chunk, None if new and row == 0 else place, place)
                 if d_bias is not None:
                     d_bias[low:high] += d_logits.sum(0)
             row, target = rows.stop, targets.stop
@@ -182,13 +189,13 @@ def _normalize(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     highest = hidden.new_full((len(hidden), 1), -math.inf)
     total = hidden.new_zeros(len(hidden))
     for low, high in head.columns():
-        logits = head.shape(product(hidden, weight[low:high].t(), None if bias is None else bias[low:high]))
+        logits = head.shape(head.multiply(hidden, weight[low:high].t(), None if bias is None else bias[low:high]))
         new = torch.maximum(highest, logits.amax(-1, keepdim=True))
         shrink = highest.sub_(new).exp_()
         logits.sub_(new).exp_()
         total.mul_(shrink[:, 0]).add_(logits.sum(-1))
         if mean is not None:
-            product(logits, weight[low:high], mean.mul_(shrink), mean)
+            head.multiply(logits, weight[low:high], mean.mul_(shrink), mean)
         highest = new
     if mean is not None:
         mean.div_(total[:, None])

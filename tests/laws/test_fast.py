@@ -127,6 +127,14 @@ def test_fast_layers_whose_activations_are_made_anew_give_the_same(name: str, mo
     assert times[0] == 2 * once > 0
 
 
+def test_the_head_is_made_fast_with_the_layers_and_not_before() -> None:
+    reader = PackReader(twin("llama"))
+    assert not reader.head.fast
+    reader.speed_up()
+    assert reader.head.fast
+    assert reader.answer_head is reader.head
+
+
 def test_an_adapter_that_is_switched_off_or_has_dropout_runs_the_plain_code() -> None:
     adapted = adapt(twin("llama"), Lora(4, 8, 0.0, ("all-linear",)), seed=1)
     with torch.no_grad():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
 from headstart.models import head as head_module
+from headstart.models import native
 from headstart.models.head import Head
 
 
@@ -52,6 +55,33 @@ def test_where_chunks_begin_is_known_without_asking_the_device(
     assert len(told) == len(asked) == 3
     for ours, theirs in zip(told, asked, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_products_are_left_to_the_kernels_by_a_fast_head_alone(
+    fast: bool, frozen: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "COLUMNS_AT_ONCE", 192)
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 320 * 70)  # 70 + 70 + 60 hidden states
+    found = native.find()
+    asked = []
+    monkeypatch.setattr(native, "find", lambda: asked.append(1) or found)
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 320, bias=bias).requires_grad_(not frozen)
+    hidden, wanted = torch.randn(200, 64, requires_grad=True), torch.randn(250)
+    sources, ids = torch.randint(200, (250,)).sort().values, torch.randint(320, (250,))
+    exact, copy = hidden.detach().double().requires_grad_(), deepcopy(linear).double()
+    ours = Head(linear, fast=fast).logprobs(hidden, sources, ids)
+    theirs = dense(Head(copy), exact, sources, ids)
+    ours.backward(wanted)
+    theirs.backward(wanted.double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    for mine, other in zip((hidden, *linear.parameters()), (exact, *copy.parameters()), strict=True):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+    assert bool(asked) is fast
 
 
 class _Wrapped(nn.Module):
