@@ -19,11 +19,11 @@ from headstart.data.forest import Pack
 from headstart.data.segments import Example
 from headstart.engine.forward import EmbeddingReader, PackReader, Reader, TokenReader
 from headstart.engine.memory import scaled
-from headstart.models.native import multiply, product
+from headstart.models.native import plain_product, product
 
 # Of a pack that shows what is computed; rounded up they are more than its sources, where all are targets.
 PROBE_TOKENS = 63.5
-RATE_S = 0.1  # for each shape that is timed
+RATE_S = 0.1  # for each shape that is timed, and each way
 RATE_SHAPES = 3
 RATE_ROWS = 1024
 
@@ -210,7 +210,7 @@ def best_rate(shape: Shape, rows: int, dtype: torch.dtype, device: str, *, fast:
     counts. It takes about a second at most.
     """
     sizes = sorted({(p.inputs, p.outputs) for p in shape.products if p.rows == "tokens"}, key=lambda s: -s[0] * s[1])
-    ways = [multiply, product] if fast and device == "cpu" else [multiply]
+    ways = [plain_product, product] if fast and device == "cpu" else [plain_product]
     return max((_rate(way, rows, *size, dtype, device) for size in sizes[:RATE_SHAPES] for way in ways), default=0.0)
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from headstart.models.attention import apart, use_attention
 from headstart.models.labels import own_logits
 from headstart.models.linear import add_gradient
-from headstart.models.native import multiply, product
+from headstart.models.native import plain_product, product
 
 LOGITS_AT_ONCE = 1 << 24
 COLUMNS_AT_ONCE = 4096  # of the vocabulary, on a CPU: their logits and weights stay in its caches
@@ -39,7 +39,7 @@ class Head:
     @property
     def multiply(self) -> Callable[..., Tensor]:
         """What makes its products."""
-        return product if self.fast else multiply
+        return product if self.fast else plain_product
 
     def for_targets(self, sources: int, target_sources: NDArray[np.int64]) -> Head:
         """Return this head for the targets of one pack, so that it needn't ask a GPU how they fall into chunks."""

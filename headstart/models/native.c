@@ -140,15 +140,6 @@ static void lay_panel(float *to, const float *b, whole step, int turned, whole k
         for (whole i = 0; i < k; i++, to += PANEL, b += step) memcpy(to, b, PANEL * sizeof(float));
 }
 
-/* to [k, rows] = a [rows, k], whose columns lie `step` apart */
-static void lay_tile(float *to, const float *a, whole step, whole rows, whole k) {
-    for (whole i = 0; i < k; i++, to += rows, a += step)
-        if (rows == ROWS)
-            memcpy(to, a, ROWS * sizeof(float));
-        else
-            for (whole r = 0; r < rows; r++) to[r] = a[r];
-}
-
 /* Columns that `headstart_multiply` takes at a time, 0 where it is no faster than a BLAS. */
 int headstart_multiply_columns(void) { return LANES > 4 ? PANEL : 0; }
 
@@ -156,14 +147,30 @@ int headstart_multiply_columns(void) { return LANES > 4 ? PANEL : 0; }
 static _Thread_local float laid[PANELS * DEPTH * PANEL] __attribute__((aligned(64)));
 static _Thread_local float laid_tiles[TILES * ROWS * SHALLOW] __attribute__((aligned(64)));
 
+/* Lay out the next tiles of A [m, k] from tile `t` on, each [k, rows]; A's columns lie `step` apart. */
+static void lay_tiles(const float *a, whole step, whole t, whole m, whole k) {
+    const whole tiles = (m + ROWS - 1) / ROWS, end = t + TILES < tiles ? t + TILES : tiles;
+    for (float *to = laid_tiles; t < end; t++, to += ROWS * k) {
+        const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
+        for (whole column = 0; column < k; column++) {
+            const float *from = a + column * step + i;
+            if (rows == ROWS)
+                memcpy(to + column * ROWS, from, ROWS * sizeof(float));
+            else
+                for (whole r = 0; r < rows; r++) to[column * rows + r] = from[r];
+        }
+    }
+}
+
 /* C [m, n] = base + A [m, k] B [k, n]; with `turned` B lies as [n, k]. n is a multiple of PANEL, and k of LANES if B is turned.
  *
  * A's numbers lie `a_row` and `a_k` apart, one of which is 1. A thread takes a group of columns at a time. It lays out as many of B as its
- * cache holds, of A what lies by columns, and fetches ahead, while it computes, what it lays out or reads of A next.
+ * cache holds, of A what lies by columns, and fetches ahead, where that pays, what it lays out or reads of A next.
  */
 void headstart_multiply(const float *a, whole a_row, whole a_k, const float *b, whole b_step, int turned, const float *base,
                         whole base_step, float *c, whole c_step, whole m, whole n, whole k, whole threads) {
-    const whole deepest = a_k == 1 ? DEPTH : SHALLOW, fit = PANELS * DEPTH / deepest;
+    const int by_rows = a_k == 1;
+    const whole deepest = by_rows ? DEPTH : SHALLOW, fit = PANELS * DEPTH / deepest;
     const whole panels = n / PANEL, tiles = (m + ROWS - 1) / ROWS, each = (panels + threads - 1) / threads;
     const whole groups = ((each + fit - 1) / fit + MORE) * threads, across = turned ? PANEL * b_step : PANEL;
     const whole steps = (k + deepest - 1) / deepest, most = padded((k + steps - 1) / steps); /* about as many in each */
@@ -177,15 +184,12 @@ void headstart_multiply(const float *a, whole a_row, whole a_k, const float *b, 
             for (whole t = 0; t < tiles; t++) {
                 const whole i = t * m / tiles, rows = (t + 1) * m / tiles - i;
                 const float *at = a + i * a_row + from * a_k;
-                const float *tile = a_k == 1 ? at : laid_tiles + t % TILES * ROWS * depth;
-                for (whole u = t; a_k != 1 && t % TILES == 0 && u < tiles && u < t + TILES; u++) {
-                    const whole first = u * m / tiles;
-                    lay_tile(laid_tiles + (u - t) * ROWS * depth, at + first - i, a_k, (u + 1) * m / tiles - first, depth);
-                }
+                const float *tile = by_rows ? at : laid_tiles + t % TILES * ROWS * depth;
+                if (!by_rows && t % TILES == 0) lay_tiles(a + from * a_k, a_k, t, m, depth);
                 for (whole j = begin; j < end; j++) {
                     float *panel = laid + (j - begin) * depth * PANEL;
                     const float *place = add ? add + i * add_step + j * PANEL : NULL;
-                    struct product p = {.k = depth, .a = tile, .a_row = a_k == 1 ? a_row : 1, .a_k = a_k == 1 ? 1 : rows,
+                    struct product p = {.k = depth, .a = tile, .a_row = by_rows ? a_row : 1, .a_k = by_rows ? 1 : rows,
                                         .b = panel, .b_step = PANEL, .base = place, .base_step = add_step,
                                         .c = c + i * c_step + j * PANEL, .c_step = c_step, .ahead = at};
                     if (t == 0) {

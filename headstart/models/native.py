@@ -450,21 +450,18 @@ def suits(*tensors: Tensor) -> Native | None:
     return find()
 
 
-def multiply(a: Tensor, b: Tensor, base: Tensor | None = None, output: Tensor | None = None) -> Tensor:
-    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n], written into `output` where that is given, which may be `base`.
-
-    It is torch that makes it.
-    """
+def plain_product(a: Tensor, b: Tensor, base: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    """Return a b, [m, k] and [k, n], plus `base`, [m, n] or [n], written into `output`, which may be `base`, if given; by torch."""
     return torch.mm(a, b, out=output) if base is None else torch.addmm(base, a, b, out=output)
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None, output: Tensor | None = None) -> Tensor:
-    """Return what `multiply` does, made by the kernels where they are quicker. Autograd doesn't see what they do."""
+    """Return what `plain_product` does, made by the kernels where they are quicker. Autograd doesn't see what they do."""
     shape = a.shape[0], b.shape[1]
     native = suits(a if a.stride(1) == 1 else a.t(), *(t for t in (base, output) if t is not None))
     fits = base is None or base.shape in (shape[1:], shape)
     if native is None or not fits or not native.multiplies(a, b) or torch.is_autocast_enabled("cpu"):
-        return multiply(a, b, base, output)
+        return plain_product(a, b, base, output)
     output = a.new_empty(shape) if output is None else output
     native.multiply(a, b, base, output)
     return output

@@ -23,6 +23,7 @@ from headstart.evaluate.measure import Measured
 from headstart.files import read_json
 from headstart.fit import _scored_tokens
 from headstart.job import Job
+from headstart.models import native
 from headstart.run import WRITER, RunFolder
 from headstart.tune import resume, tune
 from headstart.verify import differences
@@ -125,6 +126,16 @@ def test_the_same_run_twice_gives_the_same_bits(
     one = run_tiny(small_data, tiny_model, tmp_path / "one", quiet, **{"lora.dropout": 0.1})
     two = run_tiny(small_data, tiny_model, tmp_path / "two", quiet, **{"lora.dropout": 0.1})
     assert_equal_runs(one.path, two.path)
+
+
+def test_without_fast_layers_a_run_asks_for_no_kernels(
+    small_data: Path, tiny_model: Path, tmp_path: Path, quiet: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(native, "find", lambda: asked.append("kernels"))
+    run = run_tiny(small_data, tiny_model, tmp_path / "plain", quiet, **{"engine.fast": "off", "steps": 2})
+    assert asked == []
+    assert read_json(run.path / "data.json")["versions"][native.COMPILER] == "not used"
 
 
 def test_the_guard_is_scored_once_by_the_same_untouched_model(

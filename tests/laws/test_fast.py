@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.data.forest import build_packs
 from headstart.engine.engine import Engine
-from headstart.engine.forward import PackReader
+from headstart.engine.forward import PackReader, PreferenceReader
 from headstart.engine.optim import total_norm
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register
@@ -133,6 +133,9 @@ def test_the_head_is_made_fast_with_the_layers_and_not_before() -> None:
     reader.speed_up()
     assert reader.head.fast
     assert reader.answer_head is reader.head
+    pairs = PreferenceReader(twin("llama"), lambda outputs, targets: (outputs, targets))
+    pairs.speed_up()
+    assert pairs.beside.head.fast
 
 
 def test_an_adapter_that_is_switched_off_or_has_dropout_runs_the_plain_code() -> None:

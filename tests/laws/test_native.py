@@ -172,6 +172,15 @@ def test_products_of_what_lies_by_columns_equal_those_of_torch(
 
 
 @needs_compiler
+@pytest.mark.parametrize("left", ["few tokens", "turned inputs", "odd columns"])
+def test_products_by_columns_that_do_not_fit_are_left_to_torch(left: str) -> None:
+    k, n = 15 if left == "few tokens" else 64, 65 if left == "odd columns" else 64
+    a, b = torch.randn(k, 64).t(), torch.randn(n, k).t() if left == "turned inputs" else torch.randn(k, n)
+    assert not kernels().multiplies(a, b)
+    assert torch.equal(native.product(a, b), a @ b)
+
+
+@needs_compiler
 @needs_wide_registers
 def test_a_product_of_many_columns_does_not_depend_on_the_number_of_threads(threads: None) -> None:
     torch.manual_seed(0)

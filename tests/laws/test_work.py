@@ -17,6 +17,7 @@ from headstart.data.segments import Example, Segment
 from headstart.engine.engine import Engine
 from headstart.engine.forward import LabelReader, PackReader
 from headstart.engine.work import best_rate, pairs, probe_pack, read_shape
+from headstart.models import native
 from headstart.models.adapt import Lora, adapt
 from headstart.models.attention import register
 from headstart.models.blocks import Nodes
@@ -107,9 +108,12 @@ def test_long_rows_are_looked_at_cut_down(targets: Any) -> None:
     assert short.products == whole.products
 
 
-def test_a_rate_is_that_of_a_product_of_the_model() -> None:
+def test_a_rate_is_that_of_a_product_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = PackReader(twin("llama", torch.float32))
     shape = read_shape(reader, probe_pack(reader, rows()))
     assert shape is not None
+    asked = []
+    monkeypatch.setattr(native, "find", lambda: asked.append(1))
     for fast in (False, True):
         assert 1e6 < best_rate(shape, 256, torch.float32, "cpu", fast=fast) < 1e15
+        assert bool(asked) is fast  # without fast layers the kernels aren't even compiled
